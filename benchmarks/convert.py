@@ -1,0 +1,212 @@
+"""What a conversion costs: seconds per step, peak memory, copies of weights.
+
+    python benchmarks/convert.py                            # resnet50 and vit_base_patch16_224
+    python benchmarks/convert.py swin_tiny_patch4_window7_224 torchvision:resnet18 --json
+
+Each model is converted in three fresh processes, `verify=False`, `verify=True` and `inplace=True` (which
+does not verify), since a process does not give memory back reliably. Each converts a tiny network first, so
+that imports and lazily built tables are not charged to the model.
+
+    peak / model     highest resident memory during `convert`, above what was resident just before it (the
+                     model included), over the bytes of the model's parameters and buffers
+    copies           bytes of the result's parameters and buffers that live in no storage of the original,
+                     over the bytes of the model: task-indexed copies and masks count, shared weights do not
+    weight copies    the same, counting only tensors under a key of the original with the original's shape
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+MODELS = ("resnet50", "vit_base_patch16_224")
+VARIANTS: dict[str, dict[str, bool]] = {
+    "plain": {"verify": False, "inplace": False},
+    "verified": {"verify": True, "inplace": False},
+    "inplace": {"verify": False, "inplace": True},
+}
+STEPS = ("capture", "analyse", "rewrite", "verify")
+
+
+def measure(text: str, tasks: int, verify: bool, inplace: bool) -> dict[str, Any]:
+    """Convert one model in this process and return what it cost. Bytes and seconds."""
+    import torch
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    import hatify
+    from hatify.sources import parse_source
+
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    tiny = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
+    hatify.convert(tiny, tasks=tasks, example_inputs=torch.randn(2, 3, 8, 8), verify=verify, inplace=inplace)
+
+    model = parse_source(text).build(pretrained=False)
+    state = dict(_state(model))
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    # Weak references: an `inplace` conversion must be free to drop the original, and while they live no new
+    # storage can get an old one's identity. (The object is compared, not `data_ptr`, which is 0 once freed.)
+    originals = [StorageWeakRef(storage) for storage in _storages(state.values())]
+    shared = {original.cdata for original in originals}
+    model_bytes = sum(storage.nbytes() for storage in _storages(state.values()))
+    del state
+
+    before = time.perf_counter()
+    with _peak_memory() as memory:
+        hat = hatify.convert(model, tasks=tasks, verify=verify, inplace=inplace)
+    total = time.perf_counter() - before
+
+    result = dict(_state(hat))
+    new = [storage for storage in _storages(result.values()) if storage._cdata not in shared]
+    under_old_key = [tensor for name, tensor in result.items() if tensor.shape == shapes.get(name)]
+    copied = [storage for storage in _storages(under_old_key) if storage._cdata not in shared]
+
+    seconds = {step: float(value) for step, value in hat.report.seconds.items()}
+    if hat.verification is not None:
+        spent = hat.verification.seconds
+        seconds.setdefault("verify", sum(spent.values()) if isinstance(spent, dict) else float(spent))
+    return {
+        "seconds": {**seconds, "total": total},
+        "model_bytes": model_bytes,
+        "peak_bytes": memory["peak"],
+        "new_bytes": sum(storage.nbytes() for storage in new),
+        "copied_bytes": sum(storage.nbytes() for storage in copied),
+    }
+
+
+def _state(module: Any) -> Iterator[tuple[str, Any]]:
+    """Every parameter and buffer, those left out of the state dict included."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _storages(tensors: Iterable[Any]) -> list[Any]:
+    """The distinct storages of the tensors."""
+    found = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        found[storage._cdata] = storage
+    return list(found.values())
+
+
+@contextmanager
+def _peak_memory() -> Iterator[dict[str, int]]:
+    """Fill `peak` with the highest resident memory of the block above that at its start, in bytes.
+
+    The kernel's own high-water mark is exact where it may be reset; a sampling thread covers the rest.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else freed memory of the build hides new allocations
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    start, mark = _status("VmRSS"), _status("VmHWM")
+    resettable = mark <= start + 2**22
+    samples = [start]
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.002):
+            samples.append(_status("VmRSS"))
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    memory = {"peak": 0}
+    try:
+        yield memory
+    finally:
+        done.set()
+        sampler.join()
+        samples.append(_status("VmRSS"))
+        if resettable:
+            samples.append(_status("VmHWM"))
+        memory["peak"] = max(samples) - start
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def run(text: str, variant: str, tasks: int) -> dict[str, Any]:
+    """`measure` in a fresh process; {"error": last lines} where it fails."""
+    command = [sys.executable, __file__, text, "--tasks", str(tasks), "--child", variant]
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0:
+        return {"error": "\n".join(done.stderr.strip().splitlines()[-4:]) or f"exit code {done.returncode}"}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def show(results: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Print the results as a table."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="hatify.convert")
+    for column in (
+        "model",
+        "variant",
+        *STEPS,
+        "total s",
+        "model MB",
+        "peak / model",
+        "copies",
+        "weight copies",
+    ):
+        table.add_column(column, justify="left" if column in ("model", "variant") else "right")
+    errors = []
+    for text, variants in results.items():
+        for variant, row in variants.items():
+            if "error" in row:
+                table.add_row(text, variant, *["-"] * (len(table.columns) - 3), "failed")
+                errors.append(f"{text}, {variant}:\n{row['error']}")
+                continue
+            size, seconds = row["model_bytes"], row["seconds"]
+            steps = [f"{seconds[step]:.2f}" if step in seconds else "-" for step in STEPS]
+            ratios = [f"{row[key] / size:.3f}" for key in ("peak_bytes", "new_bytes", "copied_bytes")]
+            table.add_row(text, variant, *steps, f"{seconds['total']:.2f}", f"{size / 1e6:.1f}", *ratios)
+    console = Console()
+    console.width = max(console.width, 130)  # a pipe or a narrow terminal would cut the numbers
+    console.print(table)
+    for error in errors:
+        console.print(escape(error))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=MODELS, help="as in `hatify convert MODEL`")
+    parser.add_argument("--tasks", type=int, default=10)
+    parser.add_argument("--json", action="store_true", help="print bytes and seconds as JSON instead of a table")
+    parser.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure(options.models[0], options.tasks, **VARIANTS[options.child])))
+        return
+    results = {text: {variant: run(text, variant, options.tasks) for variant in VARIANTS} for text in options.models}
+    if options.json:
+        print(json.dumps(results, indent=2))
+    else:
+        show(results)
+    sys.exit(any("error" in row for variants in results.values() for row in variants.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What an analysis decides."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from hatify.gates import GateTable, Use, Value
+
+HAT, ROW_LOCKED, TASK_INDEXED, FROZEN = "hat", "row-locked", "task-indexed", "frozen"
+RUNGS = (HAT, ROW_LOCKED, TASK_INDEXED, FROZEN)
+
+
+@dataclass(frozen=True, eq=False)
+class Masked:
+    """The handle of a materialised value: dead positions of ``value`` become ``fill``, live ones are multiplied if ``soft``."""
+
+    value: Value
+    soft: bool
+    fill: float
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What becomes of one node: its operands (handles are nodes or :class:`Masked`), a live mask for a norm, its results."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    results: Any
+    live: Value | None = None
+
+
+@dataclass
+class LayerPlan:
+    """What a layer, or a raw parameter, becomes.
+
+    ``role`` is ``hat`` (a masker of its own), ``through`` (depthwise: gates pass, no masker), ``shared-head`` (no mask on the
+    output), ``head`` (task-indexed output layer), ``norm``, ``task-indexed`` or ``plain`` (nothing to protect).
+    """
+
+    path: str
+    role: str
+    rung: str
+    reason: str = ""
+    masker: str | None = None
+    channels: int = 0
+
+
+@dataclass
+class Analysis:
+    """The decisions for all graphs of one model."""
+
+    table: GateTable = field(default_factory=GateTable)
+    sizes: dict[str, int] = field(default_factory=dict)
+    steps: dict[fx.Node, Step] = field(default_factory=dict)
+    layers: dict[str, LayerPlan] = field(default_factory=dict)
+    parameters: dict[str, LayerPlan] = field(default_factory=dict)
+    buffers: set[str] = field(default_factory=set)
+    uses: dict[str, list[Use]] = field(default_factory=dict)
+    operators: Counter = field(default_factory=Counter)
+    unknown: Counter = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+    class_heads: set[str] = field(default_factory=set)
+
+    def use(self, use: Use) -> None:
+        """Records one more use of a parameter; a use seen before (a layer called twice alike) counts once."""
+        known = self.uses.setdefault(use.parameter, [])
+        for other in known:
+            same = other.shape == use.shape and other.rows.shape == use.rows.shape and other.cols.shape == use.cols.shape
+            if same and other.positions is use.positions and (other.rows == use.rows).all() and (other.cols == use.cols).all():
+                return
+        known.append(use)

@@ -1,0 +1,66 @@
+"""What a capture is: a graph of leaves and glue, and what it assumed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from hatify.calling import Signature, Structure
+
+
+@dataclass(frozen=True)
+class FixedSize:
+    """A size that the capture could not keep open: the model itself, or its code, needs it."""
+
+    input: str
+    dim: int
+    size: int
+
+
+@dataclass(frozen=True)
+class ShapeGuard:
+    """A condition on input sizes that the model's own code branched on, with the line that did.
+
+    ``symbols`` maps a symbol to (input number, dimension).
+    """
+
+    text: str
+    line: str
+    expression: Any
+    symbols: dict[str, tuple[int, int]]
+
+    def holds(self, tensors: list[Tensor]) -> bool:
+        """Whether the condition is true of the sizes of these inputs."""
+        values = {s: tensors[self.symbols[str(s)][0]].shape[self.symbols[str(s)][1]] for s in self.expression.free_symbols}
+        return bool(self.expression.subs(values))
+
+
+@dataclass
+class Captured:
+    """One mode's graph. Its nodes: placeholders (one per input tensor), ``get_attr`` of parameters, buffers and constants,
+    ``call_module`` of leaves, ``call_function`` of functional ATen operators and of integer arithmetic on sizes.
+
+    ``node.meta`` holds ``val`` (fake tensors or integers), ``scope`` (module path) and ``line`` (source line).
+    ``writes`` are buffers with the node whose value they take at the end. ``constants`` are tensors that no module holds.
+    """
+
+    graph: fx.Graph
+    signature: Signature
+    output: Structure
+    inputs: list[Tensor]
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    writes: dict[str, fx.Node] = field(default_factory=dict)
+    fixed_sizes: list[FixedSize] = field(default_factory=list)
+    guards: list[ShapeGuard] = field(default_factory=list)
+    leaves: dict[str, torch.nn.Module] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ByMode:
+    """A constant argument that differs between the modes."""
+
+    train: Any
+    eval: Any

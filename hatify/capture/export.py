@@ -1,0 +1,286 @@
+"""torch.export with leaf markers, brought into the form that the rest of hatify reads."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import re
+import traceback
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from hatify.calling import Signature, flatten
+from hatify.capture.captured import Captured, FixedSize, ShapeGuard
+from hatify.capture.functional import make_functional
+from hatify.capture.tree import LEAF, arguments, clear_calls, copy_tree, forget_call, mark_leaves
+from hatify.errors import CaptureError
+
+DROPPED = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "sym_constrain_range", "_assert_async"}
+
+
+class _Flat(nn.Module):
+    """The model with tensors in and tensors out, whatever its own structures are."""
+
+    def __init__(self, root: nn.Module, signature: Signature) -> None:
+        super().__init__()
+        self.root = root
+        self.signature = signature
+        self.structure = None
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        args, kwargs = self.signature.rebuild(list(tensors))
+        out, self.structure = flatten(self.root(*args, **kwargs))
+        return tuple(out)
+
+
+def export_mode(model: nn.Module, signature: Signature, inputs: list[Tensor], training: bool) -> Captured:
+    """Captures one mode of ``model`` (which is neither run nor changed).
+
+    Raises:
+        CaptureError: with the user's source line, where tracing stops.
+    """
+    root = copy_tree(model)
+    root.train(training) if training else root.eval()
+    for copied, original in zip(root.modules(), model.modules()):
+        if training:
+            copied.training = original.training if model.training else True
+    leaves = mark_leaves(root)
+    flat = _Flat(root, signature)
+    try:
+        program, cleared = _export(flat, inputs, model)
+        functional = make_functional(program)
+        if functional is None:  # writes through views: PyTorch's own functionalisation
+            with _quiet():
+                program = program.run_decompositions({})
+            make_functional(program)
+        captured = _read(program, signature, flat.structure, inputs)
+    finally:
+        clear_calls()
+    captured.leaves = leaves
+    return captured
+
+
+def _export(flat: _Flat, inputs: list[Tensor], model: nn.Module) -> tuple[ExportedProgram, None]:
+    shapes = tuple({d: Dim.AUTO for d in range(t.dim())} for t in inputs)
+    with _quiet(), torch.enable_grad():
+        try:
+            return torch.export.export(flat, tuple(inputs), dynamic_shapes=(shapes,), strict=False), None
+        except Exception as error:
+            first = error
+        try:  # code that needs actual sizes (a loop over them, a cache keyed on them)
+            fresh = {d: None for d in range(1)}
+            shapes = tuple({0: Dim.AUTO, **{d: None for d in range(1, t.dim())}} if t.dim() else {} for t in inputs)
+            del fresh
+            return torch.export.export(flat, tuple(inputs), dynamic_shapes=(shapes,), strict=False), None
+        except Exception:
+            raise _explain(first, model) from first
+
+
+def _explain(error: Exception, model: nn.Module) -> CaptureError:
+    """The user's own line out of an exporter's error."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "/hatify/" not in f.filename]
+    line = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}" if frames else type(model).__name__
+    reason = str(error).strip().splitlines()
+    first = next((text for text in reason if text.strip()), type(error).__name__)
+    data_dependent = "data-dependent" in str(error) or "Unbacked" in str(error) or "unbacked" in str(error)
+    ways = (
+        "take the decision out of forward (torch.where instead of if, a fixed number of steps), or keep the module whole: "
+        "hatify.register(ThatModule, hatify.TaskIndexedLayer())"
+    )
+    return CaptureError(
+        f"{type(model).__name__} cannot be traced" + (": its control flow depends on data" if data_dependent else ""),
+        where=line,
+        why=f"{type(error).__name__}: {first[:300]}",
+        fix=ways,
+    )
+
+
+class _quiet:
+    """Keeps the exporter's own logging and warnings out of the user's way."""
+
+    def __enter__(self) -> None:
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.simplefilter("ignore")
+        logging.disable(logging.ERROR)
+
+    def __exit__(self, *exc: Any) -> None:
+        logging.disable(logging.NOTSET)
+        self._warnings.__exit__(*exc)
+
+
+def _read(program: ExportedProgram, signature: Signature, structure: Any, inputs: list[Tensor]) -> Captured:
+    graph = fx.Graph()
+    captured = Captured(graph=graph, signature=signature, output=structure, inputs=inputs)
+    spec = program.graph_signature
+    held = {**spec.inputs_to_parameters, **spec.inputs_to_buffers}
+    lifted = spec.inputs_to_lifted_tensor_constants
+    env: dict[fx.Node, Any] = {}
+    user = iter(signature.names)
+    placeholders = []
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name not in held and node.name not in lifted:
+            new = graph.placeholder(next(user))
+            _note(new, node)
+            env[node] = new
+            placeholders.append(new)
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node not in env:
+            if node.name in held:
+                target = held[node.name].removeprefix("root.")
+            else:
+                target = f"constant_{len(captured.constants)}"
+                captured.constants[target] = _constant(program, lifted[node.name])
+            env[node] = graph.create_node("get_attr", target, name=target.replace(".", "_"))
+            _note(env[node], node)
+        elif node.op == "get_attr":
+            target = f"constant_{len(captured.constants)}"
+            captured.constants[target] = operator.attrgetter(node.target)(program.graph_module)
+            env[node] = graph.create_node("get_attr", target)
+            _note(env[node], node)
+        elif node.op == "call_function":
+            _copy_function(graph, env, node)
+        elif node.op == "output":
+            results = node.args[0]
+            buffers = spec.buffers_to_mutate
+            values = [r for r in results if not (isinstance(r, fx.Node) and r.name in buffers)]
+            for r in results:
+                if isinstance(r, fx.Node) and r.name in buffers:
+                    captured.writes[buffers[r.name].removeprefix("root.")] = env[r]
+            graph.output(tuple(env.get(v, v) if isinstance(v, fx.Node) else v for v in values))
+    for name, value in program.graph.__dict__.get("_hatify_writes", {}).items():
+        captured.writes[name.removeprefix("root.")] = env[value]
+    captured.fixed_sizes = _fixed_sizes(signature, placeholders)
+    captured.guards = _guards(placeholders)
+    _drop_dead(captured)
+    return captured
+
+
+def _constant(program: ExportedProgram, name: str) -> Tensor:
+    value = program.constants[name]
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _copy_function(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> None:
+    if node.target is LEAF:
+        env[node] = _leaf_node(graph, env, node)
+        return
+    name = getattr(node.target, "__name__", "").split(".")[0]
+    if name in DROPPED:
+        return
+    if node.target is operator.getitem and isinstance(env.get(node.args[0]), list):
+        env[node] = env[node.args[0]][node.args[1]]
+        return
+    new = graph.create_node("call_function", node.target, *_mapped(env, node), name=_telling_name(node))
+    _note(new, node)
+    env[node] = new
+
+
+def _mapped(env: dict[fx.Node, Any], node: fx.Node) -> tuple[tuple, dict]:
+    return fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+
+
+def _leaf_node(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> list[fx.Node]:
+    """A marker turned back into a call of the module; one node per tensor that it returns."""
+    tensors, sizes, key = node.args
+    call = forget_call(key)
+    args, kwargs = arguments(call, [env[t] for t in tensors], [env[s] if isinstance(s, fx.Node) else s for s in sizes])
+    args, kwargs = fx.map_arg((args, kwargs), lambda n: n)
+    new = graph.create_node("call_module", call.path, tuple(args), dict(kwargs), name=call.path.replace(".", "_"))
+    _note(new, node)
+    new.meta["scope"] = call.path
+    values = list(node.meta["val"])
+    numbered = iter(range(len(values)))
+    flat = [next(numbered) if c is Tensor else None for c in call.constants]
+    new.meta["out"] = pytree.tree_unflatten(flat, call.out)
+    if isinstance(new.meta["out"], int):
+        new.meta["val"] = values[0]
+        return [new]
+    new.meta["val"] = values
+    nodes = []
+    for number in range(len(values)):
+        item = new
+        for key_ in _path_to(new.meta["out"], number):
+            item = graph.call_function(operator.getitem, (item, key_))
+            _note(item, node)
+            item.meta["scope"] = call.path
+        item.meta["val"] = values[number]
+        nodes.append(item)
+    return nodes
+
+
+def _path_to(tree: Any, number: int) -> list:
+    """Keys that lead to the leaf ``number`` of a nested structure."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    for key, child in items:
+        if child == number and not isinstance(child, list | tuple | dict):
+            return [key]
+        below = _path_to(child, number)
+        if below:
+            return [key, *below]
+    return []
+
+
+def _telling_name(node: fx.Node) -> str:
+    scope = _scope(node)
+    name = getattr(node.target, "__name__", str(node.target)).split(".")[0].lstrip("_") or "value"
+    return f"{scope.replace('.', '_')}_{name}" if scope else name
+
+
+def _scope(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    return re.sub(r"@\d+$", "", path).removeprefix("root").removeprefix(".")
+
+
+def _note(new: fx.Node, old: fx.Node) -> None:
+    new.meta["val"] = old.meta.get("val")
+    new.meta["scope"] = _scope(old)
+    trace = old.meta.get("stack_trace") or ""
+    places = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n\s*([^\n]*)', trace)
+    own = [p for p in places if "/hatify/capture/" not in p[0] and "/torch/" not in p[0]]
+    new.meta["line"] = f"{own[-1][0]}:{own[-1][1]}: {own[-1][2]}" if own else ""
+
+
+def _fixed_sizes(signature: Signature, placeholders: list[fx.Node]) -> list[FixedSize]:
+    sizes = []
+    for name, node in zip(signature.names, placeholders):
+        for dim, size in enumerate(node.meta["val"].shape):
+            if not isinstance(size, torch.SymInt) or not size.node.expr.free_symbols:
+                sizes.append(FixedSize(name, dim, int(size)))
+    return sizes
+
+
+def _guards(placeholders: list[fx.Node]) -> list[ShapeGuard]:
+    """Guards that the model's own lines put on sizes; those of PyTorch's internals only concern strides and size one."""
+    symbols: dict[str, tuple[int, int]] = {}
+    environment = None
+    for number, node in enumerate(placeholders):
+        for dim, size in enumerate(node.meta["val"].shape):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                environment = size.node.shape_env
+                symbols.setdefault(str(size.node.expr), (number, dim))
+    found = []
+    for guard in environment.guards if environment is not None else []:
+        place = guard.sloc.framework_loc
+        filename = getattr(place, "filename", str(place))
+        own = "/torch/" not in filename
+        expression = environment.simplify(guard.expr)
+        free = {str(s) for s in expression.free_symbols}
+        if own and free and free <= set(symbols):
+            line = f"{filename}:{getattr(place, 'lineno', '?')}: {getattr(place, 'line', '')}"
+            found.append(ShapeGuard(str(expression), line, expression, {s: symbols[s] for s in free}))
+    return found
+
+
+def _drop_dead(captured: Captured) -> None:
+    kept = set(captured.writes.values())
+    for node in reversed(captured.graph.nodes):
+        if node.op in ("placeholder", "output") or node.users or node in kept:
+            continue
+        captured.graph.erase_node(node)

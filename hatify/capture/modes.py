@@ -1,0 +1,102 @@
+"""Both modes of a model: one graph where they agree, two over the same modules where they do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from hatify.calling import Signature
+from hatify.capture.captured import ByMode, Captured
+from hatify.capture.export import export_mode
+from hatify.errors import CaptureError
+
+NUMBERS = (bool, int, float)
+
+
+def capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Captured, Captured | None, list[str]]:
+    """Captures ``model`` on example inputs, in ``eval`` and in ``train`` mode.
+
+    Returns the eval capture, the train capture where it differs by more than constants (else None), and notes. A batch of one is
+    doubled, so that the batch size stays open.
+
+    Raises:
+        CaptureError: eval mode cannot be traced.
+    """
+    signature, inputs = Signature.from_call(model.forward, args, kwargs)
+    notes: list[str] = []
+    evaluated = _capture_open_batch(model, signature, inputs, training=False)
+    try:
+        trained = _capture_open_batch(model, signature, inputs, training=True)
+    except CaptureError as error:
+        notes.append(f"train mode cannot be traced ({error.where}); training uses the eval graph only on request\n{error}")
+        evaluated.graph.__dict__["_hatify_eval_only"] = True
+        return evaluated, None, notes
+    if _merge(evaluated, trained):
+        return evaluated, None, notes
+    notes.append("train and eval mode differ in structure: two graphs over the same modules")
+    return evaluated, trained, notes
+
+
+def _capture_open_batch(model: nn.Module, signature: Signature, inputs: list[Tensor], training: bool) -> Captured:
+    batched = [t for t in inputs if t.dim() > 0]
+    if batched and all(t.shape[0] == 1 for t in batched):
+        try:
+            doubled = [t.repeat(2, *[1] * (t.dim() - 1)) if t.dim() else t for t in inputs]
+            return export_mode(model, signature, doubled, training)
+        except CaptureError:
+            pass  # the leading dimension is no batch: captured as it is
+    return export_mode(model, signature, inputs, training)
+
+
+def _merge(evaluated: Captured, trained: Captured) -> bool:
+    """Writes constants that differ between two otherwise equal graphs into ``evaluated`` as :class:`ByMode`."""
+    a, b = list(evaluated.graph.nodes), list(trained.graph.nodes)
+    if len(a) != len(b) or evaluated.output != trained.output:
+        return False
+    twin = dict(zip(a, b))
+    if {k: twin[v] for k, v in evaluated.writes.items()} != trained.writes:
+        return False
+    changes: list[tuple[fx.Node, tuple, dict]] = []
+    for x, y in zip(a, b):
+        if x.op != y.op or x.target != y.target:
+            return False
+        differs: list[bool] = []
+        try:
+            args, kwargs = _zip(((x.args, x.kwargs)), (y.args, y.kwargs), twin, differs)
+        except _Different:
+            return False
+        if differs:
+            changes.append((x, args, kwargs))
+    for node, args, kwargs in changes:
+        node.meta["by_mode"] = (args, kwargs)
+    return all(_same_constant(v, trained.constants.get(k)) for k, v in evaluated.constants.items())
+
+
+def _same_constant(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and a.shape == b.shape and a.dtype == b.dtype and bool((a == b).all())
+
+
+class _Different(Exception):
+    """The graphs differ by more than numbers."""
+
+
+def _zip(a: Any, b: Any, twin: dict[fx.Node, fx.Node], differs: list[bool]) -> Any:
+    if isinstance(a, fx.Node):
+        if not isinstance(b, fx.Node) or twin[a] is not b:
+            raise _Different
+        return a
+    if isinstance(a, list | tuple):
+        if not isinstance(b, list | tuple) or len(a) != len(b):
+            raise _Different
+        return type(a)(_zip(x, y, twin, differs) for x, y in zip(a, b)) if not hasattr(a, "_fields") else a
+    if isinstance(a, dict):
+        if not isinstance(b, dict) or a.keys() != b.keys():
+            raise _Different
+        return {k: _zip(v, b[k], twin, differs) for k, v in a.items()}
+    if a is b or a == b:
+        return a
+    if isinstance(a, NUMBERS) and isinstance(b, NUMBERS) and type(a) is type(b):
+        differs.append(True)
+        return ByMode(train=b, eval=a)
+    raise _Different

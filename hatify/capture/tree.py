@@ -1,0 +1,137 @@
+"""A copy of the module tree that shares the weights, with every leaf replaced by a marker."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+from hatify.registry import describe
+
+_LIBRARY = torch.library.Library("hatify", "DEF")
+_LIBRARY.define("leaf(Tensor[] inputs, SymInt[] sizes, str key) -> Tensor[]")
+LEAF = torch.ops.hatify.leaf.default
+
+_CALLS: dict[str, LeafCall] = {}
+_NUMBERS = itertools.count()
+
+
+@dataclass
+class LeafCall:
+    """One call of a leaf while tracing: where it is, how it was called and what it gave."""
+
+    path: str
+    twin: nn.Module
+    args: Any
+    static: list[Any]
+    out: Any = None
+    constants: list[Any] = field(default_factory=list)
+    inplace: bool = False
+
+
+class _Sym:
+    """Stands for one size among the static arguments."""
+
+
+def shallow(module: nn.Module) -> nn.Module:
+    """The same module with its own dictionaries and no hooks: attributes can be set without touching the original."""
+    twin = module.__class__.__new__(module.__class__)
+    twin.__dict__ = dict(module.__dict__)
+    for name in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[name] = dict(module.__dict__[name])
+    return twin
+
+
+def copy_tree(model: nn.Module) -> nn.Module:
+    """A deep copy of the tree and of everything held in plain containers, sharing all tensors."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+        for tensor in held:
+            if isinstance(tensor, Tensor):
+                memo[id(tensor)] = tensor
+    return copy.deepcopy(model, memo)
+
+
+def mark_leaves(root: nn.Module) -> dict[str, nn.Module]:
+    """Replaces the forward of every leaf in ``root`` (a copied tree) by a marker; returns the leaves by path."""
+    leaves: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, child in module._modules.items():
+            if child is None or id(child) in seen:
+                continue
+            seen.add(id(child))
+            path = f"{prefix}{name}"
+            if describe(child) is not None:
+                leaves[path] = child
+                child.__dict__["forward"] = _Marker(path, shallow(child))
+            else:
+                visit(child, f"{path}.")
+
+    visit(root, "")
+    return leaves
+
+
+class _Marker:
+    """The forward of a leaf while tracing: one operator in the graph."""
+
+    def __init__(self, path: str, twin: nn.Module) -> None:
+        self.path, self.twin = path, twin
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [a for a in flat if isinstance(a, Tensor)]
+        sizes = [a for a in flat if isinstance(a, torch.SymInt)]
+        static = [Tensor if isinstance(a, Tensor) else _Sym if isinstance(a, torch.SymInt) else a for a in flat]
+        inplace = bool(getattr(self.twin, "inplace", False)) and bool(tensors)
+        key = f"{self.path}#{next(_NUMBERS)}"
+        call = _CALLS[key] = LeafCall(self.path, self.twin, spec, static, inplace=inplace)
+        out = list(torch.ops.hatify.leaf(tensors, sizes, key))
+        flat_out = [out.pop(0) if c is Tensor else c for c in call.constants]
+        result = pytree.tree_unflatten(flat_out, call.out)
+        if inplace and isinstance(result, Tensor):
+            return tensors[0].copy_(result)
+        call.inplace = False
+        return result
+
+
+def arguments(call: LeafCall, tensors: list, sizes: list) -> tuple[tuple, dict]:
+    """``(args, kwargs)`` of a leaf call, with ``tensors`` and ``sizes`` in their places."""
+    tensors, sizes = iter(tensors), iter(sizes)
+    flat = [next(tensors) if s is Tensor else next(sizes) if s is _Sym else s for s in call.static]
+    return pytree.tree_unflatten(flat, call.args)
+
+
+def forget_call(key: str) -> LeafCall:
+    """The record of a leaf call by its key."""
+    return _CALLS[key]
+
+
+def clear_calls() -> None:
+    """Drops the records (they hold modules)."""
+    _CALLS.clear()
+
+
+@torch.library.register_fake("hatify::leaf", lib=_LIBRARY)
+def _leaf_on_fakes(inputs: list[Tensor], sizes: list[int], key: str) -> list[Tensor]:
+    """Runs the real leaf on fake tensors, parameters included, so that shapes and dtypes are the leaf's own."""
+    call = _CALLS[key]
+    mode = detect_fake_mode(inputs)
+    named = [*call.twin.named_parameters(remove_duplicate=False), *call.twin.named_buffers(remove_duplicate=False)]
+    state = {n: t if isinstance(t, FakeTensor) else mode.from_tensor(t, static_shapes=True) for n, t in named}
+    args, kwargs = arguments(call, list(inputs), list(sizes))
+    with torch.random.fork_rng(devices=[]):
+        out = torch.func.functional_call(call.twin, state, args, kwargs)
+    flat, call.out = pytree.tree_flatten(out)
+    call.constants = [Tensor if isinstance(t, Tensor) else t for t in flat]
+    given = {t.untyped_storage()._cdata for t in inputs}
+    return [t.clone() if t.untyped_storage()._cdata in given else t for t in flat if isinstance(t, Tensor)]

@@ -1,0 +1,48 @@
+"""The ``hatify`` command: what it offers, and nothing of how."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .convert import convert
+from .failures import failures
+from .inspect import inspect
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="hatify",
+    help="Convert trained PyTorch models to learn task after task without forgetting.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(convert)
+app.command()(inspect)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        typer.echo(f"hatify {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    with failures(debug=False):  # what is raised outside the commands, such as Ctrl-C while they are imported
+        app()

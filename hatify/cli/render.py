@@ -1,0 +1,155 @@
+"""Reports for people: tables and trees on stdout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from .tree import Branch, collapse, grow
+
+__all__ = ["layer_tree", "print_conversion", "print_inspection"]
+
+_COLOURS = {"hat": "green", "row-locked": "cyan", "task-indexed": "yellow", "frozen": "red"}
+_LOG_WIDTH = 140  # where there is no terminal to ask
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_LOG_WIDTH)
+
+
+def print_conversion(
+    hat: Any, model: str, weights: str, path: Path | None, seconds: dict[str, float]
+) -> None:
+    """Everything about a conversion: what became of the layers, what was proved, and where it was written."""
+    console, report = _console(), hat.report
+    console.print(layer_tree(model, report.layers))
+    console.print()
+    console.print(_rungs(report.rungs))
+    console.print()
+    facts: list[tuple[str, str | Text]] = [("weights", _weights(weights)), ("tasks", _tasks(report))]
+    facts.append(("masks", f"{report.maskers:,} maskers, {report.mask_nodes:,} mask nodes inserted"))
+    facts.append(("fixed sizes", _sizes(report.fixed_sizes)))
+    if report.two_graphs:
+        facts.append(("graphs", "two, over the same modules: training differs from evaluation"))
+    if report.unknown_operators:
+        named = ", ".join(f"{name} ({count})" for name, count in report.unknown_operators.items())
+        facts.append(("unknown operators", f"{named}: masked before, live for every task behind"))
+    facts += _proof(hat.verification)
+    facts.append(("seconds", ", ".join(f"{step} {value:.1f}" for step, value in seconds.items())))
+    notes = [*report.notes, *(hat.verification.notes if hat.verification is not None else [])]
+    facts += [("note", str(note)) for note in dict.fromkeys(map(str, notes))]
+    if path is not None:
+        facts.append(("written to", Text(str(path), style="bold")))
+    for label, fact in facts:
+        console.print(Text(f"{label:<18}", style="cyan") + Text.assemble(fact), soft_wrap=True)
+
+
+def _weights(weights: str) -> str:
+    return weights if weights != "random" else "random (--pretrained or --checkpoint FILE for trained ones)"
+
+
+def _tasks(report: Any) -> str:
+    counts = [count for count in report.classes or [] if count is not None]
+    return f"{report.tasks}" + (f", with {', '.join(map(str, counts))} classes" if counts else "")
+
+
+def _sizes(sizes: list[dict[str, Any]]) -> str:
+    if not sizes:
+        return "none"
+    return ", ".join(f"{size['input']} dim {size['dim']} is {size['size']}" for size in sizes)
+
+
+def _proof(proof: Any) -> list[tuple[str, str | Text]]:
+    if proof is None:
+        return [("verification", Text("skipped: neither parity nor drift was checked", style="yellow"))]
+    colour = "green" if proof.ok else "bold red"
+    verdict = "proved" if proof.ok else "FAILED"
+    return [
+        ("verification", Text(verdict, style=colour)),
+        ("parity, eval", _error(proof.parity)),
+        ("parity, train", _error(proof.parity_train)),
+        ("drift", _error(proof.drift)),
+        ("control", _control(proof.control)),
+    ]
+
+
+def _error(value: float | None) -> str | Text:
+    if value is None:
+        return Text("not measured", style="yellow")
+    return "0 (equal to the bit)" if value == 0 else Text(f"{value:.3g}", style="bold red")
+
+
+def _control(value: float | None) -> str | Text:
+    if value is None:
+        return Text("not measured", style="yellow")
+    said = f"{value:.3g} drift with locks taken off"
+    return (
+        f"{said}: the check can fail"
+        if value
+        else Text(f"{said}: the check would see nothing", style="yellow")
+    )
+
+
+def _rungs(rungs: dict[str, dict[str, int]]) -> Table:
+    table = Table(title="what stands on which rung", title_justify="left")
+    table.add_column("rung")
+    for column in ("layers", "parameters", "share"):
+        table.add_column(column, justify="right")
+    total = sum(rung["parameters"] for rung in rungs.values())
+    for name, rung in rungs.items():
+        share = f"{100 * rung['parameters'] / total:.1f} %" if total else "-"
+        table.add_row(
+            Text(name, style=_COLOURS.get(name, "")), f"{rung['layers']:,}", f"{rung['parameters']:,}", share
+        )
+    return table
+
+
+def layer_tree(model: str, layers: list[dict[str, Any]]) -> Tree:
+    """What became of each layer. Siblings that became the same are one entry, parameters added."""
+    root = Tree(Text(model, style="bold"))
+    _add(root, collapse(grow(layers)))
+    return root
+
+
+def _add(tree: Tree, branch: Branch) -> None:
+    for label, child in branch.children.items():
+        line = Text(label)
+        if child.count > 1:
+            line.append(f"  ({child.count} alike)", style="dim")
+        for entry in child.entries:
+            rung, was, became = entry.get("rung", ""), entry.get("was", ""), entry.get("became", "")
+            line.append(f"  {was} -> " if became != was else "  ").append(
+                became, style=_COLOURS.get(rung, "")
+            )
+            if entry.get("parameters"):
+                line.append(f"  {entry['parameters']:,}", style="dim")
+            if entry.get("reason"):
+                line.append(f"  {entry['reason']}", style="dim italic")
+        _add(tree.add(line), child)
+
+
+def print_inspection(shown: dict[str, Any]) -> None:
+    """Code, node table and fixed sizes of a converted model."""
+    console = _console()
+    if console.is_terminal:
+        console.print(Syntax(shown["code"].strip(), "python", theme="ansi_dark", background_color="default"))
+    else:  # a file gets the code as it is, without padding
+        console.print(Text(shown["code"].strip()), soft_wrap=True)
+    console.print()
+    table = Table(title="nodes", title_justify="left")
+    columns = ("name", "op", "target", "shape", "gates", "state", "scope")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for node in shown["nodes"]:
+        table.add_row(*(Text("" if node.get(column) is None else str(node[column])) for column in columns))
+    console.print(table)
+    console.print()
+    console.print(Text("fixed sizes  ", style="cyan") + Text(_sizes(shown["fixed_sizes"])), soft_wrap=True)
+    console.print(Text("one layer in words: --layer PATH", style="dim"))

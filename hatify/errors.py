@@ -1,0 +1,91 @@
+"""The one family of errors: each says what happened, where, why, and the call that fixes it.
+
+Context is added once, at the boundary where it is known: the code that knows the module path raises with
+``where=``, nobody wraps and re-words on the way up.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArtifactError",
+    "CallError",
+    "CaptureError",
+    "CheckpointError",
+    "ConversionError",
+    "ExampleInputsError",
+    "HatifyError",
+    "TaskError",
+    "UnknownModelError",
+]
+
+
+class HatifyError(Exception):
+    """Base of all errors that hatify raises on purpose.
+
+    Args:
+        what: one sentence, what went wrong.
+        where: module path, file and field, argument or source line.
+        why: the reason, in terms of the model or the data.
+        fix: what to write or run instead, literally where possible.
+
+    ``str(error)`` is one to four parts, each on a line of its own::
+
+        example inputs are missing
+          where: MyNet
+          why:   the model is neither from timm, torchvision nor transformers
+          fix:   hatify.convert(model, example_inputs=torch.randn(2, 3, 224, 224))
+    """
+
+    def __init__(
+        self, what: str, *, where: str | None = None, why: str | None = None, fix: str | None = None
+    ) -> None:
+        # Only `what` goes into `args`: pickle and copy rebuild from `args` and then restore `__dict__`.
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.why = why
+        self.fix = fix
+
+    def parts(self) -> list[tuple[str, str]]:
+        """The labelled parts that are present, in reading order, for those who lay them out themselves."""
+        labelled = [("where", self.where), ("why", self.why), ("fix", self.fix)]
+        return [(label, text) for label, text in labelled if text]
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        for label, text in self.parts():
+            # Text of several lines stays aligned under its label.
+            lines.append(f"  {label + ':':<7}" + text.replace("\n", "\n" + " " * 9))
+        return "\n".join(lines)
+
+
+class CaptureError(HatifyError):
+    """The model could not be captured as a graph."""
+
+
+class ConversionError(HatifyError):
+    """A captured model could not be converted without dropping a layer or a guarantee."""
+
+
+class UnknownModelError(HatifyError):
+    """A model name that no library knows."""
+
+
+class ExampleInputsError(HatifyError):
+    """Example inputs are missing, or the model does not take them."""
+
+
+class CallError(HatifyError):
+    """A converted model was called in another way than it was captured."""
+
+
+class CheckpointError(HatifyError):
+    """A weights file is no checkpoint, or not one of this model."""
+
+
+class ArtifactError(HatifyError):
+    """A saved directory could not be written or read."""
+
+
+class TaskError(HatifyError):
+    """A task that does not exist, or is not in the state the call needs."""

@@ -1,0 +1,177 @@
+"""Operators that act on each element alone, and the arithmetic that joins two masked tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hatify.gates.rules.base import (
+    Call,
+    Gates,
+    Interpreter,
+    Outcome,
+    RuleTable,
+    after_shift,
+    clean,
+    clean_call,
+    covers_constants,
+    one_state,
+    stand_in,
+    unknown,
+)
+from hatify.gates.table import CONST
+from hatify.gates.value import State, Value
+
+UNARY = """
+    relu relu6 gelu silu mish tanh sigmoid hardswish hardsigmoid hardtanh leaky_relu rrelu elu selu celu softplus softsign
+    logsigmoid log_sigmoid hardshrink softshrink tanhshrink threshold abs neg square exp exp2 expm1 sin cos sinh cosh asinh
+    atan erf erfc sign sgn floor ceil round trunc frac clamp clamp_min clamp_max clip nan_to_num to _to_copy type_as
+    float double half bfloat16 dropout native_dropout feature_dropout alpha_dropout feature_alpha_dropout rsub
+    deg2rad relu_ positive polygamma
+""".split()
+PARTIAL = "log log2 log10 log1p sqrt rsqrt reciprocal acos asin atanh acosh digamma lgamma logit erfinv tan".split()
+ADDITIVE = "add sub subtract maximum minimum fmax fmin where".split()
+PRODUCT = "mul multiply".split()
+QUOTIENT = "div divide true_divide floor_divide".split()
+"""Comparisons, integer and boolean results have no rule of their own: the unknown operator is theirs."""
+
+
+def zero_at_zero(call: Call) -> bool:
+    """Whether f(0) = 0 with the call's actual arguments, in every draw that the probe sees (a property of arguments)."""
+    args, kwargs = call.map(lambda v: torch.zeros((4,) * min(v.rank, 1) or (), dtype=v.dtype))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        out = call.func(*args, **kwargs)
+    out = out[0] if isinstance(out, tuple | list) else out
+    return bool((out == 0).all())
+
+
+def unary(run: Interpreter, call: Call) -> Outcome:
+    """One tensor, any scalars: gates pass; a clean tensor stays clean iff zero maps to zero."""
+    values = call.values()
+    if len([v for v in values if v.gated]) != 1 or not values[0].gated or any(v.gated or not v.constant for v in values[1:]):
+        return unknown(run, call)
+    value = values[0]
+    if not value.dtype.is_floating_point and value.dtype != torch.complex64:
+        return unknown(run, call)
+    dtype = call.argument(1, "dtype")
+    if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+        return unknown(run, call)
+    state = value.state if zero_at_zero(call) else after_shift(value.state)
+    out = Gates(value.ids, state)
+    return Outcome(call.args, call.kwargs, [out, Gates(None)] if call.name == "native_dropout" else out)
+
+
+def partial(run: Interpreter, call: Call) -> Outcome:
+    """Not defined, or not differentiable, at zero: dead positions read 1 instead, and the gate is carried on."""
+    value = call.values()[0]
+    args, kwargs = call.map(lambda v: stand_in(run, v))
+    return Outcome(args, kwargs, Gates(value.ids, after_shift(value.state)))
+
+
+def power(run: Interpreter, call: Call) -> Outcome:
+    """``x ** number``: partial for a negative or fractional exponent below one."""
+    exponent = call.argument(1, "exponent")
+    if not isinstance(call.args[0], Value) or not isinstance(exponent, int | float):
+        return unknown(run, call)
+    return unary(run, call) if exponent >= 1 else partial(run, call)
+
+
+def additive(run: Interpreter, call: Call) -> Outcome:
+    """Sums and their like: equal gates in the same state stay pending, otherwise both materialise and the gates OR."""
+    operands = call.values()
+    if call.name == "where":
+        condition = call.args[0]
+        if condition.gated:
+            call = replace(call, args=(clean(run, condition), *call.args[1:]))
+        operands = call.values()[1:]
+    scalars = [a for a in (*call.args[:2], call.kwargs.get("other")) if isinstance(a, int | float)]
+    if len(operands) == 1 and call.name != "where":  # tensor and number
+        return unary(run, call) if scalars else unknown(run, call)
+    gated = [v for v in operands if v.gated]
+    steady = [v for v in operands if not v.constant]
+    out = _joined(run, "or", operands)
+    same = all(v.gated and v.state is gated[0].state and _same(v.ids, gated[0].ids) for v in steady)
+    state = gated[0].state if gated and same else State.CLEAN
+    if gated and not same:
+        call = clean_call(run, call)
+    if covers_constants(operands, out) or (call.name == "where" and any(isinstance(a, int | float) for a in call.args[1:])):
+        state = after_shift(state)
+    return Outcome(call.args, call.kwargs, Gates(out, state))
+
+
+def masked_fill(run: Interpreter, call: Call) -> Outcome:
+    """``masked_fill(x, mask, value)``: gates pass, zero-preserving for the value 0."""
+    value, mask, fill = call.args[0], call.args[1], call.argument(2, "value")
+    if mask.gated or isinstance(fill, Value) and not fill.constant:
+        return unknown(run, call)
+    if isinstance(fill, int | float) and fill == 0:
+        return Outcome(call.args, call.kwargs, Gates(value.ids, value.state))
+    args, kwargs = call.map(lambda v: clean(run, v))  # the fill value must not meet a soft factor (-inf times a mask)
+    return Outcome(args, kwargs, Gates(value.ids, State.DIRTY))
+
+
+def product(run: Interpreter, call: Call) -> Outcome:
+    """Gating: gates AND. A product by CONST or TOP passes the other's gates."""
+    if len(call.values()) == 1:
+        return unary(run, call)
+    call, state = one_state(run, call)
+    return Outcome(call.args, call.kwargs, Gates(_joined(run, "and", call.values()), state))
+
+
+def quotient(run: Interpreter, call: Call) -> Outcome:
+    """``a / b``: gates AND. A gated divisor reads 1 where it is dead; a clean quotient may be 0/0, so it is masked again."""
+    if len(call.values()) == 1:
+        return unary(run, call) if isinstance(call.args[0], Value) else partial(run, call)
+    if call.name == "floor_divide" or call.kwargs.get("rounding_mode"):
+        return unknown(run, call)
+    a, b = call.args[0], call.args[1]
+    state = after_shift(a.state if a.gated else b.state)
+    return Outcome((a, stand_in(run, b), *call.args[2:]), call.kwargs, Gates(_joined(run, "and", [a, b]), state))
+
+
+def prelu(run: Interpreter, call: Call) -> Outcome:
+    """PReLU with a constant slope per channel."""
+    value = call.args[0]
+    if not call.args[1].constant:
+        return unknown(run, call)
+    return Outcome(call.args, call.kwargs, Gates(value.ids, value.state))
+
+
+def glu(run: Interpreter, call: Call) -> Outcome:
+    """``a * sigmoid(b)`` over two halves: the gates of both halves AND; sigmoid(b) never is zero, so ``a`` decides cleanness."""
+    value, dim = call.args[0], call.argument(1, "dim", -1)
+    size = value.shape[dim] // 2
+    if not value.varies(dim % value.rank):
+        return Outcome(call.args, call.kwargs, Gates(value.ids, value.state))
+    ids = value.ids
+    out = run.table.combine("and", ids.narrow(dim, 0, size), ids.narrow(dim, size, size))
+    return Outcome(call.args, call.kwargs, Gates(out, after_shift(value.state)))
+
+
+def _joined(run: Interpreter, op: str, operands: list[Value]) -> Tensor:
+    rank = max(v.rank for v in operands)
+    out = torch.full((1,) * rank, CONST)
+    for value in operands:
+        ids = value.ids.reshape((1,) * (rank - value.rank) + tuple(value.ids.shape))
+        shape = (1,) * (rank - value.rank) + value.shape
+        out = run.table.combine(op, out, ids) if shape else out
+    return out
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def register(rules: RuleTable) -> None:
+    rules.add(UNARY, unary)
+    rules.add(PARTIAL, partial)
+    rules.add(ADDITIVE, additive)
+    rules.add(PRODUCT, product)
+    rules.add(QUOTIENT, quotient)
+    rules.add(["pow"], power)
+    rules.add(["masked_fill"], masked_fill)
+    rules.add(["prelu"], prelu)
+    rules.add(["glu"], glu)

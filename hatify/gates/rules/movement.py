@@ -1,0 +1,121 @@
+"""Operators that only move elements: the same operator, run on the tensor of ids, says where the gates went."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hatify.gates.rules.base import Call, Gates, Interpreter, Outcome, RuleTable, after_shift, clean_call, one_state, unknown
+from hatify.gates.value import State, Value, compress
+
+NAMES = """
+    view _unsafe_view reshape view_as reshape_as flatten unflatten permute transpose t numpy_T mT adjoint movedim moveaxis
+    swapaxes swapdims unbind slice select narrow split split_with_sizes chunk tensor_split hsplit vsplit cat concat concatenate
+    stack hstack vstack roll unfold repeat tile expand expand_as broadcast_to squeeze unsqueeze index index_select flip
+    rot90 pixel_shuffle pixel_unshuffle channel_shuffle pad constant_pad_nd reflection_pad1d reflection_pad2d
+    reflection_pad3d replication_pad1d replication_pad2d replication_pad3d _pad_circular im2col contiguous clone detach
+    alias lift_fresh_copy lift_fresh repeat_interleave diagonal slice_scatter select_scatter diagonal_scatter copy
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d tril triu _reshape_alias
+""".split()
+
+
+def movement(run: Interpreter, call: Call) -> Outcome:
+    """Run the operator on the ids. Data-dependent indices pass where the gates do not vary along the indexed dimensions."""
+    if call.name in ("pad", "constant_pad_nd") and _pads_with_value(call):
+        call = clean_call(run, call)  # a soft factor must not meet the padding value (-inf times a mask)
+        ids = _moved(call, pad_value=True)
+        return Outcome(call.args, call.kwargs, [Gates(i, after_shift(State.CLEAN)) for i, _ in ids][0])
+    indices_gated = any(v.gated and not v.dtype.is_floating_point for v in call.values()[1:])
+    if indices_gated:
+        return unknown(run, call)
+    call, state = one_state(run, call)
+    moved = _moved(call)
+    if moved is None:
+        return unknown(run, call)
+    out = [Gates(ids, after_shift(state) if adopted and not _zero_fill(call) else state) for ids, adopted in moved]
+    single = not isinstance(_run_shape_kind(call), list)
+    return Outcome(call.args, call.kwargs, out[0] if single else out)
+
+
+def move_tensor(call: Call, pick) -> list[Tensor] | Tensor:
+    """The operator run on ``pick(value)`` in place of every tensor operand."""
+    args, kwargs = call.map(pick)
+    return call.func(*args, **kwargs)
+
+
+MULTIPLE = {"unbind", "split", "split_with_sizes", "chunk", "tensor_split", "hsplit", "vsplit"}
+
+
+def _run_shape_kind(call: Call):
+    return [] if call.name in MULTIPLE else None
+
+
+def _pads_with_value(call: Call) -> bool:
+    if call.name == "constant_pad_nd":
+        return bool(call.argument(2, "value", 0))
+    return call.argument(2, "mode", "constant") == "constant" and bool(call.argument(3, "value", 0))
+
+
+def _zero_fill(call: Call) -> bool:
+    return call.name in ("pad", "constant_pad_nd", "im2col", "tril", "triu")
+
+
+def is_index(call: Call, value: Value) -> bool:
+    """Whether the operand says where to read, not what."""
+    return value is not call.values()[0] and not value.dtype.is_floating_point and value.constant or (
+        call.name in ("index", "index_select", "repeat_interleave") and value is not call.values()[0]
+    )
+
+
+def _moved(call: Call, pad_value: bool = False) -> list[tuple[Tensor, bool]] | None:
+    if pad_value:
+        position = 2 if call.name == "constant_pad_nd" else 3
+        call = Call(call.name, call.func, call.args[:position], {k: v for k, v in call.kwargs.items() if k != "value"})
+    subject = call.values()[0]
+    blind = False
+    for value in call.values()[1:]:
+        if is_index(call, value) and value.known is None:
+            blind = True
+    if blind and not _index_is_blind_safe(call, subject):
+        return None
+
+    def pick(value: Value) -> Tensor:
+        if is_index(call, value):
+            return value.known if value.known is not None else torch.zeros(value.shape, dtype=value.dtype)
+        return value.full().to(torch.float64)
+
+    out = move_tensor(call, pick)
+    results = list(out) if isinstance(out, list | tuple) else [out]
+    return [compress(r.to(torch.int64)) for r in results]
+
+
+def _index_is_blind_safe(call: Call, subject: Value) -> bool:
+    """Whether the result's gates are the same whatever the indices are."""
+    if call.name == "index_select":
+        return not subject.varies(call.argument(1, "dim"))
+    if call.name == "index":
+        indices = call.argument(1, "indices")
+        used = [d for d, i in enumerate(indices) if i is not None]
+        masks = [i for i in indices if isinstance(i, Value) and i.dtype == torch.bool]
+        return not masks and not any(subject.varies(d) for d in used)
+    return False
+
+
+def gather(run: Interpreter, call: Call) -> Outcome:
+    """``gather(x, dim, index)`` and its like: gates pass where they do not vary along ``dim`` or any other dimension read."""
+    subject, dim = call.args[0], call.argument(1, "dim")
+    index = call.argument(2, "index")
+    others_fixed = all(not subject.varies(d) or subject.shape[d] == index.shape[d] for d in range(subject.rank) if d != dim)
+    if index.gated or not isinstance(dim, int) or subject.varies(dim % max(subject.rank, 1)) or not others_fixed:
+        return unknown(run, call)
+    return Outcome(call.args, call.kwargs, Gates(subject.ids, subject.state))
+
+
+def register(rules: RuleTable) -> None:
+    rules.add(NAMES, movement)
+    rules.add(["gather"], gather)
+
+
+def tensors_in(tree) -> list[Value]:
+    return [v for v in pytree.tree_leaves(tree, is_leaf=lambda a: isinstance(a, Value)) if isinstance(v, Value)]

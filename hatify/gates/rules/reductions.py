@@ -1,0 +1,111 @@
+"""Reductions, pooling and resizing: gates pass where they are constant along what is reduced."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hatify.gates.rules.base import Call, Gates, Interpreter, Outcome, RuleTable, after_shift, unknown
+from hatify.gates.table import TOP
+from hatify.gates.value import State, Value
+
+REDUCE = "mean sum nansum amax amin prod var std norm linalg_vector_norm logsumexp var_mean std_mean".split()
+REDUCE_PAIR = {"var_mean", "std_mean"}
+ALONG = "softmax _softmax log_softmax _log_softmax softmin cumsum cumprod logcumsumexp".split()
+SHIFTS = {"logsumexp", "softmax", "_softmax", "log_softmax", "_log_softmax", "softmin", "cumprod", "logcumsumexp", "prod"}
+POOLS = {
+    **{f"{kind}{k}d": k for k in (1, 2, 3) for kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "lp_pool")},
+    "upsample_linear1d": 1,
+    "upsample_bilinear2d": 2,
+    "upsample_bicubic2d": 2,
+    "upsample_trilinear3d": 3,
+    "_upsample_bilinear2d_aa": 2,
+    "_upsample_bicubic2d_aa": 2,
+    "grid_sampler": 2,
+    "mkldnn_max_pool2d": 2,
+}
+POOL_PAIRS = {f"{kind}{k}d{tail}" for k in (1, 2, 3) for kind in ("max_pool", "adaptive_max_pool") for tail in ("", "_with_indices")}
+DIMS = {"norm": 2, "linalg_vector_norm": 2}
+KEEP = {"norm": 3, "linalg_vector_norm": 3, "var": 3, "std": 3, "var_mean": 3, "std_mean": 3, "amax": 2, "amin": 2}
+
+
+def dims_of(call: Call, rank: int) -> list[int]:
+    """The reduced dimensions of a call, counted from the front."""
+    dims = call.argument(DIMS.get(call.name, 1), "dim")
+    if dims is None or isinstance(dims, bool) or dims == []:
+        return list(range(rank))
+    return [d % max(rank, 1) for d in (dims if isinstance(dims, list | tuple) else [dims])]
+
+
+def reduce(run: Interpreter, call: Call) -> Outcome:
+    """A reduction: TOP, from a materialised operand, where gates vary along a reduced dimension."""
+    value = call.values()[0]
+    if call.name == "norm" and not isinstance(call.argument(1, "p", 2), int | float | type(None)):
+        return unknown(run, call)
+    dims = dims_of(call, value.rank)
+    keep = bool(call.argument(KEEP.get(call.name, 2), "keepdim", False)) and len(dims) < value.rank + 1
+    if any(value.varies(d) for d in dims):
+        outcome = unknown(run, call)
+        return Outcome(outcome.args, outcome.kwargs, [Gates(None)] * 2) if call.name in REDUCE_PAIR else outcome
+    ids = value.ids
+    for dim in sorted(dims, reverse=True):
+        ids = ids if keep else ids.select(dim, 0)
+    out = Gates(ids, after_shift(value.state) if call.name in SHIFTS else value.state)
+    return Outcome(call.args, call.kwargs, [out, out] if call.name in REDUCE_PAIR else out)
+
+
+def extreme(run: Interpreter, call: Call) -> Outcome:
+    """``max(x)``, ``max(x, other)``, ``max(x, dim)``: the last gives indices, so it materialises."""
+    if len(call.values()) == 2:
+        from hatify.gates.rules.elementwise import additive
+
+        return additive(run, call)
+    outcome = unknown(run, call)
+    if len(call.args) < 2 and "dim" not in call.kwargs:
+        return outcome
+    value = call.values()[0]
+    dim = call.argument(1, "dim") % value.rank
+    if value.varies(dim):
+        return Outcome(outcome.args, outcome.kwargs, [Gates(None), Gates(None)])
+    ids = value.ids if call.argument(2, "keepdim", False) else value.ids.select(dim, 0)
+    return Outcome(outcome.args, outcome.kwargs, [Gates(ids, State.CLEAN), Gates(None)])
+
+
+def along(run: Interpreter, call: Call) -> Outcome:
+    """Softmax and cumulative sums: every result along ``dim`` reads all of it."""
+    value = call.values()[0]
+    if value.varies(call.argument(1, "dim") % value.rank):
+        return unknown(run, call)
+    return Outcome(call.args, call.kwargs, Gates(value.ids, after_shift(value.state) if call.name in SHIFTS else value.state))
+
+
+def spatial(run: Interpreter, call: Call, k: int | None = None) -> Outcome:
+    """Pooling and resizing over the last ``k`` dimensions."""
+    value = call.values()[0]
+    k = POOLS[call.name] if k is None else k
+    if any(v.gated for v in call.values()[1:]) or any(value.varies(d) for d in range(value.rank - k, value.rank)):
+        return unknown(run, call)
+    return Outcome(call.args, call.kwargs, Gates(value.ids, value.state))
+
+
+def max_pool(run: Interpreter, call: Call) -> Outcome:
+    """Max pooling that returns indices too: they are computed from materialised data."""
+    outcome = unknown(run, call)
+    value: Value = outcome.args[0]
+    k = int(call.name.split("d")[0][-1]) if call.name.startswith("max") else int(call.name.split("pool")[1][0])
+    fixed = not any(value.varies(d) for d in range(value.rank - k, value.rank))
+    return Outcome(outcome.args, outcome.kwargs, [Gates(value.ids if fixed else None, State.CLEAN), Gates(None)])
+
+
+def top_ids(rank: int) -> Tensor:
+    """TOP, for a result of that rank."""
+    from hatify.gates.value import ones
+
+    return ones(rank) * TOP
+
+
+def register(rules: RuleTable) -> None:
+    rules.add(REDUCE, reduce)
+    rules.add(["max", "min"], extreme)
+    rules.add(ALONG, along)
+    rules.add(POOL_PAIRS, max_pool)
+    rules.add(POOLS, spatial)

@@ -1,0 +1,161 @@
+"""Hash-consed gate expressions: the integers that stand for «live for which tasks»."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+CONST = 0
+"""Does not depend on the data; may take on any gate. Zero, so that zero padding of ids reads as CONST."""
+TOP = 1
+"""Live for every task."""
+
+MAX_ATOMS = 256
+"""An expression over more atoms than this widens to TOP."""
+MAX_ATOMS_MIXED = 8
+"""The same for a tensor whose gates vary along several dimensions, where the expressions multiply."""
+
+
+class GateTable:
+    """Gate expressions in a normal form, each stored once and named by an integer.
+
+    An expression is CONST, TOP, an atom ``(masker, channel)``, or an OR / AND of at least two expressions. OR and AND
+    are associative, commutative and idempotent, and absorb: ``a | (a & b) = a`` and ``a & (a | b) = a``.
+    """
+
+    def __init__(self) -> None:
+        self.keys: list[tuple] = [("const",), ("top",)]
+        self.atoms_in: list[frozenset] = [frozenset(), frozenset()]
+        self.parts: list[tuple[int, int] | None] = [None, None]
+        self._ids: dict[tuple, int] = {key: i for i, key in enumerate(self.keys)}
+        self._pairs: dict[tuple[str, int, int], int] = {}
+
+    def atoms(self, masker: str, channels: int) -> Tensor:
+        """The gates of all channels of one masker, in order: int64, shape ``(channels,)``."""
+        return torch.tensor([self._intern(("atom", masker, i), None) for i in range(channels)])
+
+    def combine(self, op: str, a: Tensor, b: Tensor) -> Tensor:
+        """``a op b`` element by element with broadcasting; ``op`` is ``"or"`` or ``"and"``."""
+        if a.shape == b.shape and torch.equal(a, b):
+            return a
+        a, b = torch.broadcast_tensors(a, b)
+        pairs, where = torch.unique(torch.stack([a.reshape(-1), b.reshape(-1)]), dim=1, return_inverse=True)
+        ids = torch.tensor([self.pair(op, x, y) for x, y in pairs.t().tolist()], dtype=torch.int64)
+        return ids[where].reshape(a.shape)
+
+    def pair(self, op: str, a: int, b: int) -> int:
+        """``a op b`` for two expressions."""
+        if a == b:
+            return a
+        neutral, absorbing = (CONST, TOP) if op == "or" else (TOP, None)
+        if CONST in (a, b):  # CONST takes on the other's gate, in a sum and in a product
+            return a + b
+        if absorbing in (a, b):
+            return TOP
+        if neutral in (a, b):
+            return a if b == neutral else b
+        key = (op, min(a, b), max(a, b))
+        if key not in self._pairs:
+            self._pairs[key] = self._join(op, a, b)
+        return self._pairs[key]
+
+    def join_all(self, op: str, ids: list[int]) -> int:
+        """All of ``ids`` under one operator (CONST for none)."""
+        return reduce(lambda a, b: self.pair(op, a, b), ids, CONST)
+
+    def factors(self, gate: int) -> frozenset[int]:
+        """The members of an AND; any other expression is its own only factor; TOP and CONST have none."""
+        key = self.keys[gate]
+        return key[1] if key[0] == "and" else frozenset() if gate in (CONST, TOP) else frozenset((gate,))
+
+    def common(self, ids: list[int]) -> int:
+        """An upper bound of the OR of ``ids``: the AND of the factors that all of them share, else TOP."""
+        sets = [self.factors(i) for i in ids if i != CONST]
+        shared = frozenset.intersection(*sets) if sets else frozenset()
+        return self.join_all("and", sorted(shared)) if shared else TOP
+
+    def bounded_or(self, ids: list[int]) -> int:
+        """The OR of ``ids``, or an upper bound where it would grow too large. Exact enough for locks, never for masks."""
+        distinct = sorted(set(ids) - {CONST})
+        if not distinct:
+            return TOP
+        if TOP in distinct:
+            return TOP
+        if len(distinct) > MAX_ATOMS_MIXED or sum(len(self.atoms_in[i]) for i in distinct) > MAX_ATOMS:
+            return self.common(distinct)
+        return self.join_all("or", distinct)
+
+    def too_large(self, ids: Tensor) -> bool:
+        """Whether some expression of ``ids`` has grown past the size at which it has to widen."""
+        mixed = sum(size > 1 for size in ids.shape) > 1
+        limit = MAX_ATOMS_MIXED if mixed else MAX_ATOMS
+        return any(len(self.atoms_in[i]) > limit for i in torch.unique(ids).tolist())
+
+    def maskers(self, ids: Tensor) -> list[str]:
+        """Names of the maskers that ``ids`` depend on, sorted."""
+        return sorted({masker for i in torch.unique(ids).tolist() for masker, _ in self.atoms_in[i]})
+
+    def _join(self, op: str, a: int, b: int) -> int:
+        other = "and" if op == "or" else "or"
+        members = self._members(op, a) | self._members(op, b)
+        kept = frozenset(m for m in members if not (self.keys[m][0] == other and self.keys[m][1] & members))
+        if len(kept) == 1:
+            return next(iter(kept))
+        for whole in (a, b):  # absorption may have eaten one side
+            if self._members(op, whole) == kept:
+                return whole
+        if kept == members:
+            return self._intern((op, kept), (a, b))
+        ordered = sorted(kept)
+        if (op, kept) in self._ids:
+            return self._ids[op, kept]
+        return self._intern((op, kept), (reduce(lambda x, y: self.pair(op, x, y), ordered[:-1]), ordered[-1]))
+
+    def _members(self, op: str, gate: int) -> frozenset[int]:
+        key = self.keys[gate]
+        return key[1] if key[0] == op else frozenset((gate,))
+
+    def _intern(self, key: tuple, parts: tuple[int, int] | None) -> int:
+        found = self._ids.get(key)
+        if found is None:
+            found = self._ids[key] = len(self.keys)
+            self.keys.append(key)
+            self.parts.append(parts)
+            inside = frozenset((key[1:],)) if parts is None else self.atoms_in[parts[0]] | self.atoms_in[parts[1]]
+            self.atoms_in.append(inside)
+        return found
+
+    def describe(self, ids: Tensor) -> str:
+        """The gates in words, channels of one masker gathered into ranges: ``conv1[0:64] | conv3[0:64]``."""
+        distinct = torch.unique_consecutive(ids.reshape(-1)).tolist()
+        words: list[str] = []
+        runs: list[list] = []  # [shape of the expression, first channel, last channel]
+        for gate in distinct:
+            shape, channel = self._shape(gate)
+            if runs and runs[-1][0] == shape and channel is not None and channel == runs[-1][2] + 1:
+                runs[-1][2] = channel
+            else:
+                runs.append([shape, channel, channel])
+        for shape, first, last in runs[:4]:
+            words.append(shape if first is None else shape.replace("#", f"{first}:{last + 1}"))
+        return ", ".join(words) + (f", … {len(runs) - 4} more" if len(runs) > 4 else "")
+
+    def _shape(self, gate: int) -> tuple[str, int | None]:
+        """The expression with its channel replaced by ``#`` when all its atoms share one channel."""
+        key = self.keys[gate]
+        if key[0] in ("const", "top"):
+            return key[0].upper(), None
+        channels = {channel for _, channel in self.atoms_in[gate]}
+        shared = channels.pop() if len(channels) == 1 else None
+
+        def spell(g: int) -> str:
+            k = self.keys[g]
+            if k[0] == "atom":
+                return f"{k[1]}[{'#' if shared is not None else k[2]}]"
+            joined = (" | " if k[0] == "or" else " & ").join(sorted(spell(m) for m in k[1]))
+            return f"({joined})"
+
+        text = spell(gate)
+        return text[1:-1] if text.startswith("(") else text, shared

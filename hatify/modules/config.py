@@ -1,0 +1,37 @@
+"""How many tasks, and how masks start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hatify.errors import ConversionError
+
+INITIALISATIONS = ("ones", "normal", "sparse")
+
+
+@dataclass(frozen=True)
+class HATConfig:
+    """Settings of HAT layers.
+
+    Args:
+        num_tasks: tasks that masks and copies are made for.
+        max_mask_scale: the scale ``s_max`` of equations 3 to 6; also the scale of a task in training that is given none.
+        mask_init: ``ones`` (section 4.1), ``normal`` (N(0, 1), the original HAT) or ``sparse`` (a tenth of the channels live).
+
+    Raises:
+        ConversionError: a value that makes no sense.
+    """
+
+    num_tasks: int = 10
+    max_mask_scale: float = 100.0
+    mask_init: str = "ones"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_tasks, int) or self.num_tasks < 1:
+            raise ConversionError(f"num_tasks must be a positive integer, not {self.num_tasks!r}", fix="HATConfig(num_tasks=10)")
+        if not self.max_mask_scale > 0:
+            raise ConversionError(f"max_mask_scale must be positive, not {self.max_mask_scale!r}", fix="max_mask_scale=100.0")
+        if self.mask_init not in INITIALISATIONS:
+            raise ConversionError(
+                f"unknown mask_init {self.mask_init!r}", fix="mask_init=" + " or ".join(repr(i) for i in INITIALISATIONS)
+            )

@@ -1,0 +1,57 @@
+"""Weighted layers with a masker: the same layer, and a mask per task over its output channels."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from hatify.modules.config import HATConfig
+from hatify.modules.masker import Masker
+from hatify.modules.payload import HATPayload, weighted_of_payload
+
+
+class HATLayer:
+    """Mixin of HAT layers. On a tensor it is the plain layer; on a payload it masks its input first and leaves its own
+    mask pending on the output (section 3.1). ``masker`` may be None: a shared output layer without a mask."""
+
+    masker: Masker | None
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, HATPayload):
+            return weighted_of_payload(self, x, args, kwargs)
+        return super().forward(x, *args, **kwargs)
+
+
+@cache
+def hat_class(base: type[nn.Module]) -> type:
+    """The HAT subclass of a weighted layer class: ``HAT`` + its name."""
+
+    def __init__(self, *args: Any, config: HATConfig | None = None, **kwargs: Any) -> None:
+        # The paper passes the configuration last, by position: HATLinear(64, 32, config).
+        if config is None and args and isinstance(args[-1], HATConfig):
+            args, config = args[:-1], args[-1]
+        base.__init__(self, *args, **kwargs)
+        self.masker = Masker(_out_channels(self), config or HATConfig())
+        self.seen = {}
+
+    doc = f"{base.__name__} with one mask per task; arguments as {base.__name__}, then ``config`` (:class:`HATConfig`)."
+    return type(f"HAT{base.__name__}", (HATLayer, base), {"__init__": __init__, "__doc__": doc, "__module__": __name__})
+
+
+def _out_channels(layer: nn.Module) -> int:
+    for name in ("out_features", "out_channels", "embedding_dim"):
+        if hasattr(layer, name):
+            return getattr(layer, name)
+    return layer.weight.shape[0]
+
+
+HATLinear = hat_class(nn.Linear)
+HATConv1d = hat_class(nn.Conv1d)
+HATConv2d = hat_class(nn.Conv2d)
+HATConv3d = hat_class(nn.Conv3d)
+HATConvTranspose1d = hat_class(nn.ConvTranspose1d)
+HATConvTranspose2d = hat_class(nn.ConvTranspose2d)
+HATConvTranspose3d = hat_class(nn.ConvTranspose3d)
+HATEmbedding = hat_class(nn.Embedding)

@@ -1,0 +1,65 @@
+"""Mask nodes: where a pending mask is applied."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hatify.gates import Program
+from hatify.modules.context import TaskContext
+
+
+def apply_mask(x: Tensor, mask: Tensor, *, soft: bool, fill: float = 0.0) -> Tensor:
+    """``x`` with dead positions set to ``fill`` and, if ``soft``, live ones multiplied by ``mask`` (broadcast to ``x``).
+
+    Dead positions are chosen, never multiplied: a product with zero would keep NaN and infinity, and give the mask a gradient
+    from values that do not count.
+    """
+    kept = torch.where(mask > 0, x, torch.full((), fill, dtype=x.dtype, device=x.device))
+    return kept * mask.to(x.dtype) if soft and x.dtype.is_floating_point else kept
+
+
+class Mask(nn.Module):
+    """Applies the mask of one value; the identity without a task.
+
+    Args:
+        program: how the mask is made from the maskers' masks.
+        shape: shape of the mask, broadcastable to the value.
+        soft: whether the soft factor is still to be multiplied in.
+        fill: value at dead positions.
+        words: the gates in words.
+    """
+
+    def __init__(self, program: Program, shape: tuple[int, ...], soft: bool, fill: float, words: str) -> None:
+        super().__init__()
+        self.program, self.shape, self.soft, self.fill, self.words = program, tuple(shape), soft, fill, words
+
+    def forward(self, x: Tensor, task: TaskContext | None) -> Tensor:
+        if task is None:
+            return x
+        mask = task.mask(self.program).reshape(self.shape)
+        return apply_mask(x, mask, soft=self.soft and not task.hard, fill=self.fill)
+
+    def __deepcopy__(self, memo: dict) -> Mask:
+        return type(self)(self.program, self.shape, self.soft, self.fill, self.words)  # programs are immutable
+
+    def extra_repr(self) -> str:
+        how = "fill with 1" if self.fill else "apply" if self.soft else "zero"
+        return f"{how}: {self.words}"
+
+
+class LiveMask(nn.Module):
+    """The mask itself, for a normalisation that counts live channels; None without a task."""
+
+    def __init__(self, program: Program, shape: tuple[int, ...], words: str) -> None:
+        super().__init__()
+        self.program, self.shape, self.words = program, tuple(shape), words
+
+    def forward(self, task: TaskContext | None) -> Tensor | None:
+        return None if task is None else task.mask(self.program).reshape(self.shape)
+
+    def __deepcopy__(self, memo: dict) -> LiveMask:
+        return type(self)(self.program, self.shape, self.words)
+
+    def extra_repr(self) -> str:
+        return self.words

@@ -1,0 +1,132 @@
+"""What tasks cannot share: one copy per task, next to the one that is used without a task."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hatify.errors import TaskError
+from hatify.modules import live_norms
+from hatify.modules.config import HATConfig
+from hatify.modules.context import TaskContext
+from hatify.modules.payload import HATPayload, norm_of_payload
+
+
+class TaskIndexed:
+    """Mixin of task-indexed modules: the module itself serves calls without a task, ``tasks[t]`` serves task ``t``.
+
+    So the original keys stay: ``bn1.weight`` without a task, ``bn1.tasks.3.weight`` for task 3.
+    """
+
+    tasks: nn.ModuleList
+
+    def forward(self, x: Any, *args: Any, task: TaskContext | None = None, live: Tensor | None = None, **kwargs: Any) -> Any:
+        if isinstance(x, HATPayload):
+            return norm_of_payload(self, x)
+        chosen = self if task is None else self.tasks[task.id]
+        if live is not None:
+            return _live(chosen, x, live)
+        if task is None:
+            return super().forward(x, *args, **kwargs)
+        return chosen(x, *args, **kwargs)
+
+    def copies(self) -> list[nn.Module]:
+        """The copies of all tasks, in order."""
+        return list(self.tasks)
+
+
+def _live(norm: nn.Module, x: Tensor, live: Tensor) -> Tensor:
+    if isinstance(norm, nn.LayerNorm):
+        return live_norms.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps, live)
+    if isinstance(norm, nn.RMSNorm):
+        return live_norms.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps, live)
+    return live_norms.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, live)
+
+
+@cache
+def task_indexed_class(base: type[nn.Module]) -> type:
+    """The task-indexed subclass of a module class: ``TaskIndexed`` + its name."""
+
+    def __init__(self, *args: Any, config: HATConfig | None = None, **kwargs: Any) -> None:
+        # The paper passes the configuration last, by position.
+        if config is None and args and isinstance(args[-1], HATConfig):
+            args, config = args[:-1], args[-1]
+        base.__init__(self, *args, **kwargs)
+        make_task_indexed(self, (config or HATConfig()).num_tasks)
+
+    name = f"TaskIndexed{base.__name__}"
+    doc = f"{base.__name__} with one copy per task; arguments as {base.__name__}, then ``config`` (:class:`HATConfig`)."
+    return type(name, (TaskIndexed, base), {"__init__": __init__, "__doc__": doc, "__module__": __name__})
+
+
+def make_task_indexed(module: nn.Module, tasks: int) -> None:
+    """Gives ``module`` one copy of itself per task (own storage each) and the task-indexed class."""
+    base = module.__class__ if not isinstance(module, TaskIndexed) else type(module).__mro__[2]
+    copies = []
+    for _ in range(tasks):
+        copied = copy.deepcopy(module)
+        copied.__class__ = base
+        copies.append(copied)
+    if not isinstance(module, TaskIndexed):
+        module.__class__ = task_indexed_class(base)
+    module.tasks = nn.ModuleList(copies)
+    module.tasks.training = module.training
+
+
+TaskIndexedBatchNorm1d = task_indexed_class(nn.BatchNorm1d)
+TaskIndexedBatchNorm2d = task_indexed_class(nn.BatchNorm2d)
+TaskIndexedBatchNorm3d = task_indexed_class(nn.BatchNorm3d)
+TaskIndexedLayerNorm = task_indexed_class(nn.LayerNorm)
+TaskIndexedGroupNorm = task_indexed_class(nn.GroupNorm)
+
+
+class TaskIndexedParameter(nn.Module):
+    """A raw parameter or buffer with one copy per task.
+
+    In a hand-written network it holds the value without a task too: ``TaskIndexedParameter(torch.zeros(64), config)``, read by
+    ``self.scale(payload)``. In a converted one the value without a task stays where the original had it.
+
+    Args:
+        value: the initial value, any shape; copied for every task.
+        config: number of tasks.
+        shared: False where the value without a task lives elsewhere.
+        buffer: hold buffers instead of parameters.
+    """
+
+    def __init__(self, value: Tensor, config: HATConfig, *, shared: bool = True, buffer: bool = False) -> None:
+        super().__init__()
+        self.buffer = buffer
+        self.count = config.num_tasks
+        if shared:
+            self.shared = nn.Parameter(value.detach().clone())
+        if buffer:
+            for task in range(config.num_tasks):
+                self.register_buffer(f"task{task}", value.detach().clone())
+        else:
+            grad = getattr(value, "requires_grad", True) or not isinstance(value, nn.Parameter)
+            self.tasks = nn.ParameterList(nn.Parameter(value.detach().clone(), grad) for _ in range(config.num_tasks))
+
+    def of(self, task: int) -> Tensor:
+        """The copy of one task."""
+        return getattr(self, f"task{task}") if self.buffer else self.tasks[task]
+
+    def forward(self, *given: Any) -> Tensor:
+        """``(value without a task, context)`` in a converted network; a payload, or nothing, in a hand-written one."""
+        if len(given) == 2:
+            value, task = given
+            return value if task is None else self.of(task.id)
+        if not given or given[0] is None:
+            return self.shared
+        if isinstance(given[0], HATPayload):
+            return self.shared if given[0].task_id is None else self.of(given[0].task_id)
+        raise TaskError("a TaskIndexedParameter is read with a payload", fix="self.scale(payload)")
+
+
+def write_buffer(current: Tensor, value: Tensor) -> Tensor:
+    """Writes a buffer's new value in place, as the original's forward did."""
+    with torch.no_grad():
+        return current.copy_(value)

@@ -1,0 +1,23 @@
+"""What every test starts from: no network, two threads, the same seeds."""
+
+from __future__ import annotations
+
+import os
+import random
+
+# Before any import of huggingface_hub, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """Seed every global generator, so that a test gives the same numbers alone and in the suite."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
