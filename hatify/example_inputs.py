@@ -148,6 +148,8 @@ def _transformers(model: Any, make: _Maker) -> dict[str, Any] | None:
         kwargs[main] = make.floats(config.num_mel_bins, 2 * config.max_source_positions)
     elif main == "input_features" and _numbers(config, "feature_projection_input_dim"):
         kwargs[main] = make.floats(64, config.feature_projection_input_dim)
+    elif main == "input_features" and _numbers(config, "input_feat_per_channel", "input_channels"):
+        kwargs[main] = make.floats(64, config.input_feat_per_channel * config.input_channels)
     else:
         return None
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:

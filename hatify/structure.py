@@ -137,11 +137,8 @@ _KINDS = ("tensor", "constant", "tuple", "list", "namedtuple", "sequence", "dict
 _TENSOR = Structure("tensor")
 
 
-# Constants: as (tag, text), so that equality is by type, nan equals nan, and JSON needs no special cases.
-
-
 def _encode(value: Any) -> tuple[str, str] | None:
-    """The encoded constant, or None where ``value`` is none of the supported constants."""
+    """A constant as (tag, text): equality is by type, nan equals nan, JSON needs no special cases. Or None."""
     kind = type(
         value
     )  # exact: an enum member or a numpy scalar must not silently come back as a plain number

@@ -112,6 +112,13 @@ def test_keyword_inputs_come_back(tmp_path):
     assert torch.equal(again.eval()(x=x, y=y), hat.eval()(x=x, y=y))
 
 
+def test_finished_tasks_come_back_finished(tmp_path):
+    hat = hatify.convert(Tied(), tasks=3, example_inputs=example(), verify=False)
+    hat.room.status.finished.add(1)
+    again = hatify.load(hatify.save(hat, tmp_path / "saved"), factory=Tied)
+    assert again.finished_tasks == {1}
+
+
 def test_loading_leaves_the_random_numbers_alone(tied, tmp_path):
     hatify.save(tied, tmp_path / "saved")
     state = torch.get_rng_state()
@@ -261,6 +268,7 @@ def edit(saved, **changes):
         ({"settings__classes": [2, 2, "3"]}, "settings.classes"),
         ({"settings__heads": None}, "settings.heads"),
         ({"settings__locking": 3}, "settings.locking"),
+        ({"settings__config": {"no_such_option": 1}}, "settings.config"),
         ({"source": {"kind": "pickle", "name": "x"}}, "source"),
         ({"source": None}, "source"),
         ({"example_inputs": {"kind": "set"}}, "example_inputs"),

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from hatify.analysis import functional
 from hatify.analysis.heads import Heads, operator_name
-from hatify.analysis.plan import HAT, ROW_LOCKED, TASK_INDEXED, Analysis, LayerPlan, Masked, Step
+from hatify.analysis.plan import HAT, ROW_LOCKED, TASK_INDEXED, Analysis, LayerPlan, Masked, Ratio, Size, Step
 from hatify.capture import Captured
 from hatify.capture.captured import ByMode
 from hatify.errors import ConversionError
@@ -147,7 +147,8 @@ class Analyst:
         val = node.meta["val"]
         name = operator_name(node)
         if name == "getitem" and isinstance(args[0], list | tuple | dict):
-            return args[0][args[1]]
+            picked = args[0][args[1]]
+            return self._widened(replace(picked, data=node)) if isinstance(picked, Value) else picked
         if not _tensors(val):
             return self._number(node, args, kwargs)
         call = Call(name, node.target, args, kwargs)
@@ -208,8 +209,7 @@ class Analyst:
                 )
             state = gates.state if bool((ids > TOP).any()) else State.CLEAN
             results.append(self._value(node, ids, state, one))
-        results = [self._widened(r) for r in results]
-        return results[0] if isinstance(val, Tensor) else results
+        return self._widened(results[0]) if isinstance(val, Tensor) else results
 
     def _widened(self, value: Value) -> Value:
         if value.gated and self.table.too_large(value.ids):
@@ -277,7 +277,8 @@ class Analyst:
         val = node.meta["val"]
         if isinstance(val, int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool):
             self.analysis.steps[node] = Step(args, kwargs, None)
-            return concrete(val)
+            value = concrete(val)
+            return value if isinstance(value, bool) else Ratio(value, node) if isinstance(value, float) else Size(value, node)
         raise ConversionError(f"{operator_name(node)} gives neither tensors nor a size", where=node.meta.get("line") or node.name)
 
     # layers

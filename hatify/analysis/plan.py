@@ -14,6 +14,28 @@ HAT, ROW_LOCKED, TASK_INDEXED, FROZEN = "hat", "row-locked", "task-indexed", "fr
 RUNGS = (HAT, ROW_LOCKED, TASK_INDEXED, FROZEN)
 
 
+class Size(int):
+    """A size at the example's inputs that remembers the node which computes it."""
+
+    node: fx.Node
+
+    def __new__(cls, value: int, node: fx.Node) -> Size:
+        size = super().__new__(cls, value)
+        size.node = node
+        return size
+
+
+class Ratio(float):
+    """The same for a floating-point number computed from sizes."""
+
+    node: fx.Node
+
+    def __new__(cls, value: float, node: fx.Node) -> Ratio:
+        ratio = super().__new__(cls, value)
+        ratio.node = node
+        return ratio
+
+
 @dataclass(frozen=True, eq=False)
 class Masked:
     """The handle of a materialised value: dead positions of ``value`` become ``fill``, live ones are multiplied if ``soft``."""

@@ -100,7 +100,11 @@ def _swap(temporary: Path, target: Path) -> None:
         if old.exists() and not target.exists():
             old.rename(target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:  # interrupted, with the new one in place: the old one must not stay beside it
+        shutil.rmtree(old, ignore_errors=True)
+        raise
 
 
 def _flush(file: Path) -> None:

@@ -104,7 +104,7 @@ def load(path: str | os.PathLike[str], *, factory: Callable[[], nn.Module] | Non
             model,
             tasks=settings["classes"] or settings["tasks"],
             example_inputs=_example_inputs(directory, config["example_inputs"]),
-            config=_hat_config(settings),
+            config=_hat_config(directory, settings["config"]),
             heads=settings["heads"],
             locking=settings["locking"],
             verify=False,
@@ -174,8 +174,20 @@ def _input_name(index: int) -> str:
     return f"input_{index}"
 
 
-def _hat_config(settings: dict[str, Any]) -> Any:
-    return settings.get("config")
+def _hat_config(directory: Path, stored: dict[str, Any] | None) -> Any:
+    if stored is None:
+        return None
+    from ..modules import HATConfig
+
+    try:
+        return HATConfig(**stored)
+    except (TypeError, HatifyError) as error:
+        raise ArtifactError(
+            "a field of the configuration is wrong",
+            where=f"{directory / CONFIG}: settings.config",
+            why=str(error),
+            fix="convert and save again",
+        ) from error
 
 
 def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:

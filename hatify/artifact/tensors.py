@@ -52,7 +52,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
     try:
         save_file(stored, path, metadata={"format": "pt", _ALIASES: json.dumps(aliases)})
     except SafetensorError as error:  # the writer's own wrapping of errors of the file system
-        raise ArtifactError("the weights could not be written", where=path.name, why=str(error)) from error
+        raise ArtifactError(
+            "the tensors could not be written",
+            where=path.name,
+            why=f"{error}; nothing was left there",
+            fix="free some space, or give another directory",
+        ) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

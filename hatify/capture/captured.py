@@ -44,7 +44,7 @@ class Captured:
     ``call_module`` of leaves, ``call_function`` of functional ATen operators and of integer arithmetic on sizes.
 
     ``node.meta`` holds ``val`` (fake tensors or integers), ``scope`` (module path) and ``line`` (source line).
-    ``writes`` are buffers with the node whose value they take at the end. ``constants`` are tensors that no module holds.
+    ``eval_only`` says that train mode could not be captured. ``writes`` are buffers with the node whose value they take at the end. ``constants`` are tensors that no module holds.
     """
 
     graph: fx.Graph
@@ -56,6 +56,7 @@ class Captured:
     fixed_sizes: list[FixedSize] = field(default_factory=list)
     guards: list[ShapeGuard] = field(default_factory=list)
     leaves: dict[str, torch.nn.Module] = field(default_factory=dict)
+    eval_only: bool = False
 
 
 @dataclass(frozen=True)

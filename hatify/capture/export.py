@@ -23,6 +23,12 @@ from hatify.errors import CaptureError
 DROPPED = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "sym_constrain_range", "_assert_async"}
 
 
+class _Seen:
+    """The output's structure; an object of its own, since the exporter undoes assignments to modules."""
+
+    structure: Any = None
+
+
 class _Flat(nn.Module):
     """The model with tensors in and tensors out, whatever its own structures are."""
 
@@ -30,11 +36,11 @@ class _Flat(nn.Module):
         super().__init__()
         self.root = root
         self.signature = signature
-        self.structure = None
+        self.seen = _Seen()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.signature.rebuild(list(tensors))
-        out, self.structure = flatten(self.root(*args, **kwargs))
+        out, self.seen.structure = flatten(self.root(*args, **kwargs))
         return tuple(out)
 
 
@@ -58,7 +64,7 @@ def export_mode(model: nn.Module, signature: Signature, inputs: list[Tensor], tr
             with _quiet():
                 program = program.run_decompositions({})
             make_functional(program)
-        captured = _read(program, signature, flat.structure, inputs)
+        captured = _read(program, signature, flat.seen.structure, inputs)
     finally:
         clear_calls()
     captured.leaves = leaves
@@ -73,9 +79,7 @@ def _export(flat: _Flat, inputs: list[Tensor], model: nn.Module) -> tuple[Export
         except Exception as error:
             first = error
         try:  # code that needs actual sizes (a loop over them, a cache keyed on them)
-            fresh = {d: None for d in range(1)}
             shapes = tuple({0: Dim.AUTO, **{d: None for d in range(1, t.dim())}} if t.dim() else {} for t in inputs)
-            del fresh
             return torch.export.export(flat, tuple(inputs), dynamic_shapes=(shapes,), strict=False), None
         except Exception:
             raise _explain(first, model) from first

@@ -30,7 +30,7 @@ def capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Capt
         trained = _capture_open_batch(model, signature, inputs, training=True)
     except CaptureError as error:
         notes.append(f"train mode cannot be traced ({error.where}); training uses the eval graph only on request\n{error}")
-        evaluated.graph.__dict__["_hatify_eval_only"] = True
+        evaluated.eval_only = True
         return evaluated, None, notes
     if _merge(evaluated, trained):
         return evaluated, None, notes

@@ -129,6 +129,8 @@ def _leaf_on_fakes(inputs: list[Tensor], sizes: list[int], key: str) -> list[Ten
     named = [*call.twin.named_parameters(remove_duplicate=False), *call.twin.named_buffers(remove_duplicate=False)]
     state = {n: t if isinstance(t, FakeTensor) else mode.from_tensor(t, static_shapes=True) for n, t in named}
     args, kwargs = arguments(call, list(inputs), list(sizes))
+    if hasattr(call.twin, "_flat_weights_names"):  # recurrent layers read their weights from a list of their own
+        call.twin.__dict__["_flat_weights"] = [state.get(n) for n in call.twin._flat_weights_names]
     with torch.random.fork_rng(devices=[]):
         out = torch.func.functional_call(call.twin, state, args, kwargs)
     flat, call.out = pytree.tree_flatten(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -44,5 +45,8 @@ def _options(
 
 def main() -> None:
     """Entry point of the console script."""
-    with failures(debug=False):  # what is raised outside the commands, such as Ctrl-C while they are imported
-        app()
+    try:
+        with failures(debug=False):  # what is raised outside the commands, such as a closed pipe under --help
+            app()
+    except typer.Exit as error:
+        sys.exit(error.exit_code)

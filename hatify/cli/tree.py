@@ -17,12 +17,12 @@ class Branch:
     count: int = 1
 
     def likeness(self) -> Any:
-        """Equal for branches that may be shown as one: all but the numbers of parameters."""
+        """Equal for branches that may be shown as one: all but order and numbers of parameters."""
         own = tuple(
             tuple(str(entry.get(key)) for key in ("was", "became", "rung", "reason"))
             for entry in self.entries
         )
-        return own, tuple((name, child.count, child.likeness()) for name, child in self.children.items())
+        return own, tuple((name, child.count, child.likeness()) for name, child in sorted(self.children.items()))
 
 
 def grow(layers: list[dict[str, Any]]) -> Branch:

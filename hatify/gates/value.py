@@ -99,7 +99,7 @@ def compress(ids: Tensor, adopt: bool = True) -> tuple[Tensor, bool]:
     """``ids`` with size 1 along each dimension where all are alike, and whether a CONST position adopted a gate.
 
     With ``adopt``, a CONST position takes the gate that the others have along a dimension (a class token takes the gates of
-    the patches), since CONST may take on any gate.
+    the patches), since CONST may take on any gate. ``ids`` may be floating point (movement runs on float64); the result is int64.
     """
     adopted = False
     for dim in range(ids.dim()):
@@ -111,10 +111,10 @@ def compress(ids: Tensor, adopt: bool = True) -> tuple[Tensor, bool]:
         first = ids.narrow(dim, 0, 1)
         if bool((ids == first).all()):
             ids = first
-        elif adopt:
+        elif adopt and bool((ids == CONST).any()):
             high = ids.amax(dim, keepdim=True)
             fits = (ids == high) | (ids == CONST)
             if bool(fits.all()):
                 adopted = adopted or bool(((ids != high) & (high > TOP)).any())
                 ids = high
-    return ids.contiguous(), adopted
+    return ids.to(torch.int64).contiguous(), adopted

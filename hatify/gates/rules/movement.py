@@ -83,11 +83,11 @@ def _moved(call: Call, pad_value: bool = False) -> list[tuple[Tensor, bool]] | N
     def pick(value: Value) -> Tensor:
         if is_index(call, value):
             return value.known if value.known is not None else torch.zeros(value.shape, dtype=value.dtype)
-        return value.full().to(torch.float64)
+        return value.ids.to(torch.float64).expand(value.shape)  # expanded last: views keep the stride 0
 
     out = move_tensor(call, pick)
     results = list(out) if isinstance(out, list | tuple) else [out]
-    return [compress(r.to(torch.int64)) for r in results]
+    return [compress(r) for r in results]
 
 
 def _index_is_blind_safe(call: Call, subject: Value) -> bool:

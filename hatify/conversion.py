@@ -1,0 +1,209 @@
+"""The story on one page: capture, analyse, rewrite, verify."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from hatify.analysis import Analysis, analyse
+from hatify.capture import Captured, capture
+from hatify.capture.tree import copy_tree
+from hatify.errors import ConversionError
+from hatify.gates import compile_gates
+from hatify.model import Facts, HATModel, Sizes
+from hatify.modules import HATConfig
+from hatify.report import make_report
+from hatify.rewrite import Surgery, rewrite_graph
+from hatify.rewrite.scope import scoped
+from hatify.sources import find_example_inputs
+
+HEADS = ("task-indexed", "hat")
+LOCKING = ("exact", "paper")
+Progress = Callable[[str], None]
+
+
+def convert(
+    model: nn.Module,
+    tasks: int | Sequence[int | None] = 10,
+    *,
+    example_inputs: Any = None,
+    config: HATConfig | None = None,
+    heads: str = "task-indexed",
+    locking: str = "exact",
+    inplace: bool = False,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> HATModel:
+    """Turns any trained network into one that learns ``tasks`` tasks, one after another, without forgetting.
+
+    Args:
+        model: any ``nn.Module``; neither run nor changed.
+        tasks: how many tasks, or the class count of each (None keeps the original's).
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keywords; found by itself for models of
+            timm, torchvision and transformers.
+        config: masks' initialisation and scale; its ``num_tasks`` is replaced by ``tasks``.
+        heads: ``task-indexed`` (one output layer per task) or ``hat`` (shared and masked, as in the paper's figure 1).
+        locking: ``exact`` (a weight is locked iff one finished task has its output and its input live) or ``paper`` (equation 2).
+        inplace: take the model's weights over instead of copying them; ``model`` must not be used afterwards.
+        verify: prove parity and zero drift on the result, and raise if they do not hold.
+        progress: called with the name of each step as it begins.
+
+    Raises:
+        CaptureError: the model cannot be traced; says the source line.
+        ConversionError: options that make no sense, or a layer that no rung of the ladder takes.
+        ExampleInputsError: example inputs are missing, or the model does not take them.
+        VerificationError: a promise does not hold for this model.
+    """
+    config, classes = _settings(model, tasks, config, heads, locking)
+    tell, seconds = progress or (lambda step: None), {}
+    args, kwargs = _example_call(model, example_inputs)
+
+    with _timed("capture", seconds, tell):
+        evaluated, trained, notes = capture(model, args, kwargs)
+    graphs = [g for g in (evaluated, trained) if g is not None]
+    with _timed("analyse", seconds, tell):
+        analysis = analyse(graphs, model, heads)
+        if classes is not None and any(c is not None for c in classes):
+            _check_classes(analysis)
+    with _timed("rewrite", seconds, tell):
+        hat = _rewrite(model, graphs, analysis, config, classes, inplace, dict(heads=heads, locking=locking))
+    hat.report = make_report(hat, analysis, graphs, notes, seconds)
+    if verify:
+        from hatify.verification import prove
+
+        with _timed("verify", seconds, tell):
+            hat.verification = prove(hat, None if inplace else model)
+        hat.report.seconds = dict(seconds)
+    return hat
+
+
+def _settings(model: nn.Module, tasks: Any, config: HATConfig | None, heads: str, locking: str):
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"convert takes a torch.nn.Module, not {type(model).__name__}", fix="hatify.convert(timm.create_model('resnet18'))")
+    if isinstance(model, HATModel):
+        raise ConversionError("this model is converted already", fix="hat.add_tasks(n) for more tasks")
+    if heads not in HEADS or locking not in LOCKING:
+        raise ConversionError(f"heads is one of {HEADS} and locking one of {LOCKING}, not {heads!r} and {locking!r}", fix="heads='task-indexed'")
+    classes: list[int | None] | None = None
+    if isinstance(tasks, Sequence) and not isinstance(tasks, str):
+        classes = list(tasks)
+        tasks = len(classes)
+    bad = isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 1
+    bad = bad or any(c is not None and (isinstance(c, bool) or not isinstance(c, int) or c < 1) for c in classes or ())
+    if bad:
+        raise ConversionError(
+            f"tasks must be a positive count or a list of positive class counts, not {classes or tasks!r}",
+            fix="hatify.convert(model, tasks=10) or hatify.convert(model, tasks=[2, 2, 3])",
+        )
+    return replace(config or HATConfig(), num_tasks=tasks), classes
+
+
+def _example_call(model: nn.Module, example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    if example_inputs is None:
+        return find_example_inputs(model)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, dict):
+        return _dict_call(model, example_inputs)
+    return (example_inputs,), {}
+
+
+def _dict_call(model: nn.Module, given: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A dict is keywords; where forward takes no such keywords but one argument, it is that argument."""
+    import inspect
+
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if not open_ended and names and not set(given) <= set(names) and len([p for p in parameters if p.default is p.empty]) == 1:
+        return (given,), {}
+    return (), dict(given)
+
+
+def _check_classes(analysis: Analysis) -> None:
+    heads = [p.path for p in analysis.layers.values() if p.role == "head"]
+    if not any(path in analysis.class_heads for path in heads):
+        raise ConversionError(
+            "class counts need an output layer whose classes reach the output untouched",
+            where=", ".join(heads) or "no task-indexed output layer",
+            fix="hatify.convert(model, tasks=3) without class counts",
+        )
+
+
+def _rewrite(model, graphs: list[Captured], analysis: Analysis, config: HATConfig, classes, inplace: bool, options: dict) -> HATModel:
+    keys = list(model.state_dict().keys())
+    names = [n for n, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))]
+    reference = on_meta(model)
+    root = scoped(model if inplace else own_copy(model))
+    surgery = Surgery(root, analysis, config, classes)
+    surgery.operate()
+    rewritten: list[fx.Graph] = [rewrite_graph(g, analysis, surgery) for g in graphs]
+    indexed = [n for n, p in analysis.parameters.items() if p.role == "task-indexed"]
+    facts = Facts(
+        config=config,
+        settings={"tasks": config.num_tasks, "classes": classes, **options, "config": asdict(config)},
+        signature=graphs[0].signature,
+        inputs=[t.detach() for t in graphs[0].inputs],
+        output=graphs[0].output,
+        train_output=graphs[-1].output,
+        check_sizes=Sizes(graphs),
+        room=surgery.room,
+        masker_paths=surgery.masker_paths,
+        program=compile_gates(analysis.table, analysis.sizes),
+        uses=analysis.uses,
+        indexed=indexed,
+        indexed_buffers=sorted(analysis.buffers),
+        original_keys=keys,
+        original_names=names,
+        reference=reference,
+        analysis=analysis,
+        can_train=not graphs[0].eval_only,
+    )
+    return HATModel(root, rewritten[0], rewritten[1] if len(rewritten) > 1 else None, facts)
+
+
+def own_copy(model: nn.Module) -> nn.Module:
+    """A deep copy, weights included, also of models that hold computed tensors."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.grad = None
+    return copied
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """The model's code without its weights: a copy of the tree with every tensor on the meta device."""
+    tree = copy_tree(model)
+    for module in tree.modules():
+        for shelf in (module._parameters, module._buffers):
+            for name, tensor in shelf.items():
+                if tensor is not None:
+                    empty = torch.empty_like(tensor, device="meta")
+                    shelf[name] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return tree
+
+
+class _timed:
+    """Announces a step and keeps its seconds."""
+
+    def __init__(self, step: str, seconds: dict[str, float], tell: Progress) -> None:
+        self.step, self.seconds, self.tell = step, seconds, tell
+
+    def __enter__(self) -> None:
+        self.tell(self.step)
+        self.start = time.perf_counter()
+
+    def __exit__(self, *exc: Any) -> None:
+        self.seconds[self.step] = time.perf_counter() - self.start

@@ -1,0 +1,357 @@
+"""The converted network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from hatify.capture import Captured
+from hatify.calling import Signature, Structure, unflatten
+from hatify.errors import CallError, ConversionError, HatifyError, TaskError
+from hatify.gates import Use, evaluate, locked
+from hatify.modules import HATConfig, HATPayload, Masker, TaskContext, TaskIndexed, TaskIndexedParameter
+from hatify.rewrite.graph import readable
+from hatify.rewrite.scope import Scope
+
+
+class Facts:
+    """What a HAT model knows of its making; immutable, shared by its copies.
+
+    ``uses`` are the uses of every shared parameter, ``masker_paths`` where each masker lives, ``original_keys`` the keys of the
+    original's state dict in order, ``reference`` the original's tree on the meta device (its code, without its weights).
+    """
+
+    def __init__(self, **facts: Any) -> None:
+        self.__dict__.update(facts)
+
+    def __deepcopy__(self, memo: dict) -> Facts:
+        return self
+
+
+class HATModel(fx.GraphModule):
+    """A network that learns one task after another.
+
+    Calls: ``hat(x)`` (no task: exactly the original), ``hat(x, task=3)``, ``hat(x, task=3, mask_scale=20.0)``,
+    ``hat(HATPayload(x, task_id=3))`` (gives a payload), or ``hat.active_task = 3`` for all calls that name none. Inputs are
+    those of the original, in any spelling; so are outputs.
+
+    Without a task the weights are the shared ones: equal to the original until a task has been trained.
+    """
+
+    def __init__(self, root: Scope, graph: fx.Graph, train_graph: fx.Graph | None, facts: Facts) -> None:
+        self.__dict__["_facts"] = facts
+        self.__dict__["train_graph"] = train_graph
+        super().__init__(root, graph, class_name="HATModel")
+        for shelf in ("_parameters", "_buffers", "_modules"):
+            # fx keeps only what the graph names; unused and aliased entries belong to the state dict too, in order
+            self.__dict__[shelf] = dict(root.__dict__[shelf])
+        self._non_persistent_buffers_set = set(root._non_persistent_buffers_set)
+        self.training = root.training
+        self._active_task: int | None = None
+        self.report = None
+        self.verification = None
+        self.source = None
+
+    # calling
+
+    def recompile(self) -> Any:
+        code = super().recompile()
+        cls = type(self)
+        cls._evaluate = cls.forward
+        cls._train = cls.forward
+        if self.train_graph is not None:
+            cls._train = type(fx.GraphModule(self, self.train_graph)).forward
+        cls.forward = _forward
+        return code
+
+    def run(self, tensors: list[Tensor], task: TaskContext | None) -> tuple[Tensor, ...]:
+        """The generated code on flat inputs: the train graph in train mode, where the modes differ."""
+        generated = type(self)._train if self.training else type(self)._evaluate
+        return generated(self, *tensors, task)
+
+    def context(self, task: int | None, mask_scale: float | None = None) -> TaskContext | None:
+        """The context of one forward pass; None without a task.
+
+        A finished task's masks are binary whatever the scale; so are those of a task that is given no scale in eval mode. In train mode the
+        default is ``config.max_mask_scale``.
+
+        Raises:
+            TaskError: no such task, or a scale that is not positive.
+        """
+        if task is None:
+            if mask_scale is not None:
+                raise TaskError("a mask scale needs a task", fix="hat(x, task=0, mask_scale=20.0)")
+            return None
+        task = self.checked_task(task)
+        if mask_scale is not None and not mask_scale > 0:
+            raise TaskError(f"mask_scale must be positive, not {mask_scale!r}", fix="hat(x, task=0, mask_scale=20.0)")
+        if task in self.finished_tasks:
+            mask_scale = None
+        elif mask_scale is None and self.training:
+            mask_scale = self.config.max_mask_scale
+        maskers = self.maskers
+        return TaskContext(task, mask_scale, lambda name: maskers[name](task, mask_scale), hard=mask_scale is None)
+
+    def checked_task(self, task: Any) -> int:
+        """``task`` as an integer in range.
+
+        Raises:
+            TaskError: it is not.
+        """
+        if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < self.config.num_tasks:
+            raise TaskError(
+                f"no task {task!r}", why=f"the model has the tasks 0 to {self.config.num_tasks - 1}", fix="hat(x, task=0)"
+            )
+        return task
+
+    @property
+    def active_task(self) -> int | None:
+        """The task of calls that name none; None is the original network."""
+        return self._active_task
+
+    @active_task.setter
+    def active_task(self, task: int | None) -> None:
+        self._active_task = None if task is None else self.checked_task(task)
+
+    # what it is made of
+
+    @property
+    def config(self) -> HATConfig:
+        return self._facts.config
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was asked of the conversion, as plain data."""
+        return self._facts.settings
+
+    @property
+    def example_inputs(self) -> tuple[tuple, dict[str, Any]]:
+        """The call that the model was captured with: ``(args, kwargs)``."""
+        return self._facts.signature.rebuild(self._facts.inputs)
+
+    @property
+    def signature(self) -> Signature:
+        return self._facts.signature
+
+    @property
+    def room(self) -> Scope:
+        """What the conversion added: maskers, masks, task copies of raw parameters, constants."""
+        return self._modules[self._facts.room]
+
+    @property
+    def maskers(self) -> dict[str, Masker]:
+        """Maskers by name: the path of the layer, or of the weight used by function."""
+        found = self.__dict__.get("_maskers")
+        if found is None:
+            found = {name: self.get_submodule(path) for name, path in self._facts.masker_paths.items()}
+            self.__dict__["_maskers"] = found
+        return found
+
+    @property
+    def finished_tasks(self) -> set[int]:
+        """Tasks whose masks are binary and whose weights are locked."""
+        return self.room.status.finished
+
+    @property
+    def code(self) -> str:
+        """The generated code; of both modes where they differ."""
+        evaluate = readable(super().code, self.graph)
+        if self.train_graph is None:
+            return evaluate
+        train = readable(self.train_graph.python_code("self").src, self.train_graph)
+        return f"# in eval mode\n{evaluate}\n# in train mode\n{train}"
+
+    # locks
+
+    def live(self, ids: Tensor, task: int) -> Tensor:
+        """Which gates are live for the binary mask of ``task``: bool, the shape of ``ids``."""
+        program = self._facts.program(ids)
+        masks = {name: m.live(task).float().cpu() for name, m in self.maskers.items() if name in program.maskers()}
+        return (evaluate(program, masks.__getitem__, {}) > 0).reshape(ids.shape)
+
+    def locks(self, tasks: Any, *, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """For every shared parameter, the elements that ``tasks`` need: bool, the parameter's shape (section 2, locking).
+
+        Args:
+            tasks: the tasks to protect.
+            without: parameters whose locks are left out, for negative controls.
+        """
+        tasks = [self.checked_task(t) for t in tasks]
+        memo: dict[tuple, Tensor] = {}
+        masks = {t: {n: m.live(t).float().cpu() for n, m in self.maskers.items()} for t in tasks}
+        evaluated: dict[int, dict] = {t: {} for t in tasks}
+
+        def live(ids: Tensor, task: int) -> Tensor:
+            key = (ids.data_ptr(), tuple(ids.shape), tuple(ids.stride()), task)
+            if key not in memo:
+                program = self._facts.program(ids)
+                memo[key] = (evaluate(program, masks[task].__getitem__, evaluated[task]) > 0).reshape(ids.shape)
+            return memo[key]
+
+        result = {}
+        for name, uses in self._facts.uses.items():
+            parameter = self.get_parameter(name)
+            total = torch.zeros(parameter.numel(), dtype=torch.bool)
+            if name not in without:
+                for use in uses:
+                    total |= locked(use, parameter.numel(), live, tasks, self.settings["locking"] == "paper")
+            result[name] = total.view(parameter.shape)
+        return result
+
+    # state
+
+    def load_pretrained(self, state_dict: dict[str, Tensor]) -> None:
+        """Loads a checkpoint of the *original* model; task-indexed modules get it in every copy.
+
+        Raises:
+            ConversionError: keys or shapes that are not the original's.
+            TaskError: a task is finished, and its locked weights would be overwritten.
+        """
+        if self.finished_tasks:
+            raise TaskError(
+                f"tasks {sorted(self.finished_tasks)} are finished: loading would overwrite their locked weights",
+                fix="load before training, or convert the loaded model anew",
+            )
+        keys = self._facts.original_keys
+        missing, unexpected = [k for k in keys if k not in state_dict], [k for k in state_dict if k not in set(keys)]
+        own = self.state_dict(keep_vars=True)
+        shapes = [k for k in keys if k in state_dict and k in own and own[k].shape != state_dict[k].shape]
+        if missing or unexpected or shapes:
+            raise ConversionError(
+                "this is no checkpoint of the original model",
+                why=f"missing {missing[:5]}, unexpected {unexpected[:5]}, other shapes {shapes[:5]}",
+                fix="hat.load_pretrained(model.state_dict())",
+            )
+        with torch.no_grad():
+            for key in keys:
+                own[key].copy_(state_dict[key])
+        self.copy_to_tasks(range(self.config.num_tasks))
+
+    def copy_to_tasks(self, tasks: Any) -> None:
+        """Copies the state without a task into the task copies of ``tasks``, where shapes agree (a head of another class count
+        keeps its own)."""
+        with torch.no_grad():
+            for task in tasks:
+                for module in self.modules():
+                    if isinstance(module, TaskIndexed):
+                        mine = {k: v for k, v in module.state_dict(keep_vars=True).items() if not k.startswith("tasks.")}
+                        for key, value in module.tasks[task].state_dict(keep_vars=True).items():
+                            if value.shape == mine[key].shape:
+                                value.copy_(mine[key])
+                for name in (*self._facts.indexed, *self._facts.indexed_buffers):
+                    self.indexed(name).of(task).copy_(_attribute(self, name))
+
+    def indexed(self, name: str) -> TaskIndexedParameter:
+        """The task copies of a raw parameter or buffer, by its original name."""
+        return self.room.indexed.get_submodule(name.replace(".", "_"))
+
+    def task_copies(self) -> list[tuple[list[Tensor], Callable[[int], list[Tensor]]]]:
+        """Everything that has one copy per task: the tensors without a task, and a function from a task to its tensors."""
+        found = []
+        for module in self.modules():
+            if isinstance(module, TaskIndexed):
+                inside = {id(t) for m in module.tasks for t in (*m.parameters(), *m.buffers())}
+                shared = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in inside]
+                found.append((shared, lambda t, m=module: [*m.tasks[t].parameters(), *m.tasks[t].buffers()]))
+        for name in (*self._facts.indexed, *self._facts.indexed_buffers):
+            found.append(([_attribute(self, name)], lambda t, i=self.indexed(name): [i.of(t)]))
+        return found
+
+    @property
+    def can_train(self) -> bool:
+        """Whether train mode was captured too."""
+        return self._facts.can_train
+
+    def original_state(self) -> dict[str, Tensor]:
+        """Parameters and buffers without a task, by the original's names (buffers that are not saved included)."""
+        return {n: _attribute(self, n) for n in self._facts.original_names}
+
+    def __deepcopy__(self, memo: dict) -> HATModel:
+        root = Scope(type(self).__name__)
+        for shelf in ("_parameters", "_buffers", "_modules"):
+            root.__dict__[shelf] = copy.deepcopy(dict(self.__dict__[shelf]), memo)
+        root._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
+        root.training = self.training
+        graphs = [None if g is None else copy.deepcopy(g) for g in (self.graph, self.train_graph)]
+        copied = HATModel(root, *graphs, self._facts)
+        for name in ("_active_task", "report", "verification", "source"):
+            copied.__dict__[name] = self.__dict__[name]
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce__(self):
+        raise HatifyError(
+            "a HAT model is not pickled", why="pickling a graph module runs its code when it is loaded", fix="hatify.save(hat, 'directory')"
+        )
+
+
+def _forward(self: HATModel, *args: Any, task: int | None = None, mask_scale: float | None = None, **kwargs: Any) -> Any:
+    """``hat(*inputs, task=None, mask_scale=None)``; see :class:`HATModel`."""
+    payload = next((a for a in (*args, *kwargs.values()) if isinstance(a, HATPayload)), None)
+    if payload is not None:
+        if task is not None or mask_scale is not None:
+            raise CallError("a payload brings its own task and scale", fix="hat(HATPayload(x, task_id=3, mask_scale=20.0))")
+        task, mask_scale = payload.task_id, payload.mask_scale
+        args = tuple(a.data if isinstance(a, HATPayload) else a for a in args)
+        kwargs = {k: a.data if isinstance(a, HATPayload) else a for k, a in kwargs.items()}
+    elif task is None:
+        task = self._active_task
+    tensors = self._facts.signature.bind(args, kwargs)
+    self._facts.check_sizes(tensors)
+    context = self.context(task, mask_scale if task is not None or payload is None else None)
+    structure = self._facts.train_output if self.training else self._facts.output
+    out = unflatten(list(self.run(tensors, context)), structure)
+    return HATPayload(out, task_id=task, mask_scale=mask_scale) if payload is not None else out
+
+
+class Sizes:
+    """The sizes that a capture fixed, checked once per combination of input shapes."""
+
+    def __init__(self, captures: list[Captured]) -> None:
+        self.names = captures[0].signature.names
+        self.fixed = {(f.input, f.dim): f.size for c in captures for f in c.fixed_sizes}
+        self.guards = [g for c in captures for g in c.guards]
+        self.example = captures[0].inputs
+        self.seen: set[tuple] = set()
+
+    def __call__(self, tensors: list[Tensor]) -> None:
+        key = tuple((t.shape, t.dtype) for t in tensors)
+        if key in self.seen:
+            return
+        for name, tensor, example in zip(self.names, tensors, self.example):
+            if tensor.dim() != example.dim():
+                raise _refused(name, f"it has {tensor.dim()} dimensions, captured were {example.dim()}", tensor)
+            if tensor.dtype.is_floating_point != example.dtype.is_floating_point:
+                raise _refused(name, f"it is {tensor.dtype}, captured was {example.dtype}", tensor)
+            for dim, size in enumerate(tensor.shape):
+                fixed = self.fixed.get((name, dim), size)
+                if fixed != size:
+                    raise _refused(name, f"dimension {dim} is {size}; the capture fixed it at {fixed}", tensor)
+        for guard in self.guards:
+            if not guard.holds(tensors):
+                raise CallError(
+                    "the model takes another path for inputs of these sizes",
+                    where=guard.line,
+                    why=f"the capture assumed {guard.text}",
+                    fix="convert again with example_inputs of the sizes that you need",
+                )
+        self.seen.add(key)
+
+
+def _refused(name: str, why: str, tensor: Tensor) -> CallError:
+    shape = ", ".join(str(s) for s in tensor.shape)
+    return CallError(
+        f"the input {name} does not fit the capture", where=name, why=why, fix=f"hatify.convert(model, example_inputs=torch.randn({shape}))"
+    )
+
+
+def _attribute(module: nn.Module, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    return getattr(module.get_submodule(owner), attribute)
+
+
+__all__ = ["Facts", "HATModel", "Sizes", "Structure", "Use"]

@@ -1,0 +1,171 @@
+"""Layers become HAT layers, norms become task-indexed, maskers and masks find their places."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hatify.analysis import Analysis, LayerPlan
+from hatify.analysis.analyst import channels_of
+from hatify.errors import ConversionError
+from hatify.gates import Program, compile_gates
+from hatify.modules import HATConfig, HATLayer, LiveMask, Mask, Masker, TaskIndexed, TaskIndexedParameter, hat_class
+from hatify.modules.task_indexed import make_task_indexed
+from hatify.registry import describe
+from hatify.rewrite.scope import Scope
+
+
+class Status(nn.Module):
+    """Which tasks are finished; part of the state dict."""
+
+    def __init__(self, tasks: int) -> None:
+        super().__init__()
+        self.tasks = tasks
+        self.finished: set[int] = set()
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([t in self.finished for t in range(self.tasks)], dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.finished = {t for t, done in enumerate(state.tolist()) if done}
+
+
+class Surgery:
+    """Carries out an analysis on ``root``, the model's own tree (taken over).
+
+    What is new lives under ``root.<room>`` (``hat``, or ``hat_`` if the model has such a name): ``maskers`` of weights used by
+    function, ``masks`` (the mask nodes), ``indexed`` (task copies of raw parameters and buffers), ``constants``.
+
+    Args:
+        classes: class count per task for the heads that follow it, or None to keep the original's.
+    """
+
+    def __init__(self, root: Scope, analysis: Analysis, config: HATConfig, classes: Sequence[int | None] | None) -> None:
+        self.root, self.analysis, self.config, self.classes = root, analysis, config, classes
+        self.room = "hat"
+        while self.room in root._modules or self.room in root._parameters or self.room in root._buffers:
+            self.room += "_"
+        self.hat = Scope("hatify")
+        for name in ("maskers", "masks", "indexed", "constants"):
+            self.hat.add_module(name, Scope(name))
+        self.hat.status = Status(config.num_tasks)
+        self.masker_paths: dict[str, str] = {}
+        self._program = compile_gates(analysis.table, analysis.sizes)
+
+    def operate(self) -> None:
+        """All layers; the graph's own needs (masks, constants) are added while it is rewritten."""
+        done: set[int] = set()
+        for path, plan in self.analysis.layers.items():
+            layer = self.root.get_submodule(path)
+            if id(layer) not in done:
+                done.add(id(layer))
+                self._layer(path, layer, plan)
+        functional = {p.masker: p for p in self.analysis.parameters.values() if p.masker}
+        for masker, size in self.analysis.sizes.items():
+            if masker not in self.masker_paths:
+                name = safe(masker)
+                self.hat.maskers.add_module(name, Masker(size, self.config))
+                self.masker_paths[masker] = f"{self.room}.maskers.{name}"
+        del functional
+        for name, plan in self.analysis.parameters.items():
+            if plan.role == "task-indexed":
+                self._indexed(name, buffer=False)
+        for name in sorted(self.analysis.buffers):
+            self._indexed(name, buffer=True)
+        self.root.add_module(self.room, self.hat)
+        self._fresh_storage()
+
+    def _layer(self, path: str, layer: nn.Module, plan: LayerPlan) -> None:
+        if plan.role in ("hat", "through", "shared-head"):
+            layer.__class__ = hat_class(type(layer))
+            layer.seen = {}
+            layer.masker = Masker(self.analysis.sizes[path], self.config) if plan.masker == path else None
+            if plan.masker == path:
+                self.masker_paths[path] = f"{path}.masker"
+        elif plan.role in ("head", "norm", "task-indexed"):
+            make_task_indexed(layer, self.config.num_tasks)
+            if plan.role == "head" and self.classes is not None and path in self.analysis.class_heads:
+                self._class_counts(path, layer)
+
+    def _class_counts(self, path: str, head: TaskIndexed) -> None:
+        """Copies of a head with each task's class count; a copy of another size starts from the layer's own initialiser."""
+        meaning = describe_base(head)
+        attribute = next((a for a in ("out_features", "out_channels") if hasattr(head, a)), None)
+        _, outputs = channels_of(head, meaning)
+        for copied, count in zip(head.tasks, self.classes):
+            if count is None or count == outputs:
+                continue
+            if attribute is None or meaning.groups > 1 or not hasattr(copied, "reset_parameters"):
+                raise ConversionError(
+                    f"the head {path} cannot take another class count",
+                    why=f"{type(copied).__name__} has no out_features or out_channels to change",
+                    fix="hatify.convert(model, tasks=3) without class counts",
+                )
+            setattr(copied, attribute, count)
+            weight = copied.get_parameter(meaning.weight)
+            shape = list(weight.shape)
+            shape[1 if meaning.transposed else 0] = count
+            copied.weight = nn.Parameter(weight.new_empty(shape), weight.requires_grad)
+            if getattr(copied, "bias", None) is not None:
+                copied.bias = nn.Parameter(weight.new_empty(count), weight.requires_grad)
+            copied.reset_parameters()
+
+    def _indexed(self, name: str, buffer: bool) -> None:
+        owner, _, attribute = name.rpartition(".")
+        value = getattr(self.root.get_submodule(owner), attribute)
+        self.hat.indexed.add_module(safe(name), TaskIndexedParameter(value, self.config, shared=False, buffer=buffer))
+
+    def _fresh_storage(self) -> None:
+        """Every copy owns its memory: expanded or shared storage would let one task write into another."""
+        seen: dict[int, str] = {}
+        for name, tensor in self.root.named_parameters():
+            if ".tasks." not in name or tensor.is_meta:
+                continue
+            key = tensor.untyped_storage().data_ptr()
+            if key and key in seen:
+                tensor.data = tensor.data.clone()
+            seen[key] = name
+
+    def program(self, ids: Tensor) -> Program:
+        """The gate program of a value's ids."""
+        return self._program(ids)
+
+    def add_mask(self, name: str, ids: Tensor, soft: bool, fill: float) -> str:
+        """A mask node's module; returns its path."""
+        words = self.analysis.table.describe(ids)
+        return self._add_to("masks", name, Mask(self.program(ids), tuple(ids.shape), soft, fill, words))
+
+    def add_live(self, name: str, ids: Tensor) -> str:
+        """A live mask for a norm; returns its path."""
+        return self._add_to("masks", name, LiveMask(self.program(ids), tuple(ids.shape), self.analysis.table.describe(ids)))
+
+    def add_constant(self, name: str, value: Tensor) -> str:
+        """A tensor of the graph that no module holds; returns its path."""
+        if name not in self.hat.constants._buffers:
+            self.hat.constants.register_buffer(name, value.clone(), persistent=False)
+        return f"{self.room}.constants.{name}"
+
+    def _add_to(self, shelf: str, name: str, module: nn.Module) -> str:
+        scope = getattr(self.hat, shelf)
+        unique, number = safe(name), 1
+        while unique in scope._modules:
+            unique, number = f"{safe(name)}_{number}", number + 1
+        scope.add_module(unique, module)
+        return f"{self.room}.{shelf}.{unique}"
+
+
+def describe_base(layer: nn.Module):
+    """The description of a layer that has already been raised."""
+    if isinstance(layer, TaskIndexed | HATLayer):
+        plain = copy.copy(layer)
+        plain.__class__ = type(layer).__mro__[2]
+        return describe(plain)
+    return describe(layer)
+
+
+def safe(name: str) -> str:
+    """A path as a module name."""
+    return name.replace(".", "_")

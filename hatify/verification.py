@@ -1,0 +1,378 @@
+"""The proof: parity with the original, and zero drift under replacing every unlocked weight by noise."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hatify.capture.tree import copy_tree
+from hatify.errors import HatifyError
+from hatify.model import HATModel
+from hatify.modules import TaskContext
+
+
+class VerificationError(HatifyError):
+    """A promise does not hold for this model."""
+
+
+@dataclass
+class VerificationReport:
+    """What was measured. Differences are the largest absolute ones; 0.0 means equal to the last bit.
+
+    ``parity`` and ``parity_train``: without a task against the original's own code, in eval and in train mode (same seed, dropout on,
+    statistics compared too); ``parity_train`` is None where train mode could not be captured. ``gradients``: whether all gradients of
+    the train step are equal to the bit. ``drift``: a finished task's outputs before and after all that is not locked was replaced
+    by noise. ``control``: the same with the locks taken away, which must not be zero, or the check was blind (None for a model
+    that shares no weights). ``batch_sizes``: those it was tried at.
+    """
+
+    parity: float
+    parity_train: float | None
+    gradients: bool | None
+    drift: float
+    control: float | None
+    batch_sizes: list[int]
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every promise held."""
+        parity = self.parity == 0.0 and self.parity_train in (0.0, None) and self.gradients is not False
+        return parity and self.drift == 0.0 and self.control != 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ok": self.ok}
+
+
+def verify(
+    hat: HATModel, *, without_locks: Sequence[str] = (), without_masks: Sequence[str] = (), seed: int = 0
+) -> VerificationReport:
+    """Runs the proof on a HAT model, whose weights, statistics and modes are as before afterwards.
+
+    Parity compares with the original's code run on the model's own weights without a task, so it also holds after training.
+
+    Args:
+        without_locks: parameters whose locks are left out: a negative control, which must find drift.
+        without_masks: mask nodes (names in ``hat.hat.masks``) that are left out: likewise.
+        seed: of masks, noise and dropout.
+    """
+    with _kept(hat, {}):
+        return _measure(hat, without_locks, without_masks, seed)
+
+
+def prove(hat: HATModel, original: nn.Module | None) -> VerificationReport:
+    """:func:`verify` for a fresh conversion; raises where a promise does not hold. ``original`` saves a backup of its weights.
+
+    Raises:
+        VerificationError: with what differed.
+    """
+    held = {} if original is None else {**dict(original.named_parameters()), **dict(original.named_buffers())}
+    with _kept(hat, held):
+        report = _measure(hat, (), (), 0)
+    if not report.ok:
+        raise VerificationError(
+            "a promise does not hold for this model",
+            where=type(hat._facts.reference).__name__,
+            why=f"parity {report.parity}, in train mode {report.parity_train}, gradients equal: {report.gradients}, drift {report.drift}, "
+            f"control {report.control}" + "".join(f"; {note}" for note in report.notes),
+            fix="hatify.convert(..., verify=False) gives the model to look into; please report it",
+        )
+    return report
+
+
+def _measure(hat: HATModel, without_locks: Sequence[str], without_masks: Sequence[str], seed: int) -> VerificationReport:
+    notes: list[str] = []
+    seconds: dict[str, float] = {}
+    batches = list(input_batches(hat, seed))
+    original = original_of(hat)
+    start = time.perf_counter()
+    parity = max((_parity_eval(hat, original, tensors, notes) for tensors in batches), default=0.0)
+    train, gradients = None, None
+    if hat.can_train:
+        train, gradients = _parity_train(hat, original, batches[0], seed)
+    seconds["parity"] = time.perf_counter() - start
+    start = time.perf_counter()
+    drift, control = _drift(hat, batches[:2], without_locks, without_masks, seed, notes)
+    seconds["drift"] = time.perf_counter() - start
+    return VerificationReport(parity, train, gradients, drift, control, [_batch(b) for b in batches], seconds, notes)
+
+
+def original_of(hat: HATModel) -> nn.Module:
+    """The original's own code on the model's weights without a task (shared, not copied)."""
+    tree = copy_tree(hat._facts.reference)
+    state = hat.original_state()
+    for name, tensor in state.items():
+        owner, _, attribute = name.rpartition(".")
+        module = tree.get_submodule(owner)
+        (module._parameters if attribute in module._parameters else module._buffers)[attribute] = tensor
+    for module in tree.modules():
+        if hasattr(module, "_flat_weights_names"):
+            module._flat_weights = [getattr(module, n, None) for n in module._flat_weights_names]
+    return tree
+
+
+def input_batches(hat: HATModel, seed: int = 0) -> Iterator[list[Tensor]]:
+    """The example inputs, and the same model's inputs at another batch size and at one (where the batch is open)."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = hat._facts.inputs
+    yield [t.clone() for t in examples]
+    open_batch = [t for t in examples if t.dim()]
+    if not open_batch:
+        return
+    size = open_batch[0].shape[0]
+    names = hat.signature.names
+    batched = [t.dim() > 0 and t.shape[0] == size and (n, 0) not in hat._facts.check_sizes.fixed for n, t in zip(names, examples)]
+    if not batched[0]:
+        return
+    for other in (size + 1, 1):
+        tensors = []
+        for tensor, moves in zip(examples, batched):
+            if moves:
+                tensor = tensor[torch.arange(other) % size]
+                if tensor.dtype.is_floating_point:
+                    tensor = tensor + 0.1 * torch.randn(tensor.shape, generator=generator).to(tensor)
+            tensors.append(tensor)
+        yield tensors
+
+
+def _batch(tensors: list[Tensor]) -> int:
+    return next((int(t.shape[0]) for t in tensors if t.dim()), 0)
+
+
+def _parity_eval(hat: HATModel, original: nn.Module, tensors: list[Tensor], notes: list[str]) -> float:
+    args, kwargs = hat.signature.rebuild([t.clone() for t in tensors])
+    hat.eval(), original.eval()
+    with _own_buffers(original):
+        try:
+            expected = _flat(original(*args, **kwargs))
+        except Exception as error:
+            if tensors[0].shape == hat._facts.inputs[0].shape:
+                raise
+            notes.append(f"the original itself fails at batch size {_batch(tensors)} ({type(error).__name__}): not compared there")
+            return 0.0
+    args, kwargs = hat.signature.rebuild([t.clone() for t in tensors])
+    with _buffers_kept(hat):
+        return difference(expected, _flat(hat(*args, task=None, **kwargs)))
+
+
+def _parity_train(hat: HATModel, original: nn.Module, tensors: list[Tensor], seed: int) -> tuple[float, bool]:
+    """Outputs, gradients and statistics of one train-mode step."""
+    results = []
+    for model in (original, hat):
+        _mode_of(model, hat)
+        scope = _own_buffers(model) if model is original else _buffers_kept(model)
+        with scope, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            args, kwargs = hat.signature.rebuild([t.clone() for t in tensors])
+            out = _flat(model(*args, **kwargs))
+            digests = _gradients(out, {n: t for n, t in hat.original_state().items() if isinstance(t, nn.Parameter)}, seed)
+            named = dict(model.named_buffers(remove_duplicate=False))
+            state = [named[n].clone() for n, t in hat.original_state().items() if not isinstance(t, nn.Parameter)]
+        results.append(([o.detach() for o in out], digests, state))
+    (expected, wanted, statistics), (got, digests, own) = results
+    return max(difference(expected, got), difference(statistics, own)), wanted == digests
+
+
+def _mode_of(model: nn.Module, hat: HATModel) -> None:
+    model.train()
+
+
+def _gradients(out: list[Tensor], parameters: dict[str, nn.Parameter], seed: int) -> dict[str, int]:
+    """A digest of every gradient, freed as soon as it is there."""
+    generator = torch.Generator().manual_seed(seed)
+    loss = sum((o.float() * torch.randn(o.shape, generator=generator).to(o.device)).sum() for o in out if o.requires_grad)
+    digests: dict[str, int] = {}
+    if not isinstance(loss, Tensor):
+        return digests
+    hooks = []
+    for name, parameter in parameters.items():
+        if parameter.requires_grad:
+
+            def digest(p: Tensor, name: str = name) -> None:
+                grad = p.grad.detach().to_dense() if p.grad.is_sparse else p.grad.detach()
+                digests[name] = zlib.crc32((grad + 0.0).contiguous().view(torch.uint8).cpu().numpy())
+                p.grad = None
+
+            hooks.append(parameter.register_post_accumulate_grad_hook(digest))
+    kept = {n: p.grad for n, p in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None
+    try:
+        loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, parameter in parameters.items():
+            parameter.grad = kept[name]
+    return digests
+
+
+def _drift(hat: HATModel, batches: list[list[Tensor]], without_locks, without_masks, seed: int, notes: list[str]):
+    """Two tasks with random binary masks; all that the first does not lock becomes noise; its outputs are compared."""
+    generator = torch.Generator().manual_seed(seed)
+    task, other = 0, 1 if hat.config.num_tasks > 1 else None
+    with torch.no_grad():
+        for parameter in hat.parameters():  # zero-initialised gains would hide whole branches
+            if parameter.dtype.is_floating_point:
+                parameter.add_(0.1 * _noise(parameter, generator))
+        for masker in hat.maskers.values():
+            for embedding in (masker.embeddings[t] for t in (task, other) if t is not None):
+                embedding.copy_(torch.randn(embedding.shape, generator=generator))
+        before = _outputs(hat, batches, task, seed, without_masks)
+        if not all(torch.isfinite(o).all() for o in before if o.dtype.is_floating_point):
+            notes.append("outputs are not finite under random weights: drift means little")
+        locks = hat.locks([task], without=tuple(without_locks))
+        own = _of_task(hat, task)
+        aliases = {id(p): n for n, p in hat.named_parameters(remove_duplicate=False) if n in locks}
+        for parameter in hat.parameters():
+            if id(parameter) in own or not parameter.dtype.is_floating_point:
+                continue
+            noise = _noise(parameter, generator)
+            name = aliases.get(id(parameter))
+            parameter.copy_(noise if name is None else torch.where(locks[name].to(parameter.device), parameter, noise))
+        for buffer in _copied_buffers(hat):
+            if id(buffer) not in own and buffer.dtype.is_floating_point:
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+        drift = difference(before, _outputs(hat, batches, task, seed, without_masks))
+        if not any(bool(lock.any()) for lock in hat.locks([task]).values()):
+            return drift, None
+        for name in locks:
+            parameter = hat.get_parameter(name)
+            parameter.copy_(_noise(parameter, generator))
+        control = difference(before, _outputs(hat, batches, task, seed, without_masks))
+    return drift, control
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise as large as the weights it replaces."""
+    scale = float(like.float().std()) if like.numel() > 1 else float(like.float().abs().max()) if like.numel() else 0.0
+    scale = scale if scale > 1e-3 else 0.5
+    return (scale * torch.randn(like.shape, generator=generator)).to(like)
+
+
+def _outputs(hat: HATModel, batches: list[list[Tensor]], task: int, seed: int, without_masks: Sequence[str]) -> list[Tensor]:
+    """Outputs of a task with binary masks, in eval mode and, where the modes have graphs of their own, in train mode."""
+    maskers = hat.maskers
+    out: list[Tensor] = []
+    modes = [False, True] if hat.train_graph is not None else [False]
+    with _without(hat, without_masks):
+        for training in modes:
+            hat.train(training)
+            for tensors in batches:
+                context = TaskContext(task, None, lambda name: maskers[name](task, None), hard=True)
+                with _buffers_kept(hat), torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed)
+                    out += [o.detach().clone() for o in hat.run([t.clone() for t in tensors], context)]
+    return out
+
+
+@contextlib.contextmanager
+def _without(hat: HATModel, names: Sequence[str]) -> Iterator[None]:
+    masks = hat.room.masks
+    removed = {name: masks._modules[name] for name in names}
+    for name in names:
+        masks._modules[name] = _Unmasked()
+    try:
+        yield
+    finally:
+        masks._modules.update(removed)
+
+
+class _Unmasked(nn.Module):
+    def forward(self, x: Tensor, task: TaskContext | None = None) -> Tensor:
+        return x
+
+
+def _of_task(hat: HATModel, task: int) -> set[int]:
+    """Ids of the tensors that belong to one task alone."""
+    own: set[int] = set()
+    for masker in hat.maskers.values():
+        own.add(id(masker.embeddings[task]))
+    for module, copies in hat.task_copies():
+        own.update(id(t) for t in copies(task))
+        del module
+    return own
+
+
+def _copied_buffers(hat: HATModel) -> list[Tensor]:
+    """Buffers of task-indexed modules: the one without a task and those of every task."""
+    found: list[Tensor] = []
+    for module, copies in hat.task_copies():
+        found += [b for b in module if not isinstance(b, nn.Parameter)]
+        for task in range(hat.config.num_tasks):
+            found += [b for b in copies(task) if not isinstance(b, nn.Parameter)]
+    return found
+
+
+def difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    """The largest absolute difference; infinity where shapes, types or the places of NaN differ."""
+    if len(expected) != len(got):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(expected, got):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return float("inf")
+        if torch.equal(a, b):
+            continue
+        if a.dtype.is_floating_point or a.dtype.is_complex:
+            same = (a == b) | (torch.isnan(a) & torch.isnan(b))
+            gap = torch.where(same, torch.zeros((), dtype=a.dtype), (a - b)).abs().max().item()
+            worst = max(worst, gap if gap == gap else float("inf"))
+        else:
+            worst = max(worst, float((a != b).any()))
+    return worst
+
+
+def _flat(out: Any) -> list[Tensor]:
+    from hatify.calling import flatten
+
+    return flatten(out)[0]
+
+
+@contextlib.contextmanager
+def _own_buffers(model: nn.Module) -> Iterator[None]:
+    """Forward may change buffers: it gets clones."""
+    held = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    for module, name, buffer in held:
+        module._buffers[name] = buffer.clone()
+    try:
+        yield
+    finally:
+        for module, name, buffer in held:
+            module._buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """The same in place: converted buffers are written where they are."""
+    held = [(b, b.clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in held:
+                buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _kept(hat: HATModel, elsewhere: dict[str, Tensor]) -> Iterator[None]:
+    """Weights, statistics and modes are as before afterwards; tensors that ``elsewhere`` holds are restored from there."""
+    named = {**dict(hat.named_parameters()), **dict(hat.named_buffers())}
+    backup = {n: elsewhere[n] if n in elsewhere else t.detach().clone() for n, t in named.items()}
+    modes = [(m, m.training) for m in hat.modules()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in named.items():
+                tensor.copy_(backup[name])
+        for module, training in modes:
+            module.training = training
