@@ -163,6 +163,7 @@ def _rewrite(model, graphs: list[Captured], analysis: Analysis, config: HATConfi
         original_names=names,
         reference=reference,
         analysis=analysis,
+        switches_grad=any(n.target is torch._C._set_grad_enabled for g in graphs for n in g.graph.nodes),
         can_train=not graphs[0].eval_only,
     )
     return HATModel(root, rewritten[0], rewritten[1] if len(rewritten) > 1 else None, facts)

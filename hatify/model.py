@@ -28,6 +28,10 @@ class Facts:
     def __init__(self, **facts: Any) -> None:
         self.__dict__.update(facts)
 
+    def __getitem__(self, key: int | str) -> nn.Module:
+        """A child by its number, as in a sequential model."""
+        return self._modules[str(key)]
+
     def __deepcopy__(self, memo: dict) -> Facts:
         return self
 
@@ -64,14 +68,20 @@ class HATModel(fx.GraphModule):
         cls._evaluate = cls.forward
         cls._train = cls.forward
         if self.train_graph is not None:
-            cls._train = type(fx.GraphModule(self, self.train_graph)).forward
+            train = self.train_graph.python_code("self")
+            names = dict(train.globals)
+            exec(compile(train.src, "<train graph>", "exec"), names)  # the graph's own code, as fx does for the other
+            cls._train = names["forward"]
         cls.forward = _forward
         return code
 
     def run(self, tensors: list[Tensor], task: TaskContext | None) -> tuple[Tensor, ...]:
         """The generated code on flat inputs: the train graph in train mode, where the modes differ."""
         generated = type(self)._train if self.training else type(self)._evaluate
-        return generated(self, *tensors, task)
+        if not self._facts.switches_grad:
+            return generated(self, *tensors, task)
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # an error inside the user's no_grad region must not leave it on
+            return generated(self, *tensors, task)
 
     def context(self, task: int | None, mask_scale: float | None = None) -> TaskContext | None:
         """The context of one forward pass; None without a task.
@@ -269,6 +279,10 @@ class HATModel(fx.GraphModule):
     def original_state(self) -> dict[str, Tensor]:
         """Parameters and buffers without a task, by the original's names (buffers that are not saved included)."""
         return {n: _attribute(self, n) for n in self._facts.original_names}
+
+    def __getitem__(self, key: int | str) -> nn.Module:
+        """A child by its number, as in a sequential model."""
+        return self._modules[str(key)]
 
     def __deepcopy__(self, memo: dict) -> HATModel:
         root = Scope(type(self).__name__)

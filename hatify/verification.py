@@ -193,12 +193,13 @@ def _gradients(out: list[Tensor], parameters: dict[str, nn.Parameter], seed: int
     if not isinstance(loss, Tensor):
         return digests
     hooks = []
-    for name, parameter in parameters.items():
+    distinct = {id(p): (n, p) for n, p in reversed(parameters.items())}
+    for name, parameter in distinct.values():
         if parameter.requires_grad:
 
             def digest(p: Tensor, name: str = name) -> None:
                 grad = p.grad.detach().to_dense() if p.grad.is_sparse else p.grad.detach()
-                digests[name] = zlib.crc32((grad + 0.0).contiguous().view(torch.uint8).cpu().numpy())
+                digests[name] = zlib.crc32((grad + 0.0).reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
                 p.grad = None
 
             hooks.append(parameter.register_post_accumulate_grad_hook(digest))

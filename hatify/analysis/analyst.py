@@ -31,10 +31,12 @@ from hatify.gates.layers import (
 from hatify.gates.rules import RULES, Call, Gates, Outcome, unknown
 from hatify.gates.rules.base import clean
 from hatify.gates.rules.movement import NAMES as MOVES
+from hatify.gates.rules.movement import move_tensor
 from hatify.gates.table import TOP
 from hatify.gates.value import Origin, constants, ones
 from hatify.registry import describe
 
+GRAD_SWITCHES = {"_set_grad_enabled", "is_grad_enabled"}
 CASTS = {"to", "_to_copy", "type_as", "clone", "contiguous", "detach", "alias", "float", "lift_fresh_copy"}
 FRESH = {"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like",
          "randn_like", "randint_like", "new_empty_strided"}  # fmt: skip
@@ -144,8 +146,11 @@ class Analyst:
         return self._value(node, ids, origin=Origin((name,), (tensor.numel(),)))
 
     def _operator(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-        val = node.meta["val"]
+        val = node.meta.get("val")
         name = operator_name(node)
+        if name in GRAD_SWITCHES:
+            self.analysis.steps[node] = Step(args, kwargs, None)
+            return Size(1, node) if name == "is_grad_enabled" else None
         if name == "getitem" and isinstance(args[0], list | tuple | dict):
             picked = args[0][args[1]]
             return self._widened(replace(picked, data=node)) if isinstance(picked, Value) else picked
@@ -260,8 +265,7 @@ class Analyst:
                 start += size
             return out
 
-        args, kwargs = call.map(positions)
-        out = call.func(*args, **kwargs)
+        out = move_tensor(call, positions)
         return [Origin(names, sizes, o) for o in (out if isinstance(out, list | tuple) else [out])]
 
     def _check_origins(self, call: Call) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import operator
 import re
@@ -112,8 +114,12 @@ class _quiet:
         self._warnings.__enter__()
         warnings.simplefilter("ignore")
         logging.disable(logging.ERROR)
+        self._streams = contextlib.ExitStack()
+        self._streams.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        self._streams.enter_context(contextlib.redirect_stderr(io.StringIO()))  # partial graphs, printed on failure
 
     def __exit__(self, *exc: Any) -> None:
+        self._streams.close()
         logging.disable(logging.NOTSET)
         self._warnings.__exit__(*exc)
 
@@ -145,8 +151,12 @@ def _read(program: ExportedProgram, signature: Signature, structure: Any, inputs
         elif node.op == "get_attr":
             target = f"constant_{len(captured.constants)}"
             captured.constants[target] = operator.attrgetter(node.target)(program.graph_module)
+            if isinstance(captured.constants[target], fx.GraphModule):  # the body of a region, inlined where it is called
+                env[node] = captured.constants.pop(target)
+                continue
             env[node] = graph.create_node("get_attr", target)
             _note(env[node], node)
+            env[node].meta["val"] = captured.constants[target]
         elif node.op == "call_function":
             _copy_function(graph, env, node)
         elif node.op == "output":
@@ -177,12 +187,34 @@ def _copy_function(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> N
     name = getattr(node.target, "__name__", "").split(".")[0]
     if name in DROPPED:
         return
+    if str(node.target) == "wrap_with_set_grad_enabled":
+        env[node] = _grad_region(graph, env, node)
+        return
     if node.target is operator.getitem and isinstance(env.get(node.args[0]), list):
         env[node] = env[node.args[0]][node.args[1]]
         return
     new = graph.create_node("call_function", node.target, *_mapped(env, node), name=_telling_name(node))
     _note(new, node)
     env[node] = new
+
+
+def _grad_region(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> list:
+    """The user's own ``torch.no_grad()`` region, inlined between two switches; afterwards gradients are as they were before."""
+    enabled, body, *operands = node.args
+    inner: dict[fx.Node, Any] = {}
+    given = iter(operands)
+    before = graph.call_function(torch.is_grad_enabled)
+    graph.call_function(torch._C._set_grad_enabled, (enabled,))
+    results: list = []
+    for sub in env[body].graph.nodes:
+        if sub.op == "placeholder":
+            inner[sub] = env[next(given)]
+        elif sub.op == "call_function":
+            _copy_function(graph, inner, sub)
+        elif sub.op == "output":
+            results = [inner[r] for r in sub.args[0]]
+    graph.call_function(torch._C._set_grad_enabled, (before,))
+    return results
 
 
 def _mapped(env: dict[fx.Node, Any], node: fx.Node) -> tuple[tuple, dict]:
@@ -285,6 +317,6 @@ def _guards(placeholders: list[fx.Node]) -> list[ShapeGuard]:
 def _drop_dead(captured: Captured) -> None:
     kept = set(captured.writes.values())
     for node in reversed(captured.graph.nodes):
-        if node.op in ("placeholder", "output") or node.users or node in kept:
+        if node.op in ("placeholder", "output") or node.users or node in kept or node.target is torch._C._set_grad_enabled:
             continue
         captured.graph.erase_node(node)

@@ -119,8 +119,22 @@ def _functional(graph: fx.Graph, node: fx.Node) -> fx.Node:
         a, b = node.args[0].meta["val"], node.args[1].meta["val"]
         if a.dtype == b.dtype and tuple(a.shape) == tuple(b.shape):
             return node.args[1]
-        overload = torch.ops.aten.copy.default
+        return _as_like(graph, node)
     with graph.inserting_before(node):
         new = graph.call_function(overload, node.args, node.kwargs)
     new.meta = dict(node.meta)
     return new
+
+
+def _as_like(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """``copy_`` of a value of another type or shape: cast and expanded (``aten.copy`` has no derivative)."""
+    target, value = node.args[0].meta["val"], node.args[1]
+    with graph.inserting_before(node):
+        if value.meta["val"].dtype != target.dtype:
+            source = value.meta["val"]
+            value = graph.call_function(torch.ops.aten.to.dtype, (value, target.dtype))
+            value.meta = {**node.meta, "val": source.to(target.dtype)}
+        if tuple(value.meta["val"].shape) != tuple(target.shape):
+            value = graph.call_function(torch.ops.aten.expand_as.default, (value, node.args[0]))
+            value.meta = dict(node.meta)
+    return value

@@ -75,6 +75,7 @@ def _proof(proof: Any) -> list[tuple[str, str | Text]]:
         ("verification", Text(verdict, style=colour)),
         ("parity, eval", _error(proof.parity)),
         ("parity, train", _error(proof.parity_train)),
+        ("gradients, train", _gradients(getattr(proof, "gradients", None))),
         ("drift", _error(proof.drift)),
         ("control", _control(proof.control)),
     ]
@@ -84,6 +85,12 @@ def _error(value: float | None) -> str | Text:
     if value is None:
         return Text("not measured", style="yellow")
     return "0 (equal to the bit)" if value == 0 else Text(f"{value:.3g}", style="bold red")
+
+
+def _gradients(equal: bool | None) -> str | Text:
+    if equal is None:
+        return Text("not measured", style="yellow")
+    return "equal to the bit" if equal else Text("differ", style="bold red")
 
 
 def _control(value: float | None) -> str | Text:

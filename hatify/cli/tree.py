@@ -22,7 +22,8 @@ class Branch:
             tuple(str(entry.get(key)) for key in ("was", "became", "rung", "reason"))
             for entry in self.entries
         )
-        return own, tuple((name, child.count, child.likeness()) for name, child in sorted(self.children.items()))
+        below = tuple((name, child.count, child.likeness()) for name, child in sorted(self.children.items()))
+        return own, below
 
 
 def grow(layers: list[dict[str, Any]]) -> Branch:

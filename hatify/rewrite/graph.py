@@ -22,9 +22,11 @@ from hatify.rewrite.surgery import Surgery, safe
 
 OPERATORS = {
     "aten.add.Tensor": operator.add, "aten.sub.Tensor": operator.sub, "aten.mul.Tensor": operator.mul,
-    "aten.div.Tensor": operator.truediv,
+    "aten.div.Tensor": operator.truediv, "aten.view.default": torch.reshape, "aten._unsafe_view.default": torch.reshape,
+    "aten.reshape.default": torch.reshape,
 }  # fmt: skip
-"""Operators that read better as Python's own: the same kernels."""
+EFFECTS = (write_buffer, torch._C._set_grad_enabled)
+"""Operators that read better as Python's or torch's own: the same kernels. A mask may change strides, so views become reshapes."""
 LIVE = {"layer_norm": live_norms.layer_norm, "rms_norm": live_norms.rms_norm, "group_norm": live_norms.group_norm}
 LIVE_ARGUMENTS = {
     "layer_norm": (("shape", 1, None), ("weight", 2, None), ("bias", 3, None), ("eps", 4, 1e-5)),
@@ -69,7 +71,7 @@ class _Rewriter:
                     self._write(name, self.analysis.steps[value, "write"])
                 results = self._operands(self.analysis.steps[node].args)[0]
                 self.graph.output(tuple(results))
-        self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or n.target is write_buffer)
+        self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or n.target in EFFECTS)
         self._settle_inplace()
         self.graph.lint()
         self.graph.on_generate_code(lambda _: indexed)

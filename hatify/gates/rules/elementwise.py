@@ -40,12 +40,17 @@ QUOTIENT = "div divide true_divide floor_divide".split()
 
 def zero_at_zero(call: Call) -> bool:
     """Whether f(0) = 0 with the call's actual arguments, in every draw that the probe sees (a property of arguments)."""
-    args, kwargs = call.map(lambda v: torch.zeros((4,) * min(v.rank, 1) or (), dtype=v.dtype))
+    args, kwargs = call.map(lambda v: torch.zeros(_probe_shape(v), dtype=v.dtype) if v.known is None else v.known)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         out = call.func(*args, **kwargs)
     out = out[0] if isinstance(out, tuple | list) else out
     return bool((out == 0).all())
+
+
+def _probe_shape(value: Value) -> tuple[int, ...]:
+    """All channels, and otherwise as little as the rank allows."""
+    return tuple(size if dim == 1 else min(size, 4) if value.rank == 1 else 1 for dim, size in enumerate(value.shape))
 
 
 def unary(run: Interpreter, call: Call) -> Outcome:

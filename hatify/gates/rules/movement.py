@@ -41,9 +41,13 @@ def movement(run: Interpreter, call: Call) -> Outcome:
 def move_tensor(call: Call, pick) -> list[Tensor] | Tensor:
     """The operator run on ``pick(value)`` in place of every tensor operand."""
     args, kwargs = call.map(pick)
-    return call.func(*args, **kwargs)
+    func = torch.reshape if call.name in VIEWS else call.func  # ids need not have the strides of the data
+    if call.name in ("view_as", "reshape_as"):
+        func, args = torch.reshape, (args[0], args[1].shape)
+    return func(*args, **kwargs)
 
 
+VIEWS = {"view", "_unsafe_view", "_reshape_alias"}
 MULTIPLE = {"unbind", "split", "split_with_sizes", "chunk", "tensor_split", "hsplit", "vsplit"}
 
 
