@@ -94,7 +94,7 @@ def _measure(hat: HATModel, without_locks: Sequence[str], without_masks: Sequenc
     batches = list(input_batches(hat, seed))
     original = original_of(hat)
     start = time.perf_counter()
-    parity = max((_parity_eval(hat, original, tensors, notes) for tensors in batches), default=0.0)
+    parity = max((_parity_eval(hat, original, tensors, notes, seed) for tensors in batches), default=0.0)
     train, gradients = None, None
     if hat.can_train:
         train, gradients = _parity_train(hat, original, batches[0], seed)
@@ -147,10 +147,10 @@ def _batch(tensors: list[Tensor]) -> int:
     return next((int(t.shape[0]) for t in tensors if t.dim()), 0)
 
 
-def _parity_eval(hat: HATModel, original: nn.Module, tensors: list[Tensor], notes: list[str]) -> float:
+def _parity_eval(hat: HATModel, original: nn.Module, tensors: list[Tensor], notes: list[str], seed: int) -> float:
     args, kwargs = hat.signature.rebuild([t.clone() for t in tensors])
     hat.eval(), original.eval()
-    with _own_buffers(original):
+    with _own_buffers(original), _seeded(seed):
         try:
             expected = _flat(original(*args, **kwargs))
         except Exception as error:
@@ -159,7 +159,7 @@ def _parity_eval(hat: HATModel, original: nn.Module, tensors: list[Tensor], note
             notes.append(f"the original itself fails at batch size {_batch(tensors)} ({type(error).__name__}): not compared there")
             return 0.0
     args, kwargs = hat.signature.rebuild([t.clone() for t in tensors])
-    with _buffers_kept(hat):
+    with _buffers_kept(hat), _seeded(seed):
         return difference(expected, _flat(hat(*args, task=None, **kwargs)))
 
 
@@ -167,10 +167,9 @@ def _parity_train(hat: HATModel, original: nn.Module, tensors: list[Tensor], see
     """Outputs, gradients and statistics of one train-mode step."""
     results = []
     for model in (original, hat):
-        _mode_of(model, hat)
+        model.train()
         scope = _own_buffers(model) if model is original else _buffers_kept(model)
-        with scope, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with scope, _seeded(seed):
             args, kwargs = hat.signature.rebuild([t.clone() for t in tensors])
             out = _flat(model(*args, **kwargs))
             digests = _gradients(out, {n: t for n, t in hat.original_state().items() if isinstance(t, nn.Parameter)}, seed)
@@ -179,10 +178,6 @@ def _parity_train(hat: HATModel, original: nn.Module, tensors: list[Tensor], see
         results.append(([o.detach() for o in out], digests, state))
     (expected, wanted, statistics), (got, digests, own) = results
     return max(difference(expected, got), difference(statistics, own)), wanted == digests
-
-
-def _mode_of(model: nn.Module, hat: HATModel) -> None:
-    model.train()
 
 
 def _gradients(out: list[Tensor], parameters: dict[str, nn.Parameter], seed: int) -> dict[str, int]:
@@ -269,10 +264,17 @@ def _outputs(hat: HATModel, batches: list[list[Tensor]], task: int, seed: int, w
             hat.train(training)
             for tensors in batches:
                 context = TaskContext(task, None, lambda name: maskers[name](task, None), hard=True)
-                with _buffers_kept(hat), torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
+                with _buffers_kept(hat), _seeded(seed):
                     out += [o.detach().clone() for o in hat.run([t.clone() for t in tensors], context)]
     return out
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The same random numbers for both sides; the caller's generators are left as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextlib.contextmanager

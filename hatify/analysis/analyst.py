@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from hatify.analysis import functional
-from hatify.analysis.heads import Heads, operator_name
+from hatify.analysis.heads import WEIGHT_SLOT, Heads, operator_name
 from hatify.analysis.plan import HAT, ROW_LOCKED, TASK_INDEXED, Analysis, LayerPlan, Masked, Ratio, Size, Step
 from hatify.capture import Captured
 from hatify.capture.captured import ByMode
@@ -53,16 +53,33 @@ def analyse(graphs: list[Captured], model: nn.Module, heads: str = "task-indexed
     analysis then starts again with that known.
     """
     roles = Heads(graphs, model)
-    indexed: set[str] = set()
-    whole: set[str] = set()
+    indexed, whole = _surely_indexed(graphs, model), set()
     while True:
         analyst = Analyst(graphs, model, roles, heads, indexed, whole)
         analysis = analyst.run()
         if not analyst.other_use - indexed - whole:
             analyst.finish()
             return analysis
-        for name in analyst.other_use - indexed - whole:
+        for name in sorted(analyst.other_use - indexed - whole):
             (whole if analyst.layer_owned(name) else indexed).add(name)
+
+
+def _surely_indexed(graphs: list[Captured], model: nn.Module) -> set[str]:
+    """Raw parameters that no user could take for a weight: saves starting again for them."""
+    owned = {id(p) for g in graphs for leaf in g.leaves.values() for p in leaf.parameters()}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(p): n for n, p in reversed(named.items())}
+    maybe: set[str] = set()
+    seen: set[str] = set()
+    for captured in graphs:
+        for node in captured.graph.nodes:
+            if node.op == "get_attr" and node.target in named:
+                name = first[id(named[node.target])]
+                seen.add(name)
+                users = {operator_name(u) for u in node.users}
+                if id(named[name]) in owned or users & (set(WEIGHT_SLOT) | set(MOVES) | CASTS):
+                    maybe.add(name)
+    return seen - maybe
 
 
 class Analyst:
@@ -427,10 +444,10 @@ class Analyst:
 
     def finish(self) -> None:
         """Plans of raw parameters that have no HAT use, and of parameters that a layer shares with the glue."""
-        for name in self.indexed:
+        for name in sorted(self.indexed):
             self.analysis.uses.pop(name, None)
             self.analysis.parameters[name] = LayerPlan(name, "task-indexed", TASK_INDEXED, "raw parameter")
-        for name in self.whole:
+        for name in sorted(self.whole):
             shape = tuple(self.held[name].shape)
             top = ones(len(shape))
             self.analysis.use(Use(name, top, top, shape, grouped=True, site="used outside its layer"))

@@ -9,6 +9,7 @@ import operator
 import re
 import traceback
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from torch.utils import _pytree as pytree
 
 from hatify.calling import Signature, flatten
 from hatify.capture.captured import Captured, FixedSize, ShapeGuard
-from hatify.capture.functional import make_functional
-from hatify.capture.tree import LEAF, arguments, clear_calls, copy_tree, forget_call, mark_leaves
+from hatify.capture.functional import copied, make_functional, mutated
+from hatify.capture.tree import LEAF, FunctionCall, arguments, clear_calls, copy_tree, forget_call, mark_functions, mark_leaves
 from hatify.errors import CaptureError
 
 DROPPED = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "sym_constrain_range", "_assert_async"}
@@ -42,7 +43,13 @@ class _Flat(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.signature.rebuild(list(tensors))
+        held = [(m, name, b) for m in self.root.modules() for name, b in m._buffers.items() if b is not None]
         out, self.seen.structure = flatten(self.root(*args, **kwargs))
+        for module, name, buffer in held:  # a buffer written by assignment
+            new = module._buffers.get(name)
+            if new is not buffer and new is not None:
+                buffer.copy_(new)
+                module._buffers[name] = buffer
         return tuple(out)
 
 
@@ -60,29 +67,38 @@ def export_mode(model: nn.Module, signature: Signature, inputs: list[Tensor], tr
     leaves = mark_leaves(root)
     flat = _Flat(root, signature)
     try:
-        program, cleared = _export(flat, inputs, model)
-        functional = make_functional(program)
-        if functional is None:  # writes through views: PyTorch's own functionalisation
+        program = _export(flat, inputs, model)
+        captured = _read(program, signature, flat.seen.structure, inputs)
+        writes = make_functional(captured.graph, {n for n, _ in model.named_buffers(remove_duplicate=False)})
+        if writes is None:  # writes through views: PyTorch's own functionalisation
             with _quiet():
                 program = program.run_decompositions({})
-            make_functional(program)
-        captured = _read(program, signature, flat.seen.structure, inputs)
+            captured = _read(program, signature, flat.seen.structure, inputs)
+            writes = make_functional(captured.graph, set())
+            if writes is None:
+                raise CaptureError(
+                    f"{type(model).__name__} writes into tensors in a way that cannot be made functional",
+                    where=next((n.meta["line"] for n in captured.graph.nodes if mutated(n) is not None), None),
+                    fix="write x = x.op() instead of x.op_() there",
+                )
+        captured.writes.update(writes)
+        _drop_dead(captured)
     finally:
         clear_calls()
     captured.leaves = leaves
     return captured
 
 
-def _export(flat: _Flat, inputs: list[Tensor], model: nn.Module) -> tuple[ExportedProgram, None]:
+def _export(flat: _Flat, inputs: list[Tensor], model: nn.Module) -> ExportedProgram:
     shapes = tuple({d: Dim.AUTO for d in range(t.dim())} for t in inputs)
-    with _quiet(), torch.enable_grad():
+    with _quiet(), torch.enable_grad(), mark_functions(), _undecided_masks():
         try:
-            return torch.export.export(flat, tuple(inputs), dynamic_shapes=(shapes,), strict=False), None
+            return torch.export.export(flat, tuple(inputs), dynamic_shapes=(shapes,), strict=False)
         except Exception as error:
             first = error
         try:  # code that needs actual sizes (a loop over them, a cache keyed on them)
             shapes = tuple({0: Dim.AUTO, **{d: None for d in range(1, t.dim())}} if t.dim() else {} for t in inputs)
-            return torch.export.export(flat, tuple(inputs), dynamic_shapes=(shapes,), strict=False), None
+            return torch.export.export(flat, tuple(inputs), dynamic_shapes=(shapes,), strict=False)
         except Exception:
             raise _explain(first, model) from first
 
@@ -104,6 +120,18 @@ def _explain(error: Exception, model: nn.Module) -> CaptureError:
         why=f"{type(error).__name__}: {first[:300]}",
         fix=ways,
     )
+
+
+@contextlib.contextmanager
+def _undecided_masks() -> Iterator[None]:
+    """torch's transformer looks into the values of a mask to choose a fused kernel; while tracing it takes the caller's word."""
+    room = torch.nn.modules.transformer
+    original = room._detect_is_causal_mask
+    room._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
+    try:
+        yield
+    finally:
+        room._detect_is_causal_mask = original
 
 
 class _quiet:
@@ -167,11 +195,8 @@ def _read(program: ExportedProgram, signature: Signature, structure: Any, inputs
                 if isinstance(r, fx.Node) and r.name in buffers:
                     captured.writes[buffers[r.name].removeprefix("root.")] = env[r]
             graph.output(tuple(env.get(v, v) if isinstance(v, fx.Node) else v for v in values))
-    for name, value in program.graph.__dict__.get("_hatify_writes", {}).items():
-        captured.writes[name.removeprefix("root.")] = env[value]
     captured.fixed_sizes = _fixed_sizes(signature, placeholders)
     captured.guards = _guards(placeholders)
-    _drop_dead(captured)
     return captured
 
 
@@ -186,6 +211,9 @@ def _copy_function(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> N
         return
     name = getattr(node.target, "__name__", "").split(".")[0]
     if name in DROPPED:
+        return
+    if node.target is torch.ops.aten.copy.default:
+        env[node] = copied(graph, env[node.args[0]], env[node.args[1]], {"scope": _scope(node), "line": ""})
         return
     if str(node.target) == "wrap_with_set_grad_enabled":
         env[node] = _grad_region(graph, env, node)
@@ -227,9 +255,13 @@ def _leaf_node(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> list[
     call = forget_call(key)
     args, kwargs = arguments(call, [env[t] for t in tensors], [env[s] if isinstance(s, fx.Node) else s for s in sizes])
     args, kwargs = fx.map_arg((args, kwargs), lambda n: n)
-    new = graph.create_node("call_module", call.path, tuple(args), dict(kwargs), name=call.path.replace(".", "_"))
-    _note(new, node)
-    new.meta["scope"] = call.path
+    if isinstance(call.twin, FunctionCall):
+        new = graph.create_node("call_function", call.twin, tuple(args), {}, name=call.twin.__name__.lower())
+        _note(new, node)
+    else:
+        new = graph.create_node("call_module", call.path, tuple(args), dict(kwargs), name=call.path.replace(".", "_"))
+        _note(new, node)
+        new.meta["scope"] = call.path
     values = list(node.meta["val"])
     numbered = iter(range(len(values)))
     flat = [next(numbered) if c is Tensor else None for c in call.constants]

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import fx
-from torch.export import ExportedProgram
-
-from hatify.capture.tree import LEAF
 
 _MAYBE_ALIAS = {"reshape", "flatten", "contiguous", "to", "dropout", "type_as", "expand_as", "view_as", "reshape_as", "unflatten",
                 "movedim", "chunk", "split", "split_with_sizes", "tensor_split", "narrow", "squeeze", "feature_dropout", "pad",
                 "alpha_dropout", "numpy_T", "mT", "matrix_H", "hsplit", "vsplit", "swapaxes", "swapdims", "einsum", "getitem"}  # fmt: skip
 
 
-def make_functional(program: ExportedProgram) -> bool | None:
-    """Rewrites ``program``'s in-place operators in place; None (and nothing changed) where views make that unsound.
+def make_functional(graph: fx.Graph, buffers: set[str]) -> dict[str, fx.Node] | None:
+    """Replaces the in-place operators of ``graph``; None (and nothing changed) where views make a renaming unsound.
 
     An operator ``x.op_()`` may become ``y = op(x)``, with later uses of ``x`` reading ``y``, if no other name of the same memory
-    that existed before is used afterwards. Writes to buffers are collected in ``graph._hatify_writes``.
+    that existed before is used afterwards. Returns the final values of the written ``buffers`` (names of ``get_attr`` nodes).
     """
-    graph = program.graph
     order = {node: i for i, node in enumerate(graph.nodes)}
     groups = _Aliases()
     inplace = []
@@ -29,36 +25,30 @@ def make_functional(program: ExportedProgram) -> bool | None:
         for other in node.all_input_nodes:
             if _aliases(node, other):
                 groups.union(node, other)
-        if _mutated(node) is not None:
+        if mutated(node) is not None:
             inplace.append(node)
-    names = {**program.graph_signature.inputs_to_buffers}
-    writes: dict[str, fx.Node] = {}
+    held = {node: node.target for node in graph.nodes if node.op == "get_attr" and node.target in buffers}
     for node in inplace:
-        target = _mutated(node)
+        target = mutated(node)
         before = [a for a in groups.of(target) if a is not target and order[a] < order[node]]
-        if any(order[user] > order[node] for alias in before for user in alias.users if user is not node):
+        used_after = any(order[user] > order[node] for alias in before for user in alias.users if user is not node)
+        if used_after or any(alias in held for alias in before) or _functional_overload(node) is None:
             return None
-        if any(alias.op == "placeholder" and alias.name in names for alias in before):
-            return None
-        if _functional_overload(node) is None:
-            return None
+    writes: dict[str, fx.Node] = {}
+    current = dict(held)  # node -> the buffer whose newest value it is
     for node in inplace:
-        target = _mutated(node)
+        target = mutated(node)
         new = _functional(graph, node)
         for user in list(target.users):
             if order.get(user, len(order)) > order[node] and user is not new:
                 user.replace_input_with(target, new)
         node.replace_all_uses_with(new)
-        order[new] = order[node]
+        order.setdefault(new, order[node])
         graph.erase_node(node)
-        root = target
-        for name, value in list(writes.items()):
-            if value is target:
-                root = next(n for n in graph.nodes if n.name == name)
-        if root.op == "placeholder" and root.name in names:
-            writes[root.name] = new
-    graph.__dict__["_hatify_writes"] = {names[name]: value for name, value in writes.items()}
-    return True
+        if target in current:
+            current[new] = writes_to = current[target]
+            writes[writes_to] = new
+    return writes
 
 
 class _Aliases:
@@ -76,7 +66,7 @@ class _Aliases:
             self.sets[node] = joined
 
 
-def _mutated(node: fx.Node) -> fx.Node | None:
+def mutated(node: fx.Node) -> fx.Node | None:
     """The tensor that an operator writes to, or None."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
         return None
@@ -87,25 +77,20 @@ def _mutated(node: fx.Node) -> fx.Node | None:
 
 
 def _aliases(node: fx.Node, other: fx.Node) -> bool:
-    if node.target is LEAF:
-        return False
     name = getattr(node.target, "__name__", "").split(".")[0]
     if name in _MAYBE_ALIAS:
-        return not (name == "getitem" and other.target is LEAF)
+        return not (name == "getitem" and other.op == "call_module")
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     schema = node.target._schema
     if not any(r.alias_info is not None for r in schema.returns):
         return False
-    aliased = [v for a, v in zip(schema.arguments, node.args) if a.alias_info is not None]
-    return other in aliased
+    return other in [v for a, v in zip(schema.arguments, node.args) if a.alias_info is not None]
 
 
 def _functional_overload(node: fx.Node):
-    """The operator without its underscore, same overload; for ``copy_`` of a same-shaped value, the value."""
+    """The operator without its underscore, same overload."""
     packet_name = node.target._schema.name.split("::")[1]
-    if packet_name == "copy_":
-        return "copy"
     if not packet_name.endswith("_"):
         return None
     packet = getattr(getattr(torch.ops, node.target.namespace), packet_name[:-1], None)
@@ -115,26 +100,21 @@ def _functional_overload(node: fx.Node):
 
 def _functional(graph: fx.Graph, node: fx.Node) -> fx.Node:
     overload = _functional_overload(node)
-    if overload == "copy":
-        a, b = node.args[0].meta["val"], node.args[1].meta["val"]
-        if a.dtype == b.dtype and tuple(a.shape) == tuple(b.shape):
-            return node.args[1]
-        return _as_like(graph, node)
     with graph.inserting_before(node):
+        if overload is torch.ops.aten.copy.default:
+            return copied(graph, node.args[0], node.args[1], node.meta)
         new = graph.call_function(overload, node.args, node.kwargs)
     new.meta = dict(node.meta)
     return new
 
 
-def _as_like(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """``copy_`` of a value of another type or shape: cast and expanded (``aten.copy`` has no derivative)."""
-    target, value = node.args[0].meta["val"], node.args[1]
-    with graph.inserting_before(node):
-        if value.meta["val"].dtype != target.dtype:
-            source = value.meta["val"]
-            value = graph.call_function(torch.ops.aten.to.dtype, (value, target.dtype))
-            value.meta = {**node.meta, "val": source.to(target.dtype)}
-        if tuple(value.meta["val"].shape) != tuple(target.shape):
-            value = graph.call_function(torch.ops.aten.expand_as.default, (value, node.args[0]))
-            value.meta = dict(node.meta)
+def copied(graph: fx.Graph, target: fx.Node, value: fx.Node, meta: dict) -> fx.Node:
+    """What ``copy`` writes, cast and expanded to what it writes over (``aten.copy`` itself has no derivative)."""
+    old, new = target.meta["val"], value.meta["val"]
+    if new.dtype != old.dtype:
+        value = graph.call_function(torch.ops.aten.to.dtype, (value, old.dtype))
+        value.meta = {**meta, "val": new.to(old.dtype)}
+    if tuple(new.shape) != tuple(old.shape):
+        value = graph.call_function(torch.ops.aten.expand_as.default, (value, target))
+        value.meta = {**meta, "val": old}
     return value

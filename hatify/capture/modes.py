@@ -59,7 +59,7 @@ def _merge(evaluated: Captured, trained: Captured) -> bool:
         return False
     changes: list[tuple[fx.Node, tuple, dict]] = []
     for x, y in zip(a, b):
-        if x.op != y.op or x.target != y.target:
+        if x.op != y.op or getattr(x.target, "function", x.target) != getattr(y.target, "function", y.target):
             return False
         differs: list[bool] = []
         try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,7 @@ _LIBRARY = torch.library.Library("hatify", "DEF")
 _LIBRARY.define("leaf(Tensor[] inputs, SymInt[] sizes, str key) -> Tensor[]")
 LEAF = torch.ops.hatify.leaf.default
 
+_APPLY = torch.autograd.Function.__dict__["apply"]
 _CALLS: dict[str, LeafCall] = {}
 _NUMBERS = itertools.count()
 
@@ -28,12 +31,25 @@ class LeafCall:
     """One call of a leaf while tracing: where it is, how it was called and what it gave."""
 
     path: str
-    twin: nn.Module
+    twin: nn.Module | FunctionCall
     args: Any
     static: list[Any]
     out: Any = None
     constants: list[Any] = field(default_factory=list)
     inplace: bool = False
+
+
+class FunctionCall:
+    """A user's ``torch.autograd.Function`` as one operator of the graph: its forward and backward stay its own."""
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        self.function = function
+        self.__name__ = function.__name__
+        self.__qualname__ = function.__qualname__
+        self.__module__ = function.__module__
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function.apply(*args)
 
 
 class _Sym:
@@ -81,10 +97,27 @@ def mark_leaves(root: nn.Module) -> dict[str, nn.Module]:
     return leaves
 
 
+@contextlib.contextmanager
+def mark_functions() -> Iterator[None]:
+    """While tracing, a user's autograd function is one operator too: tracing through it would lose its backward."""
+
+    @classmethod
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__.partition(".")[0] == "torch":
+            return _APPLY.__get__(None, cls)(*args, **kwargs)
+        return _Marker("", FunctionCall(cls))(*args)
+
+    torch.autograd.Function.apply = apply
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = _APPLY
+
+
 class _Marker:
     """The forward of a leaf while tracing: one operator in the graph."""
 
-    def __init__(self, path: str, twin: nn.Module) -> None:
+    def __init__(self, path: str, twin: nn.Module | FunctionCall) -> None:
         self.path, self.twin = path, twin
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -126,6 +159,9 @@ def _leaf_on_fakes(inputs: list[Tensor], sizes: list[int], key: str) -> list[Ten
     """Runs the real leaf on fake tensors, parameters included, so that shapes and dtypes are the leaf's own."""
     call = _CALLS[key]
     mode = detect_fake_mode(inputs)
+    if isinstance(call.twin, FunctionCall):
+        args, _ = arguments(call, list(inputs), list(sizes))
+        return _noted_results(call, _APPLY.__get__(None, call.twin.function)(*args), inputs)
     named = [*call.twin.named_parameters(remove_duplicate=False), *call.twin.named_buffers(remove_duplicate=False)]
     state = {n: t if isinstance(t, FakeTensor) else mode.from_tensor(t, static_shapes=True) for n, t in named}
     args, kwargs = arguments(call, list(inputs), list(sizes))
@@ -133,6 +169,11 @@ def _leaf_on_fakes(inputs: list[Tensor], sizes: list[int], key: str) -> list[Ten
         call.twin.__dict__["_flat_weights"] = [state.get(n) for n in call.twin._flat_weights_names]
     with torch.random.fork_rng(devices=[]):
         out = torch.func.functional_call(call.twin, state, args, kwargs)
+    return _noted_results(call, out, inputs)
+
+
+def _noted_results(call: LeafCall, out: Any, inputs: list[Tensor]) -> list[Tensor]:
+    """The tensors of a result, fresh where they alias an input; its structure goes into the record."""
     flat, call.out = pytree.tree_flatten(out)
     call.constants = [Tensor if isinstance(t, Tensor) else t for t in flat]
     given = {t.untyped_storage()._cdata for t in inputs}

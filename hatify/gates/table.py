@@ -133,6 +133,8 @@ class GateTable:
         words: list[str] = []
         runs: list[list] = []  # [shape of the expression, first channel, last channel]
         for gate in distinct:
+            if len(runs) > 4:
+                break
             shape, channel = self._shape(gate)
             if runs and runs[-1][0] == shape and channel is not None and channel == runs[-1][2] + 1:
                 runs[-1][2] = channel
@@ -140,7 +142,7 @@ class GateTable:
                 runs.append([shape, channel, channel])
         for shape, first, last in runs[:4]:
             words.append(shape if first is None else shape.replace("#", f"{first}:{last + 1}"))
-        return ", ".join(words) + (f", … {len(runs) - 4} more" if len(runs) > 4 else "")
+        return ", ".join(words) + (", …" if len(runs) > 4 else "")
 
     def _shape(self, gate: int) -> tuple[str, int | None]:
         """The expression with its channel replaced by ``#`` when all its atoms share one channel."""

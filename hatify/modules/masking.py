@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -27,10 +29,10 @@ class Mask(nn.Module):
         shape: shape of the mask, broadcastable to the value.
         soft: whether the soft factor is still to be multiplied in.
         fill: value at dead positions.
-        words: the gates in words.
+        words: gives the gates in words.
     """
 
-    def __init__(self, program: Program, shape: tuple[int, ...], soft: bool, fill: float, words: str) -> None:
+    def __init__(self, program: Program, shape: tuple[int, ...], soft: bool, fill: float, words: Callable[[], str]) -> None:
         super().__init__()
         self.program, self.shape, self.soft, self.fill, self.words = program, tuple(shape), soft, fill, words
 
@@ -45,13 +47,13 @@ class Mask(nn.Module):
 
     def extra_repr(self) -> str:
         how = "fill with 1" if self.fill else "apply" if self.soft else "zero"
-        return f"{how}: {self.words}"
+        return f"{how}: {self.words()}"
 
 
 class LiveMask(nn.Module):
     """The mask itself, for a normalisation that counts live channels; None without a task."""
 
-    def __init__(self, program: Program, shape: tuple[int, ...], words: str) -> None:
+    def __init__(self, program: Program, shape: tuple[int, ...], words: Callable[[], str]) -> None:
         super().__init__()
         self.program, self.shape, self.words = program, tuple(shape), words
 
@@ -62,4 +64,4 @@ class LiveMask(nn.Module):
         return type(self)(self.program, self.shape, self.words)
 
     def extra_repr(self) -> str:
-        return self.words
+        return self.words()
