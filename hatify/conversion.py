@@ -62,7 +62,7 @@ def convert(
     """
     config, classes = _settings(model, tasks, config, heads, locking)
     tell, seconds = progress or (lambda step: None), {}
-    args, kwargs = _example_call(model, example_inputs)
+    args, kwargs = example_call(model, example_inputs)
 
     with _timed("capture", seconds, tell):
         evaluated, trained, notes = capture(model, args, kwargs)
@@ -104,7 +104,7 @@ def _settings(model: nn.Module, tasks: Any, config: HATConfig | None, heads: str
     return replace(config or HATConfig(), num_tasks=tasks), classes
 
 
-def _example_call(model: nn.Module, example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
+def example_call(model: nn.Module, example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
     if example_inputs is None:
         return find_example_inputs(model)
     if isinstance(example_inputs, tuple | list):
@@ -163,6 +163,7 @@ def _rewrite(model, graphs: list[Captured], analysis: Analysis, config: HATConfi
         original_names=names,
         reference=reference,
         analysis=analysis,
+        values=analysis.values,
         switches_grad=any(n.target is torch._C._set_grad_enabled for g in graphs for n in g.graph.nodes),
         can_train=not graphs[0].eval_only,
     )

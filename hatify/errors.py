@@ -60,7 +60,9 @@ class HatifyError(Exception):
 
 
 class CaptureError(HatifyError):
-    """The model could not be captured as a graph."""
+    """The model could not be captured as a graph. ``module`` is the path of the module that was being traced, if known."""
+
+    module: str | None = None
 
 
 class ConversionError(HatifyError):

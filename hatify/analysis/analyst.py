@@ -120,6 +120,8 @@ class Analyst:
             for node in captured.graph.nodes:
                 self.node = node
                 self.env[node] = self._visit(node)
+                if captured is self.graphs[0]:
+                    self.analysis.values[node] = self.env[node]
             for value in captured.writes.values():
                 self.analysis.steps[value, "write"] = Step((self._materialised(self.env[value]),), {}, None)
         return self.analysis

@@ -85,6 +85,7 @@ class Analysis:
     operators: Counter = field(default_factory=Counter)
     unknown: Counter = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    values: dict[fx.Node, Any] = field(default_factory=dict)
     class_heads: set[str] = field(default_factory=set)
 
     def use(self, use: Use) -> None:

@@ -45,16 +45,18 @@ class _Flat(nn.Module):
         args, kwargs = self.signature.rebuild(list(tensors))
         held = [(m, name, b) for m in self.root.modules() for name, b in m._buffers.items() if b is not None]
         out, self.seen.structure = flatten(self.root(*args, **kwargs))
-        for module, name, buffer in held:  # a buffer written by assignment
+        for module, name, buffer in held:  # a buffer written by assignment (one of another shape is a cache)
             new = module._buffers.get(name)
-            if new is not buffer and new is not None:
+            if new is not buffer and new is not None and new.shape == buffer.shape and new.dtype == buffer.dtype:
                 buffer.copy_(new)
                 module._buffers[name] = buffer
         return tuple(out)
 
 
-def export_mode(model: nn.Module, signature: Signature, inputs: list[Tensor], training: bool) -> Captured:
-    """Captures one mode of ``model`` (which is neither run nor changed).
+def export_mode(
+    model: nn.Module, signature: Signature, inputs: list[Tensor], training: bool, stubs: dict[str, Any] | None = None
+) -> Captured:
+    """Captures one mode of ``model`` (which is neither run nor changed). ``stubs`` are outputs that stand for modules, by path.
 
     Raises:
         CaptureError: with the user's source line, where tracing stops.
@@ -64,7 +66,7 @@ def export_mode(model: nn.Module, signature: Signature, inputs: list[Tensor], tr
     for copied, original in zip(root.modules(), model.modules()):
         if training:
             copied.training = original.training if model.training else True
-    leaves = mark_leaves(root)
+    leaves = mark_leaves(root, stubs or {})
     flat = _Flat(root, signature)
     try:
         program = _export(flat, inputs, model)
@@ -100,10 +102,10 @@ def _export(flat: _Flat, inputs: list[Tensor], model: nn.Module) -> ExportedProg
             shapes = tuple({0: Dim.AUTO, **{d: None for d in range(1, t.dim())}} if t.dim() else {} for t in inputs)
             return torch.export.export(flat, tuple(inputs), dynamic_shapes=(shapes,), strict=False)
         except Exception:
-            raise _explain(first, model) from first
+            raise _explain(first, model, flat.root) from first
 
 
-def _explain(error: Exception, model: nn.Module) -> CaptureError:
+def _explain(error: Exception, model: nn.Module, root: nn.Module) -> CaptureError:
     """The user's own line out of an exporter's error."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "/hatify/" not in f.filename]
     line = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}" if frames else type(model).__name__
@@ -114,12 +116,27 @@ def _explain(error: Exception, model: nn.Module) -> CaptureError:
         "take the decision out of forward (torch.where instead of if, a fixed number of steps), or keep the module whole: "
         "hatify.register(ThatModule, hatify.TaskIndexedLayer())"
     )
-    return CaptureError(
+    found = CaptureError(
         f"{type(model).__name__} cannot be traced" + (": its control flow depends on data" if data_dependent else ""),
         where=line,
         why=f"{type(error).__name__}: {first[:300]}",
         fix=ways,
     )
+    found.module = _failing_module(error, root)
+    return found
+
+
+def _failing_module(error: Exception, root: nn.Module) -> str | None:
+    """The path of the innermost module whose forward was running."""
+    paths = {id(m): path for path, m in root.named_modules()}
+    innermost = None
+    trace = error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and paths.get(id(owner)):
+            innermost = paths[id(owner)]
+        trace = trace.tb_next
+    return innermost
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,12 @@ class LeafCall:
     out: Any = None
     constants: list[Any] = field(default_factory=list)
     inplace: bool = False
+
+
+def _stub(recorded: Any) -> Callable:
+    return lambda *args, **kwargs: pytree.tree_map(
+        lambda t: torch.zeros(t.shape, dtype=t.dtype) if isinstance(t, Tensor) else t, recorded
+    )
 
 
 class FunctionCall:
@@ -76,8 +82,11 @@ def copy_tree(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def mark_leaves(root: nn.Module) -> dict[str, nn.Module]:
-    """Replaces the forward of every leaf in ``root`` (a copied tree) by a marker; returns the leaves by path."""
+def mark_leaves(root: nn.Module, stubs: dict[str, Any]) -> dict[str, nn.Module]:
+    """Replaces the forward of every leaf in ``root`` (a copied tree) by a marker; returns the leaves by path.
+
+    A module of ``stubs`` gives its recorded output instead of being traced.
+    """
     leaves: dict[str, nn.Module] = {}
     seen: set[int] = set()
 
@@ -87,7 +96,9 @@ def mark_leaves(root: nn.Module) -> dict[str, nn.Module]:
                 continue
             seen.add(id(child))
             path = f"{prefix}{name}"
-            if describe(child) is not None:
+            if path in stubs:
+                child.__dict__["forward"] = _stub(stubs[path])
+            elif describe(child) is not None:
                 leaves[path] = child
                 child.__dict__["forward"] = _Marker(path, shallow(child))
             else:
