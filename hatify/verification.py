@@ -174,12 +174,14 @@ def _parity_train(hat: HATModel, original: nn.Module, tensors: list[Tensor], see
             out = _flat(model(*args, **kwargs))
             digests = _gradients(out, {n: t for n, t in hat.original_state().items() if isinstance(t, nn.Parameter)}, seed)
             named = dict(model.named_buffers(remove_duplicate=False))
+            held = hat.original_state()
+            named = dict(model.named_buffers(remove_duplicate=False))
             # a buffer that the original replaced by one of another shape is a cache, no statistic
-            buffers = {n: t for n, t in hat.original_state().items() if not isinstance(t, nn.Parameter)}
-            state = [named[n].clone() for n, t in buffers.items() if n in named and named[n].shape == t.shape]
+            state = {n: b.clone() for n, b in named.items() if n in held and held[n].shape == b.shape}
         results.append(([o.detach() for o in out], digests, state))
     (expected, wanted, statistics), (got, digests, own) = results
-    return max(difference(expected, got), difference(statistics, own)), wanted == digests
+    names = list(statistics)
+    return max(difference(expected, got), difference([statistics[n] for n in names], [own[n] for n in names])), wanted == digests
 
 
 def _gradients(out: list[Tensor], parameters: dict[str, nn.Parameter], seed: int) -> dict[str, int]:

@@ -57,6 +57,7 @@ class Captured:
     guards: list[ShapeGuard] = field(default_factory=list)
     leaves: dict[str, torch.nn.Module] = field(default_factory=dict)
     eval_only: bool = False
+    open_sizes: bool = True
 
 
 @dataclass(frozen=True)

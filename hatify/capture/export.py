@@ -54,9 +54,10 @@ class _Flat(nn.Module):
 
 
 def export_mode(
-    model: nn.Module, signature: Signature, inputs: list[Tensor], training: bool, stubs: dict[str, Any] | None = None
+    model: nn.Module, signature: Signature, inputs: list[Tensor], training: bool, stubs: dict[str, Any] | None = None, open_sizes: bool = True
 ) -> Captured:
-    """Captures one mode of ``model`` (which is neither run nor changed). ``stubs`` are outputs that stand for modules, by path.
+    """Captures one mode of ``model`` (which is neither run nor changed). ``stubs`` are outputs that stand for modules, by path;
+    ``open_sizes`` False fixes all sizes but the batch from the start.
 
     Raises:
         CaptureError: with the user's source line, where tracing stops.
@@ -69,7 +70,7 @@ def export_mode(
     leaves = mark_leaves(root, stubs or {})
     flat = _Flat(root, signature)
     try:
-        program = _export(flat, inputs, model)
+        program, opened = _export(flat, inputs, model, open_sizes)
         captured = _read(program, signature, flat.seen.structure, inputs)
         writes = make_functional(captured.graph, {n for n, _ in model.named_buffers(remove_duplicate=False)})
         if writes is None:  # writes through views: PyTorch's own functionalisation
@@ -88,21 +89,25 @@ def export_mode(
     finally:
         clear_calls()
     captured.leaves = leaves
+    captured.open_sizes = opened
     return captured
 
 
-def _export(flat: _Flat, inputs: list[Tensor], model: nn.Module) -> ExportedProgram:
-    shapes = tuple({d: Dim.AUTO for d in range(t.dim())} for t in inputs)
+def _export(flat: _Flat, inputs: list[Tensor], model: nn.Module, open_sizes: bool) -> tuple[ExportedProgram, bool]:
+    """The exported program, and whether all sizes were left open to it."""
     with _quiet(), torch.enable_grad(), mark_functions(), _undecided_masks():
-        try:
-            return torch.export.export(flat, tuple(inputs), dynamic_shapes=(shapes,), strict=False)
-        except Exception as error:
-            first = error
-        try:  # code that needs actual sizes (a loop over them, a cache keyed on them)
+        first: Exception | None = None
+        if open_sizes:
+            try:
+                shapes = tuple({d: Dim.AUTO for d in range(t.dim())} for t in inputs)
+                return torch.export.export(flat, tuple(inputs), dynamic_shapes=(shapes,), strict=False), True
+            except Exception as error:
+                first = error
+        try:  # code that needs actual sizes (a loop over them, a cache keyed on them): only the batch stays open
             shapes = tuple({0: Dim.AUTO, **{d: None for d in range(1, t.dim())}} if t.dim() else {} for t in inputs)
-            return torch.export.export(flat, tuple(inputs), dynamic_shapes=(shapes,), strict=False)
-        except Exception:
-            raise _explain(first, model, flat.root) from first
+            return torch.export.export(flat, tuple(inputs), dynamic_shapes=(shapes,), strict=False), False
+        except Exception as error:
+            raise _explain(first or error, model, flat.root) from (first or error)
 
 
 def _explain(error: Exception, model: nn.Module, root: nn.Module) -> CaptureError:

@@ -27,7 +27,7 @@ def capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Capt
     notes: list[str] = []
     evaluated = _capture_open_batch(model, signature, inputs, training=False)
     try:
-        trained = _capture_open_batch(model, signature, inputs, training=True)
+        trained = _capture_open_batch(model, signature, inputs, training=True, open_sizes=evaluated.open_sizes)
     except CaptureError as error:
         notes.append(f"train mode cannot be traced ({error.where}); training uses the eval graph only on request\n{error}")
         evaluated.eval_only = True
@@ -38,15 +38,15 @@ def capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Capt
     return evaluated, trained, notes
 
 
-def _capture_open_batch(model: nn.Module, signature: Signature, inputs: list[Tensor], training: bool) -> Captured:
+def _capture_open_batch(model: nn.Module, signature: Signature, inputs: list[Tensor], training: bool, open_sizes: bool = True) -> Captured:
     batched = [t for t in inputs if t.dim() > 0]
     if batched and all(t.shape[0] == 1 for t in batched):
         try:
             doubled = [t.repeat(2, *[1] * (t.dim() - 1)) if t.dim() else t for t in inputs]
-            return export_mode(model, signature, doubled, training)
+            return export_mode(model, signature, doubled, training, open_sizes=open_sizes)
         except CaptureError:
             pass  # the leading dimension is no batch: captured as it is
-    return export_mode(model, signature, inputs, training)
+    return export_mode(model, signature, inputs, training, open_sizes=open_sizes)
 
 
 def _merge(evaluated: Captured, trained: Captured) -> bool:

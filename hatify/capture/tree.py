@@ -26,6 +26,14 @@ _CALLS: dict[str, LeafCall] = {}
 _NUMBERS = itertools.count()
 
 
+MOST_SIZE_OPERATIONS = 16
+"""A symbolic size made of more operations than this makes the exporter's reasoning slower than the network is worth."""
+
+
+class SizesTooLarge(Exception):
+    """Symbolic sizes have grown past what can be reasoned about: all but the batch get fixed."""
+
+
 @dataclass
 class LeafCall:
     """One call of a leaf while tracing: where it is, how it was called and what it gave."""
@@ -187,5 +195,7 @@ def _noted_results(call: LeafCall, out: Any, inputs: list[Tensor]) -> list[Tenso
     """The tensors of a result, fresh where they alias an input; its structure goes into the record."""
     flat, call.out = pytree.tree_flatten(out)
     call.constants = [Tensor if isinstance(t, Tensor) else t for t in flat]
+    if any(isinstance(s, torch.SymInt) and s.node.expr.count_ops() > MOST_SIZE_OPERATIONS for t in inputs for s in t.shape):
+        raise SizesTooLarge
     given = {t.untyped_storage()._cdata for t in inputs}
     return [t.clone() if t.untyped_storage()._cdata in given else t for t in flat if isinstance(t, Tensor)]

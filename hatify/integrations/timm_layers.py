@@ -2,7 +2,7 @@
 
 from timm import layers
 
-from hatify.registry import ChannelNorm, Elementwise, Weighted, register
+from hatify.registry import ChannelNorm, Elementwise, MixingNorm, Weighted, register
 
 for _name in ("BatchNormAct2d", "SyncBatchNormAct"):
     if hasattr(layers, _name):
@@ -23,3 +23,4 @@ for _name in ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dS
         register(getattr(layers, _name))(_standardised)
 
 register(layers.Conv2dSame)(lambda conv: Weighted(spatial=2, groups=conv.groups))
+register(layers.LayerNorm, MixingNorm("layer"))  # torch's own, but for the choice of kernel
