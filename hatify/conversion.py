@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from hatify.analysis import Analysis, analyse
 from hatify.capture import Captured, capture
+from hatify.capture.regions import SWITCHES
 from hatify.capture.tree import copy_tree
 from hatify.errors import ConversionError
 from hatify.gates import compile_gates
@@ -164,7 +165,7 @@ def _rewrite(model, graphs: list[Captured], analysis: Analysis, config: HATConfi
         reference=reference,
         analysis=analysis,
         values=analysis.values,
-        switches_grad=any(n.target is torch._C._set_grad_enabled for g in graphs for n in g.graph.nodes),
+        switches=any(n.target in SWITCHES for g in graphs for n in g.graph.nodes),
         can_train=not graphs[0].eval_only,
     )
     return HATModel(root, rewritten[0], rewritten[1] if len(rewritten) > 1 else None, facts)

@@ -78,9 +78,13 @@ class HATModel(fx.GraphModule):
     def run(self, tensors: list[Tensor], task: TaskContext | None) -> tuple[Tensor, ...]:
         """The generated code on flat inputs: the train graph in train mode, where the modes differ."""
         generated = type(self)._train if self.training else type(self)._evaluate
-        if not self._facts.switches_grad:
+        if not self._facts.switches:
             return generated(self, *tensors, task)
-        with torch.set_grad_enabled(torch.is_grad_enabled()):  # an error inside the user's no_grad region must not leave it on
+        device = tensors[0].device.type if tensors else "cpu"
+        # an error inside the user's no_grad or autocast region must not leave it on
+        with torch.set_grad_enabled(torch.is_grad_enabled()), torch.autocast(
+            device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
+        ):
             return generated(self, *tensors, task)
 
     def context(self, task: int | None, mask_scale: float | None = None) -> TaskContext | None:

@@ -63,9 +63,14 @@ def describe(module: nn.Module) -> Layer | None:
     _load_integrations()
     if module._forward_hooks or module._forward_pre_hooks:
         return None  # a layer with hooks around it is not its plain class
+    return describe_as(module, type(module))
+
+
+def describe_as(module: nn.Module, cls: type) -> Layer | None:
+    """What ``module`` would mean if it were of the class ``cls``: a HAT layer means what its plain class means."""
     if parametrize.is_parametrized(module):
-        return _parametrized(module)
-    return _by_class(module, type(module))
+        return _parametrized(module, parametrize.type_before_parametrizations(module) if cls is type(module) else cls)
+    return _by_class(module, cls)
 
 
 def _by_class(module: nn.Module, cls: type) -> Layer | None:
@@ -87,10 +92,10 @@ def _by_class(module: nn.Module, cls: type) -> Layer | None:
     return None
 
 
-def _parametrized(module: nn.Module) -> Layer | None:
+def _parametrized(module: nn.Module, cls: type) -> Layer | None:
     """Weight norm locks by its own reduction group; any other parametrisation may couple all: one copy per task."""
     name = type(module).__name__
-    plain = _by_class(module, parametrize.type_before_parametrizations(module))
+    plain = _by_class(module, cls)
     reason = TaskIndexedLayer(f"{name}: a parametrisation that couples its weights")
     if not isinstance(plain, Weighted) or set(module.parametrizations) != {plain.weight}:
         return reason

@@ -68,6 +68,14 @@ def verify(
         return _measure(hat, without_locks, without_masks, seed)
 
 
+def measure_drift(
+    hat: HATModel, *, without_locks: Sequence[str] = (), without_masks: Sequence[str] = (), seed: int = 0
+) -> tuple[float, float | None]:
+    """Only the drift part of :func:`verify`, on the example inputs: ``(drift, control)``."""
+    with _kept(hat, {}):
+        return _drift(hat, [next(input_batches(hat, seed))], without_locks, without_masks, seed, [])
+
+
 def prove(hat: HATModel, original: nn.Module | None) -> VerificationReport:
     """:func:`verify` for a fresh conversion; raises where a promise does not hold. ``original`` saves a backup of its weights.
 

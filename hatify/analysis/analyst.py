@@ -23,6 +23,7 @@ from hatify.gates.layers import (
     MixingNorm,
     TaskIndexedLayer,
     Weighted,
+    channels,
     other_layer,
     passes_through,
     weighted,
@@ -36,7 +37,7 @@ from hatify.gates.table import TOP
 from hatify.gates.value import Origin, constants, ones
 from hatify.registry import describe
 
-GRAD_SWITCHES = {"_set_grad_enabled", "is_grad_enabled"}
+SWITCHES = {"_set_grad_enabled", "is_grad_enabled", "enter_autocast", "exit_autocast"}
 CASTS = {"to", "_to_copy", "type_as", "clone", "contiguous", "detach", "alias", "float", "lift_fresh_copy"}
 FRESH = {"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like",
          "randn_like", "randint_like", "new_empty_strided"}  # fmt: skip
@@ -167,9 +168,9 @@ class Analyst:
     def _operator(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         val = node.meta.get("val")
         name = operator_name(node)
-        if name in GRAD_SWITCHES:
+        if name in SWITCHES:
             self.analysis.steps[node] = Step(args, kwargs, None)
-            return Size(1, node) if name == "is_grad_enabled" else None
+            return Size(1, node) if name in ("is_grad_enabled", "enter_autocast") else None
         if name == "getitem" and isinstance(args[0], list | tuple | dict):
             picked = args[0][args[1]]
             return self._widened(replace(picked, data=node)) if isinstance(picked, Value) else picked
@@ -499,13 +500,6 @@ def channels_of(leaf: nn.Module, meaning: Weighted) -> tuple[int, int]:
     """Input and output channels of a weighted layer, from its weight's shape."""
     shape = tuple(leaf.get_parameter(meaning.weight).shape)
     return channels(meaning, shape)
-
-
-def channels(meaning: Weighted, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Input and output channels, from a weight's shape."""
-    if meaning.lookup or not meaning.transposed:
-        return shape[1] * meaning.groups, shape[1] if meaning.lookup else shape[0]
-    return shape[0], shape[1] * meaning.groups
 
 
 def _has_bias(leaf: nn.Module, meaning: Weighted) -> bool:

@@ -20,10 +20,15 @@ from torch.utils import _pytree as pytree
 from hatify.calling import Signature, flatten
 from hatify.capture.captured import Captured, FixedSize, ShapeGuard
 from hatify.capture.functional import copied, make_functional, mutated
+from hatify.capture.regions import SWITCHES, enter_autocast, exit_autocast
 from hatify.capture.tree import LEAF, FunctionCall, arguments, clear_calls, copy_tree, forget_call, mark_functions, mark_leaves
 from hatify.errors import CaptureError
 
 DROPPED = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "sym_constrain_range", "_assert_async"}
+
+
+REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
+"""Regions that the exporter keeps as a body of their own, and how many settings come before the body."""
 
 
 class _Seen:
@@ -237,8 +242,8 @@ def _copy_function(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> N
     if node.target is torch.ops.aten.copy.default:
         env[node] = copied(graph, env[node.args[0]], env[node.args[1]], {"scope": _scope(node), "line": ""})
         return
-    if str(node.target) == "wrap_with_set_grad_enabled":
-        env[node] = _grad_region(graph, env, node)
+    if str(node.target) in REGIONS:
+        env[node] = _region(graph, env, node)
         return
     if node.target is operator.getitem and isinstance(env.get(node.args[0]), list):
         env[node] = env[node.args[0]][node.args[1]]
@@ -248,22 +253,27 @@ def _copy_function(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> N
     env[node] = new
 
 
-def _grad_region(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> list:
-    """The user's own ``torch.no_grad()`` region, inlined between two switches; afterwards gradients are as they were before."""
-    enabled, body, *operands = node.args
+def _region(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> list:
+    """The user's own ``torch.no_grad()`` or ``torch.autocast()`` region, inlined between two switches that restore what was before."""
+    settings = REGIONS[str(node.target)]
+    given, body, operands = node.args[:settings], node.args[settings], iter(node.args[settings + 1 :])
+    if settings == 1:
+        before = graph.call_function(torch.is_grad_enabled)
+        graph.call_function(torch._C._set_grad_enabled, given)
+    else:
+        before = graph.call_function(enter_autocast, given)
     inner: dict[fx.Node, Any] = {}
-    given = iter(operands)
-    before = graph.call_function(torch.is_grad_enabled)
-    graph.call_function(torch._C._set_grad_enabled, (enabled,))
     results: list = []
     for sub in env[body].graph.nodes:
         if sub.op == "placeholder":
-            inner[sub] = env[next(given)]
+            inner[sub] = env[next(operands)]
         elif sub.op == "call_function":
             _copy_function(graph, inner, sub)
         elif sub.op == "output":
             results = [inner[r] for r in sub.args[0]]
-    graph.call_function(torch._C._set_grad_enabled, (before,))
+        elif sub.op == "get_attr":
+            inner[sub] = operator.attrgetter(sub.target)(env[body])
+    graph.call_function(torch._C._set_grad_enabled if settings == 1 else exit_autocast, (before,))
     return results
 
 
@@ -371,6 +381,6 @@ def _guards(placeholders: list[fx.Node]) -> list[ShapeGuard]:
 def _drop_dead(captured: Captured) -> None:
     kept = set(captured.writes.values())
     for node in reversed(captured.graph.nodes):
-        if node.op in ("placeholder", "output") or node.users or node in kept or node.target is torch._C._set_grad_enabled:
+        if node.op in ("placeholder", "output") or node.users or node in kept or node.target in SWITCHES:
             continue
         captured.graph.erase_node(node)

@@ -103,6 +103,13 @@ def other_layer(run: Interpreter, layer: Layer, call: Call, norm_dims: int = 1) 
     return unknown(run, call)
 
 
+def channels(layer: Weighted, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Input and output channels of a weighted layer, from its weight's shape."""
+    if layer.lookup or not layer.transposed:
+        return shape[1] * layer.groups, shape[1] if layer.lookup else shape[0]
+    return shape[0], shape[1] * layer.groups
+
+
 def channel_dim(x: Value, layer: Weighted) -> int:
     """Where the channels of a weighted layer's input (and output) are."""
     return x.rank - layer.spatial - 1

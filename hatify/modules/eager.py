@@ -31,6 +31,17 @@ MOST_USES = 64
 """A layer used in more ways than this is locked as a whole."""
 
 
+class Seen(dict):
+    """How a layer has been used: uses of its parameters by a key that tells equal ones. Pickled empty: gates are numbers of
+    this process."""
+
+    def __reduce__(self) -> tuple:
+        return Seen, ()
+
+    def __deepcopy__(self, memo: dict) -> Seen:
+        return Seen({key: list(uses) for key, uses in self.items()})
+
+
 class Kept(OrderedDict):
     """The most recent results by key, at most ``MOST_PLANS``."""
 
@@ -44,7 +55,7 @@ class Kept(OrderedDict):
         return made
 
 
-_plans, _programs = Kept(), Kept()
+_plans, _programs, _large = Kept(), Kept(), Kept()
 _compile: list[Callable[[Tensor], Program]] = []
 
 
@@ -108,7 +119,7 @@ def plan(
     key = None
     if token is not None:
         parts = [_known(leaf, gates) for leaf, gates in zip(leaves, found)]
-        key = (name, token, str(spec), tuple(order), tuple(parts))
+        key = (name, token, spec, tuple(order), tuple(parts))
     try:
         return make() if key is None else _plans.get_or(key, make)
     except TypeError as error:
@@ -175,8 +186,13 @@ def program(ids: Tensor) -> Program:
     return _programs.get_or(ids_key(ids), make)
 
 
+def too_large(ids: Tensor) -> bool:
+    """Whether gates have grown past the size at which they widen."""
+    return _large.get_or(ids_key(ids), lambda: TABLE.too_large(ids))
+
+
 def mask_of(ids: Tensor, task: int, scale: float | None, device: torch.device) -> Tensor:
-    """The mask that gates stand for: float32, the shape of ``ids``; soft with a scale, for maskers that have not finished the task."""
+    """The mask that gates stand for: float32, the shape of ``ids``; soft with a scale, where a masker has not finished the task."""
     return evaluate(program(ids), lambda key: masker_of(key, task)(task, scale).to(device), {"device": device}).reshape(ids.shape)
 
 

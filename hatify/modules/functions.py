@@ -31,17 +31,21 @@ RENAMED = {
     F.adaptive_max_pool3d: "adaptive_avg_pool3d", torch.linalg.vector_norm: "linalg_vector_norm", torch.special.expit: "sigmoid",
     F.logsigmoid: "log_sigmoid",
 }  # fmt: skip
-LIVE = {
-    "layer_norm": lambda input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True, *, live: live_norms.layer_norm(
-        input, normalized_shape, weight, bias, eps, live
-    ),
-    "rms_norm": lambda input, normalized_shape, weight=None, eps=None, *, live: live_norms.rms_norm(
-        input, normalized_shape, weight, eps, live
-    ),
-    "group_norm": lambda input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True, *, live: live_norms.group_norm(
-        input, num_groups, weight, bias, eps, live
-    ),
-}
+
+
+def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True, *, live):
+    return live_norms.layer_norm(input, normalized_shape, weight, bias, eps, live)
+
+
+def _rms_norm(input, normalized_shape, weight=None, eps=None, *, live):
+    return live_norms.rms_norm(input, normalized_shape, weight, eps, live)
+
+
+def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True, *, live):
+    return live_norms.group_norm(input, num_groups, weight, bias, eps, live)
+
+
+LIVE = {"layer_norm": _layer_norm, "rms_norm": _rms_norm, "group_norm": _group_norm}
 """Variants of torch's functions that count live channels only."""
 FRESH = {
     torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.rand_like, torch.randn_like, torch.numel,
@@ -53,6 +57,8 @@ WEIGHTED = {
     F.conv_transpose3d, torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d,
     torch.conv_transpose3d, F.multi_head_attention_forward,
 }  # fmt: skip
+RUNNING = {F.batch_norm: 1, F.instance_norm: 1, torch.batch_norm: 3, torch.instance_norm: 3}
+"""Normalisations that may keep statistics, and where these stand among the arguments."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,11 @@ def _known() -> dict[Callable, str]:
 
 
 KNOWN = _known()
+IN_PLACE = {
+    getattr(room, name) for room in (torch, F, Tensor) for name in dir(room)
+    if (name.endswith("_") and not name.endswith("__") or name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}"))
+    and not name.startswith("_") | name.endswith(("requires_grad_", "share_memory_")) and callable(getattr(room, name))
+}  # fmt: skip
 
 
 def read(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Function:
@@ -87,7 +98,7 @@ def read(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Function:
     name = getattr(func, "__name__", type(func).__name__)
     if name in REFLECTED and len(args) == 2:
         func, args = REFLECTED[name], (args[1], args[0])
-    name = KNOWN.get(func, "") if _hashable(func) else ""
+    name = KNOWN.get(func, "") if hashable(func) else ""
     kwargs = {{"axis": "dim", "keepdims": "keepdim"}.get(k, k) if name else k: v for k, v in kwargs.items()}
     for spelled in ("input", "self"):
         if name and not args and spelled in kwargs:
@@ -107,7 +118,16 @@ def read(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Function:
     return Function(name, RULES[name], func, args, kwargs, LIVE.get(name))
 
 
-def _hashable(func: Any) -> bool:
+def running_statistics(func: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a call keeps or reads running statistics."""
+    place = RUNNING.get(func)
+    if place is None:
+        return False
+    given = (*args[place : place + 2], kwargs.get("running_mean"), kwargs.get("running_var"))
+    return any(isinstance(a, Tensor) for a in given)
+
+
+def hashable(func: Any) -> bool:
     try:
         hash(func)
     except TypeError:

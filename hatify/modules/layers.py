@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hatify.modules.config import HATConfig
+from hatify.modules.eager import Seen
 from hatify.modules.masker import Masker
 from hatify.modules.payload import HATPayload, weighted_of_payload
 
@@ -16,7 +17,9 @@ class HATLayer:
     """Mixin of HAT layers. On a tensor it is the plain layer; on a payload it masks its input first and leaves its own
     mask pending on the output (section 3.1). ``masker`` may be None: a shared output layer without a mask."""
 
+    takes_payloads = True
     masker: Masker | None
+    plain_class: type[nn.Module]
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(x, HATPayload):
@@ -34,10 +37,11 @@ def hat_class(base: type[nn.Module]) -> type:
             args, config = args[:-1], args[-1]
         base.__init__(self, *args, **kwargs)
         self.masker = Masker(_out_channels(self), config or HATConfig())
-        self.seen = {}
+        self.seen = Seen()
 
     doc = f"{base.__name__} with one mask per task; arguments as {base.__name__}, then ``config`` (:class:`HATConfig`)."
-    return type(f"HAT{base.__name__}", (HATLayer, base), {"__init__": __init__, "__doc__": doc, "__module__": __name__})
+    members = {"__init__": __init__, "plain_class": base, "__doc__": doc, "__module__": __name__}
+    return type(f"HAT{base.__name__}", (HATLayer, base), members)
 
 
 def _out_channels(layer: nn.Module) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def layer_norm(
@@ -44,6 +44,15 @@ def group_norm(
     return _affine(out, None if weight is None else weight.view(channels), None if bias is None else bias.view(channels))
 
 
+def of_module(norm: nn.Module, x: Tensor, live: Tensor) -> Tensor:
+    """What a layer, RMS or group norm module gives, with statistics over live channels."""
+    if isinstance(norm, nn.LayerNorm):
+        return layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps, live)
+    if isinstance(norm, nn.RMSNorm):
+        return rms_norm(x, norm.normalized_shape, norm.weight, norm.eps, live)
+    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, live)
+
+
 def _normalised(x: Tensor, live: Tensor, dims: list[int], eps: float, centred: bool) -> Tensor:
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     mask = live.to(wide.dtype)
@@ -53,7 +62,8 @@ def _normalised(x: Tensor, live: Tensor, dims: list[int], eps: float, centred: b
     count = mask.sum(dims, keepdim=True) * repeats
     count = torch.where(count > 0, count, torch.ones_like(count))
     if centred:
-        wide = torch.where(mask > 0, wide - wide.sum(dims, keepdim=True) / count, torch.zeros((), dtype=wide.dtype, device=x.device))
+        zero = torch.zeros((), dtype=wide.dtype, device=x.device)
+        wide = torch.where(mask > 0, wide - wide.sum(dims, keepdim=True) / count, zero)
     variance = (wide.square() * mask).sum(dims, keepdim=True) / count
     return (wide * torch.rsqrt(variance + eps)).to(x.dtype)
 

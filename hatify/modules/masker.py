@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from hatify.modules.config import HATConfig
 
 _NUMBERS = itertools.count()
+MASKERS: weakref.WeakValueDictionary[str, Masker] = weakref.WeakValueDictionary()
+"""Every masker there is, by key."""
 
 
 class Masker(nn.Module):
@@ -26,9 +29,15 @@ class Masker(nn.Module):
     def __init__(self, channels: int, config: HATConfig) -> None:
         super().__init__()
         self.channels, self.config = channels, config
-        self.key = f"masker{next(_NUMBERS)}"
+        self._registered()
         self.finished: set[int] = set()
         self.embeddings = nn.ParameterList(self._drawn() for _ in range(config.num_tasks))
+
+    def _registered(self, copied_from: tuple[str, ...] = ()) -> None:
+        """Takes a key of its own: two copies of a network never share an atom. ``copied_from`` are the keys of those that
+        it is a copy of, the nearest last."""
+        self.key, self.copied_from = f"masker{next(_NUMBERS)}", copied_from
+        MASKERS[self.key] = self
 
     def _drawn(self) -> nn.Parameter:
         if self.config.mask_init == "ones":
@@ -54,10 +63,14 @@ class Masker(nn.Module):
         memo[id(self)] = copied
         nn.Module.__init__(copied)
         copied.channels, copied.config, copied.finished = self.channels, self.config, set(self.finished)
-        copied.key = f"masker{next(_NUMBERS)}"  # two copies of a network never share an atom
+        copied._registered((*self.copied_from, self.key))
         copied.embeddings = nn.ParameterList(nn.Parameter(e.detach().clone(), e.requires_grad) for e in self.embeddings)
         copied.train(self.training)
         return copied
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._registered()  # keys of another process say nothing here
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor([t in self.finished for t in range(len(self.embeddings))], dtype=torch.uint8)

@@ -8,27 +8,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from hatify.errors import TaskError
-from hatify.gates import TOP, State
-from hatify.gates.value import constants, ones
-from hatify.modules import calls, eager, functions
-from hatify.modules.masking import apply_mask
+from hatify.modules import calls, eager
+from hatify.modules.calls import norm_of_payload, weighted_of_payload
+from hatify.modules.pending import Pending
 
-METHODS = """
-    abs add amax amin argmax bmm chunk clamp clone contiguous cumsum detach div exp expand expand_as flatten flip index_select
-    log_softmax masked_fill matmul max mean min movedim mul narrow norm permute pow prod relu repeat reshape roll select sigmoid
-    softmax split sqrt square squeeze std sub sum swapaxes tanh transpose unbind unflatten unsqueeze var view view_as clamp_min float
-    half bfloat16 double
-""".split()
+METHODS = (
+    "abs", "add", "amax", "amin", "argmax", "bfloat16", "bmm", "chunk", "clamp", "clamp_min", "clone", "contiguous", "cumsum", "detach",
+    "div", "double", "exp", "expand", "expand_as", "flatten", "flip", "float", "half", "index_select", "log", "log_softmax",
+    "masked_fill", "matmul", "max", "mean", "min", "movedim", "mul", "narrow", "norm", "permute", "pow", "prod", "relu", "repeat",
+    "reshape", "roll", "rsqrt", "select", "sigmoid", "softmax", "split", "sqrt", "square", "squeeze", "std", "sub", "sum", "swapaxes",
+    "tanh", "transpose", "unbind", "unflatten", "unsqueeze", "var", "view", "view_as",
+)  # fmt: skip
 OPERATORS = {"__neg__": operator.neg, "__getitem__": operator.getitem}
 BINARY = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "truediv": operator.truediv, "matmul": operator.matmul,
           "pow": operator.pow}  # fmt: skip
 COMPARISONS = {"__lt__": operator.lt, "__le__": operator.le, "__gt__": operator.gt, "__ge__": operator.ge}
 
 
-class HATPayload:
+class HATPayload(Pending):
     """A tensor on its way through a HAT network, with the task it is for (section 3.1 of the paper).
 
     The mask of the layer that made it stays pending until something needs the masked tensor: activations, reshapes and sums of
@@ -58,7 +56,7 @@ class HATPayload:
 
     A payload works with ``+ - * / @``, indexing, the methods of tensors that move, reduce or act on each element, and with
     torch's functions: ``torch.cat([a, b], 1)``, ``F.gelu(a)``. A plain tensor beside it counts as a constant of the network (a
-    position table, :class:`TaskIndexedParameter`); a tensor that depends on the input goes in as a payload: ``payload.like(tensor)``.
+    position table, a :class:`TaskIndexedParameter`); what depends on the input goes in as a payload: ``payload.like(tensor)``.
 
     Args:
         data: a tensor; a converted network also returns whatever structure of tensors the original returned.
@@ -70,98 +68,7 @@ class HATPayload:
         TaskError: no possible task or scale.
     """
 
-    __slots__ = ("_raw", "_masked", "_settled", "_ids", "_state", "_task", "_scale", "__weakref__")
-
-    def __init__(self, data: Any, task_id: int | None = None, mask_scale: float | None = None) -> None:
-        if isinstance(data, HATPayload):
-            raise TaskError("a payload holds a tensor, not another payload", fix="HATPayload(payload.data, task_id=0)")
-        rank = data.dim() if isinstance(data, Tensor) else 0
-        self._set(data, ones(rank), State.CLEAN, _task(task_id), _scale(mask_scale))
-
-    def _set(self, raw: Any, ids: Tensor, state: State, task: int | None, scale: float | None) -> None:
-        self._raw, self._ids, self._state, self._task, self._scale = raw, ids, state, task, scale
-        self._masked: Tensor | None = None
-        self._settled = False
-
-    # what it holds
-
-    @property
-    def data(self) -> Any:
-        """The masked data. Dead positions are zero, live ones multiplied by the mask."""
-        if self._masked is None and self._pending:
-            soft = self._state is State.PENDING and self._scale is not None
-            self._masked = apply_mask(self._raw, self._mask(), soft=soft)
-        return self._raw if self._masked is None else self._masked
-
-    masked_data = data
-
-    @property
-    def unmasked_data(self) -> Any:
-        """The data with its mask still pending."""
-        return self._raw
-
-    @property
-    def mask(self) -> Tensor | None:
-        """What ``data`` multiplies ``unmasked_data`` by: float32 of the data's shape; None where nothing is pending."""
-        if not self._pending:
-            return None
-        mask = self._mask() if self._state is State.PENDING else (self._mask() > 0).float()
-        return mask.expand(self._raw.shape)
-
-    @property
-    def task_id(self) -> int | None:
-        return self._task
-
-    @property
-    def mask_scale(self) -> float | None:
-        return self._scale
-
-    @property
-    def _pending(self) -> bool:
-        return self._state is not State.CLEAN and self._gated
-
-    @property
-    def _gated(self) -> bool:
-        return self._task is not None and bool((self._ids > TOP).any())
-
-    def _mask(self) -> Tensor:
-        return eager.mask_of(self._ids, self._task, self._scale, self._raw.device)
-
-    def _current(self) -> Any:
-        """What the next operation works on: the masked data once some operation has asked for it, as in a converted network."""
-        return self.data if self._settled else self._raw
-
-    def _gates(self) -> tuple[Tensor, State]:
-        return self._ids, State.CLEAN if self._settled else self._state
-
-    def _with(self, masks: tuple[tuple[bool, float], ...]) -> Any:
-        """The data with these masks applied."""
-        data = self._current()
-        for soft, fill in masks:
-            if fill == 0.0:
-                self._settled = True
-                data = self.data
-            else:
-                data = apply_mask(data, self._mask(), soft=soft and self._scale is not None, fill=fill)
-        return data
-
-    # making others
-
-    def like(self, tensor: Tensor) -> HATPayload:
-        """A tensor that depends on the input (or is one more input) as a payload of the same task and scale."""
-        return HATPayload(tensor, self._task, self._scale)
-
-    def _made(self, raw: Tensor, ids: Tensor, state: State) -> HATPayload:
-        made = HATPayload.__new__(HATPayload)
-        made._set(raw, ids, state, self._task, self._scale)
-        if eager.TABLE.too_large(ids):  # the expression has grown too large: from here on live for all
-            made._set(made.data, ones(raw.dim()), State.CLEAN, self._task, self._scale)
-        return made
-
-    def _become(self, other: HATPayload) -> None:
-        """Takes over another's content, where torch would have written in place."""
-        for name in ("_raw", "_masked", "_settled", "_ids", "_state"):
-            setattr(self, name, getattr(other, name))
+    __slots__ = ()
 
     def forward_by(self, module: Callable, *args: Any, **kwargs: Any) -> Any:
         """Passes the payload through a module or function that does not know payloads (section 3.2.3).
@@ -242,24 +149,6 @@ class HATPayload:
         return f"HATPayload({shape}, task_id={self._task}, mask_scale={self._scale}{pending})"
 
 
-def _task(task: Any) -> int | None:
-    if task is None:
-        return None
-    try:
-        number = -1 if isinstance(task, bool) else operator.index(task)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise TaskError(f"no task {task!r}", why="tasks are numbered from 0", fix="HATPayload(x, task_id=0)")
-    return number
-
-
-def _scale(scale: Any) -> float | None:
-    if scale is not None and not scale > 0:
-        raise TaskError(f"mask_scale must be positive, not {scale!r}", fix="HATPayload(x, task_id=0, mask_scale=20.0)")
-    return None if scale is None else float(scale)
-
-
 def _method(func: Callable) -> Callable:
     def method(self: HATPayload, *args: Any, **kwargs: Any) -> Any:
         return calls.call_function(func, (self, *args), kwargs)
@@ -281,3 +170,5 @@ for _name, _func in (*OPERATORS.items(), *COMPARISONS.items()):
 for _name, _func in BINARY.items():
     setattr(HATPayload, f"__{_name}__", _method(_func))
     setattr(HATPayload, f"__r{_name}__", _reflected(_func))
+
+__all__ = ["HATPayload", "norm_of_payload", "weighted_of_payload"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hatify.errors import TaskError
 from hatify.modules import live_norms
+from hatify.modules.calls import copy_of_task
 from hatify.modules.config import HATConfig
 from hatify.modules.context import TaskContext
 from hatify.modules.payload import HATPayload, norm_of_payload
@@ -22,14 +23,16 @@ class TaskIndexed:
     So the original keys stay: ``bn1.weight`` without a task, ``bn1.tasks.3.weight`` for task 3.
     """
 
+    takes_payloads = True
     tasks: nn.ModuleList
+    plain_class: type[nn.Module]
 
     def forward(self, x: Any, *args: Any, task: TaskContext | None = None, live: Tensor | None = None, **kwargs: Any) -> Any:
         if isinstance(x, HATPayload):
-            return norm_of_payload(self, x)
+            return norm_of_payload(self, x, args, kwargs)
         chosen = self if task is None else self.tasks[task.id]
         if live is not None:
-            return _live(chosen, x, live)
+            return live_norms.of_module(chosen, x, live)
         if task is None:
             return super().forward(x, *args, **kwargs)
         return chosen(x, *args, **kwargs)
@@ -37,14 +40,6 @@ class TaskIndexed:
     def copies(self) -> list[nn.Module]:
         """The copies of all tasks, in order."""
         return list(self.tasks)
-
-
-def _live(norm: nn.Module, x: Tensor, live: Tensor) -> Tensor:
-    if isinstance(norm, nn.LayerNorm):
-        return live_norms.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps, live)
-    if isinstance(norm, nn.RMSNorm):
-        return live_norms.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps, live)
-    return live_norms.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, live)
 
 
 @cache
@@ -60,7 +55,7 @@ def task_indexed_class(base: type[nn.Module]) -> type:
 
     name = f"TaskIndexed{base.__name__}"
     doc = f"{base.__name__} with one copy per task; arguments as {base.__name__}, then ``config`` (:class:`HATConfig`)."
-    return type(name, (TaskIndexed, base), {"__init__": __init__, "__doc__": doc, "__module__": __name__})
+    return type(name, (TaskIndexed, base), {"__init__": __init__, "plain_class": base, "__doc__": doc, "__module__": __name__})
 
 
 def make_task_indexed(module: nn.Module, tasks: int) -> None:
@@ -97,6 +92,8 @@ class TaskIndexedParameter(nn.Module):
         buffer: hold buffers instead of parameters.
     """
 
+    takes_payloads = True
+
     def __init__(self, value: Tensor, config: HATConfig, *, shared: bool = True, buffer: bool = False) -> None:
         super().__init__()
         self.buffer = buffer
@@ -122,7 +119,7 @@ class TaskIndexedParameter(nn.Module):
         if not given or given[0] is None:
             return self.shared
         if isinstance(given[0], HATPayload):
-            return self.shared if given[0].task_id is None else self.of(given[0].task_id)
+            return self.shared if given[0].task_id is None else copy_of_task(self.of, self.count, given[0].task_id)
         raise TaskError("a TaskIndexedParameter is read with a payload", fix="self.scale(payload)")
 
 

@@ -15,6 +15,7 @@ from hatify.analysis.heads import operator_name
 from hatify.analysis.plan import Ratio, Size
 from hatify.capture import Captured
 from hatify.capture.captured import ByMode
+from hatify.capture.regions import SWITCHES, enter_autocast
 from hatify.gates import Value
 from hatify.modules import Mask, live_norms
 from hatify.modules.task_indexed import write_buffer
@@ -25,7 +26,7 @@ OPERATORS = {
     "aten.div.Tensor": operator.truediv, "aten.view.default": torch.reshape, "aten._unsafe_view.default": torch.reshape,
     "aten.reshape.default": torch.reshape,
 }  # fmt: skip
-EFFECTS = (write_buffer, torch._C._set_grad_enabled)
+EFFECTS = (write_buffer, *SWITCHES)
 """Operators that read better as Python's or torch's own: the same kernels. A mask may change strides, so views become reshapes."""
 LIVE = {"layer_norm": live_norms.layer_norm, "rms_norm": live_norms.rms_norm, "group_norm": live_norms.group_norm}
 LIVE_ARGUMENTS = {
@@ -135,6 +136,8 @@ class _Rewriter:
             live = self._live(step.live, node)
             given = {n: (args[i] if i < len(args) else kwargs.get(n, default)) for n, i, default in LIVE_ARGUMENTS[name]}
             return self.graph.create_node("call_function", LIVE[name], (args[0],), {**given, "live": live}, name=node.name)
+        if node.target is enter_autocast:
+            args = (self._device(), *args[1:])
         if isinstance(kwargs.get("device"), torch.device):
             kwargs = {**kwargs, "device": self._device()}
             kwargs.pop("pin_memory", None)

@@ -32,6 +32,8 @@ UNARY = """
     deg2rad relu_ positive polygamma
 """.split()
 PARTIAL = "log log2 log10 log1p sqrt rsqrt reciprocal acos asin atanh acosh digamma lgamma logit erfinv tan".split()
+TYPES_ONLY = {"type_as", "to"}
+"""Of a second operand these read the type, not the values."""
 ADDITIVE = "add sub subtract maximum minimum fmax fmin where".split()
 PRODUCT = "mul multiply".split()
 QUOTIENT = "div divide true_divide floor_divide".split()
@@ -64,7 +66,8 @@ def unary(run: Interpreter, call: Call) -> Outcome:
     dtype = call.argument(1, "dtype")
     if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
         return unknown(run, call)
-    state = value.state if zero_at_zero(call) else after_shift(value.state)
+    told = call.name in TYPES_ONLY or all(v.known is not None for v in values[1:])  # clamp(x, min=tensor): by its actual values
+    state = value.state if told and zero_at_zero(call) else after_shift(value.state)
     out = Gates(value.ids, state)
     return Outcome(call.args, call.kwargs, [out, Gates(None)] if call.name == "native_dropout" else out)
 

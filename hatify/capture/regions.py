@@ -1,0 +1,21 @@
+"""Switches that bracket a region of the user's forward: gradients off, another autocast."""
+
+from __future__ import annotations
+
+import torch
+
+
+def enter_autocast(device: str | torch.device, dtype: torch.dtype | None, enabled: bool, cache: bool | None) -> torch.autocast:
+    """Begins the region of ``torch.autocast(...)``; returns what :func:`exit_autocast` takes."""
+    mode = torch.autocast(torch.device(device).type, dtype=dtype, enabled=enabled, cache_enabled=cache)
+    mode.__enter__()
+    return mode
+
+
+def exit_autocast(mode: torch.autocast) -> None:
+    """Ends it: autocast is as it was before."""
+    mode.__exit__(None, None, None)
+
+
+SWITCHES = (torch._C._set_grad_enabled, enter_autocast, exit_autocast)
+"""Functions whose calls are kept though nobody reads their result."""
