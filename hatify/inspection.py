@@ -26,7 +26,7 @@ def node_table(hat: HATModel) -> list[dict[str, Any]]:
                 "name": node.name,
                 "op": node.op,
                 "target": _target(node),
-                "shape": " × ".join(str(s) for s in node.meta["val"].shape),
+                "shape": " × ".join(str(s) for s in value.shape),
                 "gates": facts.analysis.table.describe(value.ids),
                 "state": value.state.value if value.gated else "clean",
                 "scope": node.meta.get("scope", ""),

@@ -32,6 +32,9 @@ class Facts:
         """A child by its number, as in a sequential model."""
         return self._modules[str(key)]
 
+    def __str__(self) -> str:
+        return repr(self)  # fx would add the code; it is in hat.code
+
     def __deepcopy__(self, memo: dict) -> Facts:
         return self
 
@@ -287,6 +290,9 @@ class HATModel(fx.GraphModule):
     def __getitem__(self, key: int | str) -> nn.Module:
         """A child by its number, as in a sequential model."""
         return self._modules[str(key)]
+
+    def __str__(self) -> str:
+        return repr(self)  # fx would add the code; it is in hat.code
 
     def __deepcopy__(self, memo: dict) -> HATModel:
         root = Scope(type(self).__name__)

@@ -110,26 +110,9 @@ def _whole(hat: Any, model: str) -> dict[str, Any]:
     return {
         "model": model,
         "tasks": hat.report.tasks,
-        "code": with_scopes(hat.code, nodes),
+        "code": hat.code,
         "nodes": nodes,
         "layers": hat.report.layers,
         "fixed_sizes": hat.report.fixed_sizes,
     }
 
-
-def with_scopes(code: str, nodes: list[dict[str, Any]]) -> str:
-    """The code with a comment wherever another module's part begins; none is doubled."""
-    scopes = {node["name"]: node.get("scope") or "" for node in nodes}
-    written = {line.strip() for line in code.splitlines() if line.strip().startswith("#")}
-    lines: list[str] = []
-    current = None
-    for line in code.splitlines():
-        name = line.strip().partition(" = ")[0]
-        scope = scopes.get(name) if " = " in line else None
-        if scope is not None and scope != current:
-            comment = f"# {scope}"
-            if scope and comment not in written:
-                lines.append(line[: len(line) - len(line.lstrip())] + comment)
-            current = scope
-        lines.append(line)
-    return "\n".join(lines)

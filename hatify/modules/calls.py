@@ -287,4 +287,3 @@ def _refuse_shared(module: nn.Module, meaning: Layer | None) -> None:
 
 def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
-

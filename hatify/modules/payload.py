@@ -14,11 +14,12 @@ from hatify.modules.calls import norm_of_payload, weighted_of_payload
 from hatify.modules.pending import Pending
 
 METHODS = (
-    "abs", "add", "amax", "amin", "argmax", "bfloat16", "bmm", "chunk", "clamp", "clamp_min", "clone", "contiguous", "cumsum", "detach",
-    "div", "double", "exp", "expand", "expand_as", "flatten", "flip", "float", "half", "index_select", "log", "log_softmax",
-    "masked_fill", "matmul", "max", "mean", "min", "movedim", "mul", "narrow", "norm", "permute", "pow", "prod", "relu", "repeat",
-    "reshape", "roll", "rsqrt", "select", "sigmoid", "softmax", "split", "sqrt", "square", "squeeze", "std", "sub", "sum", "swapaxes",
-    "tanh", "transpose", "unbind", "unflatten", "unsqueeze", "var", "view", "view_as",
+    "abs", "add", "amax", "amin", "argmax", "bfloat16", "bmm", "chunk", "clamp", "clamp_min", "clone", "contiguous",
+    "cumsum", "detach", "div", "double", "exp", "expand", "expand_as", "flatten", "flip", "float", "half", "index_select",
+    "log", "log_softmax", "masked_fill", "matmul", "max", "mean", "min", "movedim", "mul", "narrow", "norm", "permute",
+    "pow", "prod", "relu", "repeat", "reshape", "roll", "rsqrt", "select", "sigmoid", "softmax", "split", "sqrt", "square",
+    "squeeze", "std", "sub", "sum", "swapaxes", "tanh", "transpose", "unbind", "unflatten", "unsqueeze", "var", "view",
+    "view_as",
 )  # fmt: skip
 OPERATORS = {"__neg__": operator.neg, "__getitem__": operator.getitem}
 BINARY = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "truediv": operator.truediv, "matmul": operator.matmul,
