@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 import hatify
 from hatify.cli.convert import short_name
-from hatify.cli.inspect import with_scopes
 from hatify.cli.main import app
 from hatify.cli.tree import collapse, grow
 
@@ -341,11 +340,3 @@ def test_nested_repetitions_collapse_from_the_inside():
     assert list(stages.children["0-1"].children) == ["0-2"]
     conv = stages.children["0-1"].children["0-2"].children["conv"]
     assert conv.entries[0]["parameters"] == 60
-
-
-def test_scopes_are_written_where_they_change_and_not_twice():
-    code = "def forward(self, x):\n    a = self.a(x)\n    b = self.b(a)\n    c = self.c(b)\n    return c\n"
-    nodes = [{"name": "a", "scope": "a"}, {"name": "b", "scope": "b"}, {"name": "c", "scope": "b"}]
-    lines = with_scopes(code, nodes).splitlines()
-    assert lines.count("    # a") == 1 and lines.count("    # b") == 1
-    assert with_scopes("\n".join(lines), nodes).splitlines() == lines

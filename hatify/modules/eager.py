@@ -55,7 +55,7 @@ class Kept(OrderedDict):
         return made
 
 
-_plans, _programs, _large = Kept(), Kept(), Kept()
+_plans, _programs, _large, _maskers = Kept(), Kept(), Kept(), Kept()
 _compile: list[Callable[[Tensor], Program]] = []
 
 
@@ -191,6 +191,12 @@ def too_large(ids: Tensor) -> bool:
     return _large.get_or(ids_key(ids), lambda: TABLE.too_large(ids))
 
 
+def maskers_of(ids: Tensor) -> tuple[Masker, ...]:
+    """The maskers that gates depend on; none where nothing is gated."""
+    keys = _maskers.get_or(ids_key(ids), lambda: TABLE.maskers(ids))
+    return tuple(MASKERS[key] for key in keys)
+
+
 def mask_of(ids: Tensor, task: int, scale: float | None, device: torch.device) -> Tensor:
     """The mask that gates stand for: float32, the shape of ``ids``; soft with a scale, where a masker has not finished the task."""
     return evaluate(program(ids), lambda key: masker_of(key, task)(task, scale).to(device), {"device": device}).reshape(ids.shape)
@@ -203,14 +209,12 @@ def live(ids: Tensor, task: int) -> Tensor:
 
 
 def masker_of(key: str, task: int) -> Masker:
-    """A masker that is still there and has such a task.
+    """The masker of a key.
 
     Raises:
-        TaskError: it is not, or has not.
+        TaskError: it has no such task.
     """
-    masker = MASKERS.get(key)
-    if masker is None:
-        raise TaskError("a payload outlived the network that made it", fix="keep payload.data, the masked tensor, instead")
+    masker = MASKERS[key]
     checked_task(task, len(masker.embeddings))
     return masker
 

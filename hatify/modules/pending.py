@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hatify.errors import TaskError
-from hatify.gates import TOP, State
+from hatify.gates import State
 from hatify.gates.value import ones
 from hatify.modules import eager
 from hatify.modules.masking import apply_mask
@@ -18,7 +18,7 @@ from hatify.modules.masking import apply_mask
 class Pending:
     """A tensor whose mask is applied when something needs it; see :class:`HATPayload`."""
 
-    __slots__ = ("_raw", "_masked", "_settled", "_ids", "_state", "_task", "_scale", "__weakref__")
+    __slots__ = ("_raw", "_masked", "_settled", "_ids", "_state", "_task", "_scale", "_maskers", "__weakref__")
 
     def __init__(self, data: Any, task_id: int | None = None, mask_scale: float | None = None) -> None:
         if isinstance(data, Pending):
@@ -28,6 +28,7 @@ class Pending:
 
     def _set(self, raw: Any, ids: Tensor, state: State, task: int | None, scale: float | None) -> None:
         self._raw, self._ids, self._state, self._task, self._scale = raw, ids, state, task, scale
+        self._maskers = eager.maskers_of(ids)  # kept alive: a payload may outlive its network
         self._masked: tuple[Tensor, bool] | None = None
         self._settled = False
 
@@ -73,7 +74,7 @@ class Pending:
 
     @property
     def _gated(self) -> bool:
-        return self._task is not None and bool((self._ids > TOP).any())
+        return bool(self._maskers)
 
     def _mask(self) -> Tensor:
         return eager.mask_of(self._ids, self._task, self._scale, self._raw.device)
@@ -111,7 +112,7 @@ class Pending:
 
     def _become(self, other: Pending) -> None:
         """Takes over another's content, where torch would have written in place."""
-        for name in ("_raw", "_masked", "_settled", "_ids", "_state"):
+        for name in ("_raw", "_masked", "_settled", "_ids", "_state", "_maskers"):
             setattr(self, name, getattr(other, name))
 
 

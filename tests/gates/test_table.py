@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from expressions import SIZES, build, direct, gated, random_masks, trees, value
+from expressions import SIZES, atoms, build, direct, gated, random_masks, trees, value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,12 +51,19 @@ def test_commutative_and_idempotent(op: str, a, b) -> None:
     assert table.pair(op, x, table.pair(op, x, y)) == table.pair(op, x, y)
 
 
-@given(operators, gated, gated)
-def test_absorption(op: str, a, b) -> None:
+@given(operators, atoms, gated)
+def test_absorption_of_an_atom_is_seen(op: str, a, b) -> None:
     table = GateTable()
     x, y = build(table, a), build(table, b)
     assert table.pair(op, x, table.pair(other(op), x, y)) == x
-    assert table.pair(op, y, table.pair(other(op), x, y)) == y
+
+
+@given(operators, gated, gated, seeds)
+def test_absorption_of_anything_holds_in_value(op: str, a, b, seed: int) -> None:
+    table, masks = GateTable(), random_masks(seed)
+    x, y = build(table, a), build(table, b)
+    absorbed = table.pair(op, x, table.pair(other(op), x, y))
+    assert torch.equal(value(table, torch.tensor([absorbed]), masks), value(table, torch.tensor([x]), masks))
 
 
 @given(operators, trees)

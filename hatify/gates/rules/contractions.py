@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -115,14 +117,12 @@ def attention(run: Interpreter, call: Call) -> Outcome:
     """``scaled_dot_product_attention(q, k, v)``: scores are TOP from materialised q and k; v keeps its columns' gates."""
     q, k, v = call.args[:3]
     grouped = call.kwargs.get("enable_gqa", False)
-    batch_gated = any(x.varies(d) for x in (q, k) for d in range(x.rank - 1))
     extra = call.argument(3, "attn_mask")
-    if grouped or batch_gated or (isinstance(extra, Value) and extra.gated):
+    if grouped or v.rank != q.rank or k.rank != q.rank or (isinstance(extra, Value) and extra.gated):
         return unknown(run, call)
     batch = LETTERS[: q.rank - 2]
-    if v.rank != q.rank or k.rank != q.rank:
-        return unknown(run, call)
-    return contract(run, call, [(q, batch + "me"), (k, batch + "ke"), (v, batch + "kn")], batch + "mn")
+    call = replace(call, args=(clean(run, q), clean(run, k), *call.args[2:]))
+    return contract(run, call, [(v, batch + "kn")], batch + "mn")
 
 
 def register(rules: RuleTable) -> None:
