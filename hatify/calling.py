@@ -35,9 +35,7 @@ class Signature:
     The canonical order of the tensors is that of the parameters, which is also the order of ``names``.
     """
 
-    def __init__(
-        self, parameters: list[inspect.Parameter], positional: int, captured: dict[str, Structure]
-    ) -> None:
+    def __init__(self, parameters: list[inspect.Parameter], positional: int, captured: dict[str, Structure]) -> None:
         self._parameters = parameters
         self._positional = positional  # how many arguments the example call passed by position
         self._captured = captured  # parameter name -> structure; *args as a tuple, **kwargs as a dict
@@ -93,9 +91,7 @@ class Signature:
                 elif parameter.default is not parameter.empty:
                     value = parameter.default
                 else:
-                    raise refusal(
-                        name, f"captured was {self._captured[name]}, but it is missing in this call"
-                    )
+                    raise refusal(name, f"captured was {self._captured[name]}, but it is missing in this call")
                 if parameter.kind is parameter.VAR_KEYWORD:
                     self._check_extras(value, name)
                 tensors += match(value, self._captured[name], name)
@@ -110,9 +106,7 @@ class Signature:
             CallError: not as many tensors as the call has.
         """
         if len(tensors) != len(self._names):
-            raise CallError(
-                f"{len(self._names)} tensors expected, {len(tensors)} given", where=", ".join(self._names)
-            )
+            raise CallError(f"{len(self._names)} tensors expected, {len(tensors)} given", where=", ".join(self._names))
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
         start = 0
@@ -170,17 +164,13 @@ def _parameters(forward: Callable[..., Any]) -> list[inspect.Parameter]:
     return [parameter.replace(annotation=parameter.empty) for parameter in parameters]
 
 
-def _bind(
-    parameters: list[inspect.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any], known: Any
-) -> dict[str, Any]:
+def _bind(parameters: list[inspect.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any], known: Any) -> dict[str, Any]:
     """The arguments by parameter name, without defaults. ``known`` is None while capturing."""
     names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for key in kwargs:
         if key not in names and not takes_any:
-            raise refusal(
-                key, f"the model takes no such argument{_near(key, names)}; it takes {', '.join(names)}"
-            )
+            raise refusal(key, f"the model takes no such argument{_near(key, names)}; it takes {', '.join(names)}")
     signature = inspect.Signature(parameters)
     try:
         # Missing arguments of a later call are reported by `bind`, with what was captured.
@@ -190,8 +180,7 @@ def _bind(
             "the arguments do not fit the model",
             where=f"forward{signature}",
             why=str(error),
-            fix="pass what forward takes; example_inputs may be a tensor, a tuple of positional arguments "
-            "or a dict of keywords"
+            fix="pass what forward takes; example_inputs may be a tensor, a tuple of positional arguments or a dict of keywords"
             if known is None
             else "call it as captured",
         ) from error

@@ -99,11 +99,14 @@ def _lower_rungs(graphs: list, model: nn.Module) -> list[Problem]:
         if plan.rung in (TASK_INDEXED, ROW_LOCKED) and plan.role == "task-indexed":
             found.append(
                 Problem(
-                    "one copy per task instead of shared weights", plan.path, plan.reason, "@hatify.register its class, if it is a linear map", "note"
+                    "one copy per task instead of shared weights",
+                    plan.path,
+                    plan.reason,
+                    "@hatify.register its class, if it is a linear map",
+                    "note",
                 )
             )
     for name, count in analysis.unknown.items():
-        found.append(
-            Problem(f"the operator {name} has no rule ({count}×)", name, "its operands are materialised, its result is live for all tasks", "none needed: exact, merely conservative", "note")
-        )  # fmt: skip
+        why = f"used {count} times: its operands are materialised, its result is live for all tasks"
+        found.append(Problem("an operator without a rule", name, why, "none needed: exact, merely conservative", "note"))
     return found

@@ -53,9 +53,7 @@ def alias_groups(state: Mapping[str, Any]) -> list[list[str]]:
 def _read(path: Path) -> Any:
     if not path.is_file():
         why = "it is a directory" if path.is_dir() else "there is no such file"
-        raise CheckpointError(
-            "the checkpoint cannot be read", where=str(path), why=why, fix="give a weights file"
-        )
+        raise CheckpointError("the checkpoint cannot be read", where=str(path), why=why, fix="give a weights file")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -69,9 +67,7 @@ def _read(path: Path) -> Any:
         whole_model = "Unsupported global" in str(error) or "GLOBAL" in str(error)
         first_line = (str(error).strip().splitlines() or ["no message"])[0]
         raise CheckpointError(
-            "the file is no checkpoint"
-            if not whole_model
-            else "the file holds Python objects, not only weights",
+            "the file is no checkpoint" if not whole_model else "the file holds Python objects, not only weights",
             where=str(path),
             why="reading it would run code" if whole_model else f"{type(error).__name__}: {first_line[:200]}",
             fix='write it with torch.save(model.state_dict(), "weights.pt")',
@@ -86,9 +82,7 @@ def _unwrap(state: Any, path: Any) -> dict[str, Any]:
     if not isinstance(state, Mapping) or not state:
         strange = f"it holds a {type(state).__name__}" if state else "it is empty"
     else:
-        odd = [
-            k for k, v in state.items() if not isinstance(v, Tensor) and not str(k).endswith("_extra_state")
-        ]
+        odd = [k for k, v in state.items() if not isinstance(v, Tensor) and not str(k).endswith("_extra_state")]
         if odd:
             strange = f"{odd[0]!r} holds a {type(state[odd[0]]).__name__}, not a tensor"
     if strange:
@@ -107,9 +101,7 @@ def _without_prefixes(state: dict[str, Any], model: nn.Module) -> dict[str, Any]
     while again:
         again = False
         for prefix in _PREFIXES:
-            if all(key.startswith(prefix) for key in state) and not all(
-                key.startswith(prefix) for key in own
-            ):
+            if all(key.startswith(prefix) for key in state) and not all(key.startswith(prefix) for key in own):
                 state = {key.removeprefix(prefix): value for key, value in state.items()}
                 again = True
     return state

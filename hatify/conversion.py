@@ -86,11 +86,15 @@ def convert(
 
 def _settings(model: nn.Module, tasks: Any, config: HATConfig | None, heads: str, locking: str):
     if not isinstance(model, nn.Module):
-        raise ConversionError(f"convert takes a torch.nn.Module, not {type(model).__name__}", fix="hatify.convert(timm.create_model('resnet18'))")
+        raise ConversionError(
+            f"convert takes a torch.nn.Module, not {type(model).__name__}", fix="hatify.convert(timm.create_model('resnet18'))"
+        )
     if isinstance(model, HATModel):
         raise ConversionError("this model is converted already", fix="hat.add_tasks(n) for more tasks")
     if heads not in HEADS or locking not in LOCKING:
-        raise ConversionError(f"heads is one of {HEADS} and locking one of {LOCKING}, not {heads!r} and {locking!r}", fix="heads='task-indexed'")
+        raise ConversionError(
+            f"heads is one of {HEADS} and locking one of {LOCKING}, not {heads!r} and {locking!r}", fix="heads='task-indexed'"
+        )
     classes: list[int | None] | None = None
     if isinstance(tasks, Sequence) and not isinstance(tasks, str):
         classes = list(tasks)
@@ -137,7 +141,9 @@ def _check_classes(analysis: Analysis) -> None:
         )
 
 
-def _rewrite(model, graphs: list[Captured], analysis: Analysis, config: HATConfig, classes, inplace: bool, options: dict) -> HATModel:
+def _rewrite(
+    model, graphs: list[Captured], analysis: Analysis, config: HATConfig, classes, inplace: bool, options: dict
+) -> HATModel:
     keys = list(model.state_dict().keys())
     names = [n for n, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))]
     reference = on_meta(model)

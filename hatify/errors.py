@@ -36,9 +36,7 @@ class HatifyError(Exception):
           fix:   hatify.convert(model, example_inputs=torch.randn(2, 3, 224, 224))
     """
 
-    def __init__(
-        self, what: str, *, where: str | None = None, why: str | None = None, fix: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, where: str | None = None, why: str | None = None, fix: str | None = None) -> None:
         # Only `what` goes into `args`: pickle and copy rebuild from `args` and then restore `__dict__`.
         super().__init__(what)
         self.what = what

@@ -100,9 +100,7 @@ def _timm(model: Any, make: _Maker) -> tuple[Any, ...] | None:
 
 
 def _torchvision(model: Any, make: _Maker) -> tuple[Any, ...] | None:
-    names = [
-        cls.__module__ for cls in type(model).__mro__ if cls.__module__.startswith("torchvision.models.")
-    ]
+    names = [cls.__module__ for cls in type(model).__mro__ if cls.__module__.startswith("torchvision.models.")]
     if not names:
         return None
     name = names[0].removeprefix("torchvision.models.")
@@ -120,9 +118,7 @@ def _video_size(model: Any, name: str, img_size: int | None) -> tuple[int, int, 
         position, stride = model.pos_encoding, model.conv_proj.stride
         height, width = (n * s for n, s in zip(position.spatial_size, stride[1:]))
         return position.temporal_size * stride[0], height, width
-    size = img_size or (
-        _IMAGE if name.endswith("s3d") else 112
-    )  # s3d ends in a 7x7 average, 32 times smaller
+    size = img_size or (_IMAGE if name.endswith("s3d") else 112)  # s3d ends in a 7x7 average, 32 times smaller
     return 16, size, size
 
 

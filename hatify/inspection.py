@@ -62,7 +62,9 @@ def describe_layer(hat: HATModel, path: str) -> str:
     for use in [u for uses in analysis.uses.values() for u in uses if _belongs(u, path)]:
         lines.append(f"  {use.parameter} {tuple(use.shape)}: {_lock(hat, use)}")
     if plan.rung == "task-indexed":
-        lines.append(f"  one copy for each of {hat.config.num_tasks} tasks and one without a task; nothing is shared, so nothing locks")
+        lines.append(
+            f"  one copy for each of {hat.config.num_tasks} tasks and one without a task; nothing is shared, so nothing locks"
+        )
     return "\n".join(lines)
 
 
@@ -107,4 +109,8 @@ def _state(value: Value) -> str:
 
 
 def _target(node: fx.Node) -> str:
-    return str(node.target) if isinstance(node.target, str | torch._ops.OpOverload) else getattr(node.target, "__name__", str(node.target))
+    return (
+        str(node.target)
+        if isinstance(node.target, str | torch._ops.OpOverload)
+        else getattr(node.target, "__name__", str(node.target))
+    )

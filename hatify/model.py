@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from hatify.calling import Signature, unflatten
 from hatify.capture import Captured
-from hatify.calling import Signature, Structure, unflatten
 from hatify.errors import CallError, ConversionError, HatifyError, TaskError
-from hatify.gates import Use, evaluate, locked
+from hatify.gates import evaluate, locked
 from hatify.modules import HATConfig, HATPayload, Masker, TaskContext, TaskIndexed, TaskIndexedParameter
 from hatify.rewrite.graph import readable
 from hatify.rewrite.scope import Scope
@@ -85,8 +85,9 @@ class HATModel(fx.GraphModule):
             return generated(self, *tensors, task)
         device = tensors[0].device.type if tensors else "cpu"
         # an error inside the user's no_grad or autocast region must not leave it on
-        with torch.set_grad_enabled(torch.is_grad_enabled()), torch.autocast(
-            device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled()),
+            torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)),
         ):
             return generated(self, *tensors, task)
 
@@ -275,7 +276,8 @@ class HATModel(fx.GraphModule):
                 shared = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in inside]
                 found.append((shared, lambda t, m=module: [*m.tasks[t].parameters(), *m.tasks[t].buffers()]))
         for name in (*self._facts.indexed, *self._facts.indexed_buffers):
-            found.append(([_attribute(self, name)], lambda t, i=self.indexed(name): [i.of(t)]))
+            copies = self.indexed(name)
+            found.append(([_attribute(self, name)], lambda t, copies=copies: [copies.of(t)]))
         return found
 
     @property
@@ -309,7 +311,9 @@ class HATModel(fx.GraphModule):
 
     def __reduce__(self):
         raise HatifyError(
-            "a HAT model is not pickled", why="pickling a graph module runs its code when it is loaded", fix="hatify.save(hat, 'directory')"
+            "a HAT model is not pickled",
+            why="pickling a graph module runs its code when it is loaded",
+            fix="hatify.save(hat, 'directory')",
         )
 
 
@@ -369,13 +373,13 @@ class Sizes:
 def _refused(name: str, why: str, tensor: Tensor) -> CallError:
     shape = ", ".join(str(s) for s in tensor.shape)
     return CallError(
-        f"the input {name} does not fit the capture", where=name, why=why, fix=f"hatify.convert(model, example_inputs=torch.randn({shape}))"
+        f"the input {name} does not fit the capture",
+        where=name,
+        why=why,
+        fix=f"hatify.convert(model, example_inputs=torch.randn({shape}))",
     )
 
 
 def _attribute(module: nn.Module, name: str) -> Tensor:
     owner, _, attribute = name.rpartition(".")
     return getattr(module.get_submodule(owner), attribute)
-
-
-__all__ = ["Facts", "HATModel", "Sizes", "Structure", "Use"]

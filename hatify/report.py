@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from hatify.analysis import Analysis
-from hatify.analysis.plan import FROZEN, HAT, ROW_LOCKED, RUNGS, TASK_INDEXED
+from hatify.analysis.plan import FROZEN, ROW_LOCKED, RUNGS, TASK_INDEXED
 from hatify.capture import Captured
 from hatify.modules import HATLayer, LiveMask, Mask, TaskIndexed
 
@@ -92,6 +92,3 @@ def make_report(hat, analysis: Analysis, graphs: list[Captured], notes: list[str
         two_graphs=len(graphs) > 1,
         parameters=sum(rung["parameters"] for rung in rungs.values()),
     )
-
-
-__all__ = ["HAT", "ConversionReport", "make_report"]

@@ -15,9 +15,12 @@ def snapshot(hat: HATModel) -> dict[str, Any]:
     """
     report = hat.report
     rungs = {
-        name: {**counts, "share": round(counts["parameters"] / max(report.parameters, 1), 4)} for name, counts in report.rungs.items()
+        name: {**counts, "share": round(counts["parameters"] / max(report.parameters, 1), 4)}
+        for name, counts in report.rungs.items()
     }
-    lower = [row for row in report.layers if row["rung"] == "task-indexed" and row["reason"] not in ("normalisation", "output layer")]
+    lower = [
+        row for row in report.layers if row["rung"] == "task-indexed" and row["reason"] not in ("normalisation", "output layer")
+    ]
     reasons: dict[str, int] = {}
     for row in lower:
         reasons[row["reason"]] = reasons.get(row["reason"], 0) + row["parameters"]

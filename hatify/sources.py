@@ -62,9 +62,7 @@ class Source:
             CheckpointError: the weights cannot be had or do not fit.
         """
         if pretrained and checkpoint is not None:
-            raise CheckpointError(
-                "pretrained weights and a checkpoint exclude each other", fix="give one of the two"
-            )
+            raise CheckpointError("pretrained weights and a checkpoint exclude each other", fix="give one of the two")
         builder = _BUILDERS[self.kind]
         if not pretrained:
             model = builder(self, False)
@@ -168,9 +166,7 @@ def _unknown(
         f"unknown model {text!r}",
         where=library,
         why=f"{library} has no model of that name",
-        fix=fix
-        or fallback
-        or "write a timm name, torchvision:NAME, transformers:DIR or package.module:factory",
+        fix=fix or fallback or "write a timm name, torchvision:NAME, transformers:DIR or package.module:factory",
     )
 
 
@@ -188,9 +184,7 @@ def _library(name: str, text: str) -> ModuleType:
 
 def _build_timm(source: Source, pretrained: bool) -> nn.Module:
     timm = _library("timm", source.text)
-    return _sized(
-        lambda **kwargs: timm.create_model(source.name, pretrained=pretrained, **kwargs), "img_size", source
-    )
+    return _sized(lambda **kwargs: timm.create_model(source.name, pretrained=pretrained, **kwargs), "img_size", source)
 
 
 def _build_torchvision(source: Source, pretrained: bool) -> nn.Module:
@@ -248,17 +242,11 @@ def _read_config(directory: str, text: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UnknownModelError(
-            f"unknown model {text!r}", where=str(path), why=error.strerror, fix=fix
-        ) from error
+        raise UnknownModelError(f"unknown model {text!r}", where=str(path), why=error.strerror, fix=fix) from error
     except ValueError as error:
-        raise UnknownModelError(
-            f"unknown model {text!r}", where=str(path), why=f"no JSON: {error}", fix=fix
-        ) from error
+        raise UnknownModelError(f"unknown model {text!r}", where=str(path), why=f"no JSON: {error}", fix=fix) from error
     if not isinstance(config, dict) or "model_type" not in config:
-        raise UnknownModelError(
-            f"unknown model {text!r}", where=str(path), why="it has no model_type", fix=fix
-        )
+        raise UnknownModelError(f"unknown model {text!r}", where=str(path), why="it has no model_type", fix=fix)
     return {"config": config}
 
 
@@ -299,9 +287,7 @@ def _factory(text: str) -> Callable[..., Any]:
         ) from error
     for part in qualname.split("."):
         if not hasattr(found, part):
-            names = [
-                name for name, value in vars(found).items() if callable(value) and not name.startswith("_")
-            ]
+            names = [name for name, value in vars(found).items() if callable(value) and not name.startswith("_")]
             raise _unknown(text, module_name, part, names, f"{module_name}:")
         found = getattr(found, part)
     return found

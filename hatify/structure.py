@@ -99,9 +99,7 @@ class Structure:
             )
             structure._validate()
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise CallError(
-                "a stored structure cannot be read", where=str(data)[:200], why=repr(error)
-            ) from error
+            raise CallError("a stored structure cannot be read", where=str(data)[:200], why=repr(error)) from error
         return structure
 
     def _validate(self) -> None:
@@ -139,9 +137,7 @@ _TENSOR = Structure("tensor")
 
 def _encode(value: Any) -> tuple[str, str] | None:
     """A constant as (tag, text): equality is by type, nan equals nan, JSON needs no special cases. Or None."""
-    kind = type(
-        value
-    )  # exact: an enum member or a numpy scalar must not silently come back as a plain number
+    kind = type(value)  # exact: an enum member or a numpy scalar must not silently come back as a plain number
     if value is None:
         return "none", ""
     if kind in (bool, int, str):
@@ -195,9 +191,7 @@ def _take_apart(value: Any, where: str) -> tuple[Structure, list[Any]]:
         keys = tuple(_encode(key) for key in value)
         if None in keys:
             bad = next(key for key in value if _encode(key) is None)
-            raise CallError(
-                f"a dict key of type {type(bad).__name__} is not supported", where=where, why=repr(bad)
-            )
+            raise CallError(f"a dict key of type {type(bad).__name__} is not supported", where=where, why=repr(bad))
         return Structure("dict", name, keys, cls=cls), list(value.values())
     if dataclasses.is_dataclass(value):
         fields = [f.name for f in dataclasses.fields(value)]
@@ -344,6 +338,5 @@ def refusal(where: str, why: str) -> CallError:
         "the call does not fit the captured one",
         where=f"argument {where}",
         why=why,
-        fix="call it as captured, or convert again with example inputs of this kind: "
-        "hatify.convert(model, example_inputs=...)",
+        fix="call it as captured, or convert again with example inputs of this kind: hatify.convert(model, example_inputs=...)",
     )

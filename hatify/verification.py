@@ -311,9 +311,8 @@ def _of_task(hat: HATModel, task: int) -> set[int]:
     own: set[int] = set()
     for masker in hat.maskers.values():
         own.add(id(masker.embeddings[task]))
-    for module, copies in hat.task_copies():
+    for _, copies in hat.task_copies():
         own.update(id(t) for t in copies(task))
-        del module
     return own
 
 

@@ -8,7 +8,6 @@ from hatify import HATModel
 from hatify.modules import Mask
 from hatify.verification import measure_drift
 
-
 TRIES = 8
 """Dead units of a random network can hide one lock or mask, so a few are tried, each on its own."""
 
@@ -21,8 +20,8 @@ def drift_without_a_lock(hat: HATModel) -> float | None:
 
 
 def drift_without_a_mask(hat: HATModel) -> float | None:
-    """The first drift with one mask node left out; None where there is no mask."""
-    names = [n for n, m in hat.room.masks.named_children() if isinstance(m, Mask)]
+    """The first drift with one mask node left out, the last first; None where there is no mask."""
+    names = [n for n, m in hat.room.masks.named_children() if isinstance(m, Mask)][::-1]
     return _first_drift([{"without_masks": [n]} for n in names], hat)
 
 

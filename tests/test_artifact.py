@@ -175,9 +175,7 @@ def test_parents_are_made_and_a_link_is_followed(tied, tmp_path):
     hatify.load(tmp_path / "link", factory=Tied)
 
 
-@pytest.mark.parametrize(
-    "failure", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("x")]
-)
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("x")])
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("point", ["write_tensors", "_swap", "rename"])
 def test_a_failure_leaves_everything_as_it_was(tied, tmp_path, monkeypatch, failure, existing, point):

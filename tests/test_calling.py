@@ -99,9 +99,7 @@ def test_reading_a_structure_imports_no_module_of_the_files_choosing():
         unflatten([], Structure.from_json(data))
 
 
-@pytest.mark.parametrize(
-    "data", [None, [], {}, {"kind": "set"}, {"kind": "constant", "value": ["code", "1"]}]
-)
+@pytest.mark.parametrize("data", [None, [], {}, {"kind": "set"}, {"kind": "constant", "value": ["code", "1"]}])
 def test_broken_json_is_refused(data):
     with pytest.raises(CallError):
         Structure.from_json(data)

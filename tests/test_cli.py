@@ -113,9 +113,7 @@ def test_convert_writes_a_directory_and_says_what_it_did(work):
 
 
 def test_json_is_the_only_thing_on_stdout(work, factory):
-    out = run(
-        "convert", f"{factory}:chatter", "--img-size", 16, "--classes", "2,3", "--json", "--out", "x"
-    ).stdout
+    out = run("convert", f"{factory}:chatter", "--img-size", 16, "--classes", "2,3", "--json", "--out", "x").stdout
     report = json.loads(out)
     assert report["weights"] == "random" and report["path"] == str((work / "x").resolve())
     assert report["report"]["tasks"] == 2 and report["verification"] is not None
@@ -149,9 +147,7 @@ def test_a_failed_proof_writes_nothing(work, monkeypatch):
 
     def disproved(*args, **kwargs):
         hat = convert(*args, **{**kwargs, "verify": False})
-        proof = SimpleNamespace(
-            ok=False, parity=0.5, parity_train=0.0, drift=0.25, control=1.0, notes=["n"], seconds={}
-        )
+        proof = SimpleNamespace(ok=False, parity=0.5, parity_train=0.0, drift=0.25, control=1.0, notes=["n"], seconds={})
         proof.to_dict = lambda: {"ok": False}
         hat.verification = proof
         return hat
@@ -247,9 +243,7 @@ def test_the_console_script_finds_a_factory_of_the_working_directory(work):
     code = "import sys; sys.path = [p for p in sys.path if p]; from hatify.cli.main import main; main()"
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(hatify.__file__))}
     args = ["convert", "here:make", "--img-size", "16", "--tasks", "2", "--no-verify"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *args], capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert (work / "make-hat2" / "config.json").is_file()
     assert "Warning" not in done.stderr

@@ -315,9 +315,7 @@ def test_transformers_say_their_main_input():
     assert kwargs["input_ids"].shape == (2, 12) and kwargs.get("use_cache", False) is False
     vision = transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=16, **tiny))
     assert runs(vision)[1]["pixel_values"].shape == (2, 3, 32, 32)
-    t5 = transformers.T5Model(
-        transformers.T5Config(vocab_size=50, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    )
+    t5 = transformers.T5Model(transformers.T5Config(vocab_size=50, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     assert set(runs(t5)[1]) == {"input_ids", "decoder_input_ids", "use_cache"}
 
 

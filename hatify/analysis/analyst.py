@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -203,7 +204,7 @@ class Analyst:
             return rule(self, call)
         outcomes = []
         for mode in ("train", "eval"):
-            args, kwargs = pytree.tree_map(lambda a: getattr(a, mode) if isinstance(a, ByMode) else a, by_mode)
+            args, kwargs = pytree.tree_map(lambda a, mode=mode: getattr(a, mode) if isinstance(a, ByMode) else a, by_mode)
             args, kwargs = fx.map_arg((args, kwargs), lambda n: self.env[n])
             outcomes.append(rule(self, replace(call, args=tuple(args), kwargs=dict(kwargs))))
         return outcomes[0] if _same_gates(*outcomes) else unknown(self, call)
@@ -471,8 +472,6 @@ class _Probe:
 
 def _both_modes(run: Analyst, leaf: nn.Module, call: Call, meaning: Layer) -> Outcome:
     """An elementwise layer must preserve zero in both modes; checked on a copy, so that the leaf keeps its mode."""
-    import copy
-
     outcomes = []
     for training in (True, False):
         twin = copy.deepcopy(leaf).train(training)

@@ -48,9 +48,7 @@ def check_target(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
         ancestor = ancestor.parent
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
         why = "permission denied" if ancestor.is_dir() else f"{ancestor} is a file"
-        raise ArtifactError(
-            f"{path} cannot be written", where=str(ancestor), why=why, fix="give another directory"
-        )
+        raise ArtifactError(f"{path} cannot be written", where=str(ancestor), why=why, fix="give another directory")
     return target
 
 

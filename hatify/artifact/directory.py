@@ -70,9 +70,7 @@ def save(hat: HATModel, path: str | os.PathLike[str], *, overwrite: bool = False
     with new_directory(path, overwrite) as directory:
         write_tensors(directory / WEIGHTS, hat.state_dict())
         if structure is not None:
-            write_tensors(
-                directory / INPUTS, {_input_name(index): tensor for index, tensor in enumerate(tensors)}
-            )
+            write_tensors(directory / INPUTS, {_input_name(index): tensor for index, tensor in enumerate(tensors)})
         header = "# The converted model as generated code, to be read. hatify never runs this file.\n\n"
         (directory / GRAPH).write_text(header + hat.code.strip() + "\n", encoding="utf-8")
         (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -125,9 +123,7 @@ def _build(directory: Path, source: Source | None, factory: Callable[[], nn.Modu
     if factory is not None:
         model = factory()
         if not isinstance(model, nn.Module):
-            raise ArtifactError(
-                "the factory does not give a model", why=f"it returned a {type(model).__name__}"
-            )
+            raise ArtifactError("the factory does not give a model", why=f"it returned a {type(model).__name__}")
         return model
     if source is not None and source.kind != "factory":
         try:

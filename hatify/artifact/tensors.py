@@ -45,9 +45,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
         value = value.detach().contiguous()
         memory = value.untyped_storage().data_ptr()
         # Views of one storage that are not the same tensor: the format has no views, each gets its own copy.
-        stored[key] = (
-            value.clone() if memory in seen or value.untyped_storage().nbytes() > value.nbytes else value
-        )
+        stored[key] = value.clone() if memory in seen or value.untyped_storage().nbytes() > value.nbytes else value
         seen.add(memory)
     try:
         save_file(stored, path, metadata={"format": "pt", _ALIASES: json.dumps(aliases)})
@@ -67,9 +65,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ArtifactError: no such file, or not one that ``write_tensors`` wrote.
     """
     if not path.is_file():
-        raise ArtifactError(
-            "a file is missing", where=str(path), why="the directory is incomplete", fix="save again"
-        )
+        raise ArtifactError("a file is missing", where=str(path), why="the directory is incomplete", fix="save again")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)

@@ -44,7 +44,8 @@ class Captured:
     ``call_module`` of leaves, ``call_function`` of functional ATen operators and of integer arithmetic on sizes.
 
     ``node.meta`` holds ``val`` (fake tensors or integers), ``scope`` (module path) and ``line`` (source line).
-    ``eval_only`` says that train mode could not be captured. ``writes`` are buffers with the node whose value they take at the end. ``constants`` are tensors that no module holds.
+    ``writes`` are buffers with the node whose value they take at the end; ``constants`` are tensors that no module holds.
+    ``eval_only`` says that train mode could not be captured, ``open_sizes`` that all sizes were left open to the exporter.
     """
 
     graph: fx.Graph

@@ -59,7 +59,12 @@ class _Flat(nn.Module):
 
 
 def export_mode(
-    model: nn.Module, signature: Signature, inputs: list[Tensor], training: bool, stubs: dict[str, Any] | None = None, open_sizes: bool = True
+    model: nn.Module,
+    signature: Signature,
+    inputs: list[Tensor],
+    training: bool,
+    stubs: dict[str, Any] | None = None,
+    open_sizes: bool = True,
 ) -> Captured:
     """Captures one mode of ``model`` (which is neither run nor changed). ``stubs`` are outputs that stand for modules, by path;
     ``open_sizes`` False fixes all sizes but the batch from the start.
@@ -69,9 +74,6 @@ def export_mode(
     """
     root = copy_tree(model)
     root.train(training) if training else root.eval()
-    for copied, original in zip(root.modules(), model.modules()):
-        if training:
-            copied.training = original.training if model.training else True
     leaves = mark_leaves(root, stubs or {})
     flat = _Flat(root, signature)
     try:

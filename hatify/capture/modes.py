@@ -38,7 +38,9 @@ def capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Capt
     return evaluated, trained, notes
 
 
-def _capture_open_batch(model: nn.Module, signature: Signature, inputs: list[Tensor], training: bool, open_sizes: bool = True) -> Captured:
+def _capture_open_batch(
+    model: nn.Module, signature: Signature, inputs: list[Tensor], training: bool, open_sizes: bool = True
+) -> Captured:
     batched = [t for t in inputs if t.dim() > 0]
     if batched and all(t.shape[0] == 1 for t in batched):
         try:

@@ -40,9 +40,7 @@ def convert(
             show_default=False,
         ),
     ],
-    tasks: Annotated[
-        int | None, typer.Option(min=1, help=f"Number of tasks.  \\[default: {_TASKS}]", show_default=False)
-    ] = None,
+    tasks: Annotated[int | None, typer.Option(min=1, help=f"Number of tasks.  \\[default: {_TASKS}]", show_default=False)] = None,
     classes: Annotated[
         str | None,
         typer.Option(help="Classes of each task, such as 2,2,3.", show_default=False, metavar="N,N,..."),
@@ -51,28 +49,18 @@ def convert(
         Path | None,
         typer.Option(help="Directory to write.  \\[default: NAME-hatN]", show_default=False, metavar="DIR"),
     ] = None,
-    img_size: Annotated[
-        int | None, typer.Option(min=1, help="Height and width of the images.", show_default=False)
-    ] = None,
-    pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Start from the library's weights.")
-    ] = False,
+    img_size: Annotated[int | None, typer.Option(min=1, help="Height and width of the images.", show_default=False)] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from the library's weights.")] = False,
     checkpoint: Annotated[
         Path | None,
         typer.Option(help="Start from the weights in this file.", show_default=False, metavar="FILE"),
     ] = None,
-    heads: Annotated[
-        Heads, typer.Option(help="One head per task, or a shared, masked one.")
-    ] = Heads.task_indexed,
+    heads: Annotated[Heads, typer.Option(help="One head per task, or a shared, masked one.")] = Heads.task_indexed,
     locking: Annotated[Locking, typer.Option(help="Which weights a task locks.")] = Locking.exact,
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Skip the proof of parity and zero drift.")
-    ] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the proof of parity and zero drift.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")] = False,
 ) -> None:
     """Convert MODEL and write it to a directory.
 
@@ -140,12 +128,8 @@ def _run(
 def _tasks(tasks: int | None, classes: str | None) -> int | list[int]:
     if classes is None:
         return tasks or _TASKS
-    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", classes) or 0 in (
-        counts := [int(n) for n in classes.split(",")]
-    ):
-        raise typer.BadParameter(
-            f"{classes!r} is no list of numbers above 0, such as 2,2,3", param_hint="--classes"
-        )
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", classes) or 0 in (counts := [int(n) for n in classes.split(",")]):
+        raise typer.BadParameter(f"{classes!r} is no list of numbers above 0, such as 2,2,3", param_hint="--classes")
     if tasks is not None and tasks != len(counts):
         raise typer.BadParameter(f"{len(counts)} class counts for {tasks} tasks", param_hint="--classes")
     return counts
@@ -163,9 +147,7 @@ def import_from_here() -> None:
         sys.path.insert(0, os.getcwd())
 
 
-def _print(
-    hat: Any, model: str, weights: str, path: Path | None, seconds: dict[str, float], as_json: bool
-) -> None:
+def _print(hat: Any, model: str, weights: str, path: Path | None, seconds: dict[str, float], as_json: bool) -> None:
     if as_json:
         proof = hat.verification
         report = {

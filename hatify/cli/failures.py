@@ -68,9 +68,7 @@ def show(error: HatifyError) -> None:
         if len(lines) > _LINES:
             lines = [*lines[:_LINES], f"({len(lines) - _LINES} more lines)"]
         lines = [line if len(line) <= _WIDTH else line[:_WIDTH] + " ..." for line in lines]
-        text.append(f"\n  {label + ':':<7}", style="cyan").append(
-            ("\n" + " " * 9).join(lines), style="default"
-        )
+        text.append(f"\n  {label + ':':<7}", style="cyan").append(("\n" + " " * 9).join(lines), style="default")
     console.print(text, soft_wrap=True)
 
 

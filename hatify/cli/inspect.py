@@ -49,9 +49,7 @@ def inspect(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")] = False,
 ) -> None:
     """Show the code of a converted model, the gates of each of its tensors, and the sizes that are fixed."""
     saved = (Path(model) / "config.json").is_file() and (Path(model) / "model.safetensors").is_file()
@@ -115,4 +113,3 @@ def _whole(hat: Any, model: str) -> dict[str, Any]:
         "layers": hat.report.layers,
         "fixed_sizes": hat.report.fixed_sizes,
     }
-

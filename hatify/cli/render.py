@@ -24,9 +24,7 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=_LOG_WIDTH)
 
 
-def print_conversion(
-    hat: Any, model: str, weights: str, path: Path | None, seconds: dict[str, float]
-) -> None:
+def print_conversion(hat: Any, model: str, weights: str, path: Path | None, seconds: dict[str, float]) -> None:
     """Everything about a conversion: what became of the layers, what was proved, and where it was written."""
     console, report = _console(), hat.report
     console.print(layer_tree(model, report.layers))
@@ -97,11 +95,7 @@ def _control(value: float | None) -> str | Text:
     if value is None:
         return Text("not measured", style="yellow")
     said = f"{value:.3g} drift with locks taken off"
-    return (
-        f"{said}: the check can fail"
-        if value
-        else Text(f"{said}: the check would see nothing", style="yellow")
-    )
+    return f"{said}: the check can fail" if value else Text(f"{said}: the check would see nothing", style="yellow")
 
 
 def _rungs(rungs: dict[str, dict[str, int]]) -> Table:
@@ -112,9 +106,7 @@ def _rungs(rungs: dict[str, dict[str, int]]) -> Table:
     total = sum(rung["parameters"] for rung in rungs.values())
     for name, rung in rungs.items():
         share = f"{100 * rung['parameters'] / total:.1f} %" if total else "-"
-        table.add_row(
-            Text(name, style=_COLOURS.get(name, "")), f"{rung['layers']:,}", f"{rung['parameters']:,}", share
-        )
+        table.add_row(Text(name, style=_COLOURS.get(name, "")), f"{rung['layers']:,}", f"{rung['parameters']:,}", share)
     return table
 
 
@@ -132,9 +124,7 @@ def _add(tree: Tree, branch: Branch) -> None:
             line.append(f"  ({child.count} alike)", style="dim")
         for entry in child.entries:
             rung, was, became = entry.get("rung", ""), entry.get("was", ""), entry.get("became", "")
-            line.append(f"  {was} -> " if became != was else "  ").append(
-                became, style=_COLOURS.get(rung, "")
-            )
+            line.append(f"  {was} -> " if became != was else "  ").append(became, style=_COLOURS.get(rung, ""))
             if entry.get("parameters"):
                 line.append(f"  {entry['parameters']:,}", style="dim")
             if entry.get("reason"):

@@ -18,10 +18,7 @@ class Branch:
 
     def likeness(self) -> Any:
         """Equal for branches that may be shown as one: all but order and numbers of parameters."""
-        own = tuple(
-            tuple(str(entry.get(key)) for key in ("was", "became", "rung", "reason"))
-            for entry in self.entries
-        )
+        own = tuple(tuple(str(entry.get(key)) for key in ("was", "became", "rung", "reason")) for entry in self.entries)
         below = tuple((name, child.count, child.likeness()) for name, child in sorted(self.children.items()))
         return own, below
 

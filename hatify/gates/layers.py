@@ -85,7 +85,6 @@ class TaskIndexedLayer(Layer):
     reason: str = "no rule for its weights"
 
 
-
 def other_layer(run: Interpreter, layer: Layer, call: Call, norm_dims: int = 1) -> Outcome:
     """The rule of a layer without a masker. ``norm_dims`` is the number of trailing dimensions a layer norm spans."""
     if isinstance(layer, ChannelNorm):
@@ -133,7 +132,9 @@ class WeightedOutcome:
     cols: Tensor
 
 
-def weighted(run: Interpreter, x: Value, layer: Weighted, atoms: Tensor | None, inputs: int, outputs: int, bias: bool) -> WeightedOutcome:
+def weighted(
+    run: Interpreter, x: Value, layer: Weighted, atoms: Tensor | None, inputs: int, outputs: int, bias: bool
+) -> WeightedOutcome:
     """The rule of a linear map: the input is materialised, the layer's own mask is left pending.
 
     ``atoms`` are the gates of the layer's masker, shape ``(outputs,)``, or None for a layer without one (a depthwise layer on gated
@@ -166,7 +167,9 @@ def weighted(run: Interpreter, x: Value, layer: Weighted, atoms: Tensor | None, 
     return WeightedOutcome(x, Gates(run.table.combine("and", atoms.reshape(shape), own), State.PENDING), atoms, cols)
 
 
-def weighted_uses(layer: Weighted, outcome: WeightedOutcome, shapes: dict[str, tuple[int, ...]], inputs: int, outputs: int) -> list[Use]:
+def weighted_uses(
+    layer: Weighted, outcome: WeightedOutcome, shapes: dict[str, tuple[int, ...]], inputs: int, outputs: int
+) -> list[Use]:
     """How a weighted layer uses its parameters. ``shapes`` gives the shape of each parameter by its name in the layer."""
     rows, cols = outcome.rows.expand(outputs), outcome.cols.expand(inputs) if not layer.lookup else outcome.cols
     shape = shapes[layer.weight]

@@ -24,7 +24,7 @@ class Program:
     size: int
     masker: str | None = None
     index: tuple[int, ...] | None = None
-    parts: tuple["Program", ...] = ()
+    parts: tuple[Program, ...] = ()
 
     @cached_property
     def index_tensor(self) -> Tensor | None:

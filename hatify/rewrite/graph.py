@@ -233,7 +233,9 @@ def readable(source: str, graph: fx.Graph) -> str:
     current = None
     for line in source.strip().splitlines():
         line = re.sub(r";  (?:\w+ = )+None", "", line)
-        line = line.replace("torch.ops.aten.", "aten.").replace("hatify_modules_live_norms_", "live_").replace("(self, ", "(self, ", 1)
+        line = (
+            line.replace("torch.ops.aten.", "aten.").replace("hatify_modules_live_norms_", "live_").replace("(self, ", "(self, ", 1)
+        )
         line = re.sub(r"hatify_(?:modules_task_indexed|rewrite_graph)_", "", line)
         assigned = re.match(r"    (\w+) = ", line)
         scope = scopes.get(assigned.group(1)) if assigned else None

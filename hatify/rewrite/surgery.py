@@ -64,13 +64,11 @@ class Surgery:
             if id(layer) not in done:
                 done.add(id(layer))
                 self._layer(path, layer, plan)
-        functional = {p.masker: p for p in self.analysis.parameters.values() if p.masker}
         for masker, size in self.analysis.sizes.items():
             if masker not in self.masker_paths:
                 name = safe(masker)
                 self.hat.maskers.add_module(name, Masker(size, self.config))
                 self.masker_paths[masker] = f"{self.room}.maskers.{name}"
-        del functional
         for name, plan in self.analysis.parameters.items():
             if plan.role == "task-indexed":
                 self._indexed(name, buffer=False)
@@ -141,7 +139,9 @@ class Surgery:
 
     def add_live(self, name: str, ids: Tensor) -> str:
         """A live mask for a norm; returns its path."""
-        return self._add_to("masks", name, LiveMask(self.program(ids), tuple(ids.shape), partial(self.analysis.table.describe, ids)))
+        return self._add_to(
+            "masks", name, LiveMask(self.program(ids), tuple(ids.shape), partial(self.analysis.table.describe, ids))
+        )
 
     def add_constant(self, name: str, value: Tensor) -> str:
         """A tensor of the graph that no module holds; returns its path."""

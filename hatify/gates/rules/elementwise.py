@@ -24,19 +24,97 @@ from hatify.gates.rules.base import (
 from hatify.gates.table import CONST
 from hatify.gates.value import State, Value
 
-UNARY = """
-    relu relu6 gelu silu mish tanh sigmoid hardswish hardsigmoid hardtanh leaky_relu rrelu elu selu celu softplus softsign
-    logsigmoid log_sigmoid hardshrink softshrink tanhshrink threshold abs neg square exp exp2 expm1 sin cos sinh cosh asinh
-    atan erf erfc sign sgn floor ceil round trunc frac clamp clamp_min clamp_max clip nan_to_num to _to_copy type_as
-    float double half bfloat16 dropout native_dropout feature_dropout alpha_dropout feature_alpha_dropout rsub
-    deg2rad relu_ positive polygamma
-""".split()
-PARTIAL = "log log2 log10 log1p sqrt rsqrt reciprocal acos asin atanh acosh digamma lgamma logit erfinv tan".split()
+UNARY = [
+    "relu",
+    "relu6",
+    "gelu",
+    "silu",
+    "mish",
+    "tanh",
+    "sigmoid",
+    "hardswish",
+    "hardsigmoid",
+    "hardtanh",
+    "leaky_relu",
+    "rrelu",
+    "elu",
+    "selu",
+    "celu",
+    "softplus",
+    "softsign",
+    "logsigmoid",
+    "log_sigmoid",
+    "hardshrink",
+    "softshrink",
+    "tanhshrink",
+    "threshold",
+    "abs",
+    "neg",
+    "square",
+    "exp",
+    "exp2",
+    "expm1",
+    "sin",
+    "cos",
+    "sinh",
+    "cosh",
+    "asinh",
+    "atan",
+    "erf",
+    "erfc",
+    "sign",
+    "sgn",
+    "floor",
+    "ceil",
+    "round",
+    "trunc",
+    "frac",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "clip",
+    "nan_to_num",
+    "to",
+    "_to_copy",
+    "type_as",
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+    "dropout",
+    "native_dropout",
+    "feature_dropout",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "rsub",
+    "deg2rad",
+    "relu_",
+    "positive",
+    "polygamma",
+]
+PARTIAL = [
+    "log",
+    "log2",
+    "log10",
+    "log1p",
+    "sqrt",
+    "rsqrt",
+    "reciprocal",
+    "acos",
+    "asin",
+    "atanh",
+    "acosh",
+    "digamma",
+    "lgamma",
+    "logit",
+    "erfinv",
+    "tan",
+]
 TYPES_ONLY = {"type_as", "to"}
 """Of a second operand these read the type, not the values."""
-ADDITIVE = "add sub subtract maximum minimum fmax fmin where".split()
-PRODUCT = "mul multiply".split()
-QUOTIENT = "div divide true_divide floor_divide".split()
+ADDITIVE = ["add", "sub", "subtract", "maximum", "minimum", "fmax", "fmin", "where"]
+PRODUCT = ["mul", "multiply"]
+QUOTIENT = ["div", "divide", "true_divide", "floor_divide"]
 """Comparisons, integer and boolean results have no rule of their own: the unknown operator is theirs."""
 
 

@@ -4,28 +4,97 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from hatify.gates.rules.base import Call, Gates, Interpreter, Outcome, RuleTable, after_shift, clean_call, one_state, unknown
 from hatify.gates.value import State, Value, compress
 
-NAMES = """
-    view _unsafe_view reshape view_as reshape_as flatten unflatten permute transpose t numpy_T mT adjoint movedim moveaxis
-    swapaxes swapdims unbind slice select narrow split split_with_sizes chunk tensor_split hsplit vsplit cat concat concatenate
-    stack hstack vstack roll unfold repeat tile expand expand_as broadcast_to squeeze unsqueeze index index_select flip
-    rot90 pixel_shuffle pixel_unshuffle channel_shuffle pad constant_pad_nd reflection_pad1d reflection_pad2d
-    reflection_pad3d replication_pad1d replication_pad2d replication_pad3d _pad_circular im2col contiguous clone detach
-    alias lift_fresh_copy lift_fresh repeat_interleave diagonal slice_scatter select_scatter diagonal_scatter copy
-    upsample_nearest1d upsample_nearest2d upsample_nearest3d tril triu _reshape_alias
-""".split()
+NAMES = [
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "view_as",
+    "reshape_as",
+    "flatten",
+    "unflatten",
+    "permute",
+    "transpose",
+    "t",
+    "numpy_T",
+    "mT",
+    "adjoint",
+    "movedim",
+    "moveaxis",
+    "swapaxes",
+    "swapdims",
+    "unbind",
+    "slice",
+    "select",
+    "narrow",
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "tensor_split",
+    "hsplit",
+    "vsplit",
+    "cat",
+    "concat",
+    "concatenate",
+    "stack",
+    "hstack",
+    "vstack",
+    "roll",
+    "unfold",
+    "repeat",
+    "tile",
+    "expand",
+    "expand_as",
+    "broadcast_to",
+    "squeeze",
+    "unsqueeze",
+    "index",
+    "index_select",
+    "flip",
+    "rot90",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "channel_shuffle",
+    "pad",
+    "constant_pad_nd",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "reflection_pad3d",
+    "replication_pad1d",
+    "replication_pad2d",
+    "replication_pad3d",
+    "_pad_circular",
+    "im2col",
+    "contiguous",
+    "clone",
+    "detach",
+    "alias",
+    "lift_fresh_copy",
+    "lift_fresh",
+    "repeat_interleave",
+    "diagonal",
+    "slice_scatter",
+    "select_scatter",
+    "diagonal_scatter",
+    "copy",
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "tril",
+    "triu",
+    "_reshape_alias",
+]
 
 
 def movement(run: Interpreter, call: Call) -> Outcome:
     """Run the operator on the ids. Data-dependent indices pass where the gates do not vary along the indexed dimensions."""
     if call.name in ("pad", "constant_pad_nd") and _pads_with_value(call):
         call = clean_call(run, call)  # a soft factor must not meet the padding value (-inf times a mask)
-        ids = _moved(call, pad_value=True)
-        return Outcome(call.args, call.kwargs, [Gates(i, after_shift(State.CLEAN)) for i, _ in ids][0])
+        ids, _ = _moved(call, pad_value=True)[0]
+        return Outcome(call.args, call.kwargs, Gates(ids, State.DIRTY))
     indices_gated = any(v.gated and not v.dtype.is_floating_point for v in call.values()[1:])
     if indices_gated:
         return unknown(run, call)
@@ -34,8 +103,7 @@ def movement(run: Interpreter, call: Call) -> Outcome:
     if moved is None:
         return unknown(run, call)
     out = [Gates(ids, after_shift(state) if adopted and not _zero_fill(call) else state) for ids, adopted in moved]
-    single = not isinstance(_run_shape_kind(call), list)
-    return Outcome(call.args, call.kwargs, out[0] if single else out)
+    return Outcome(call.args, call.kwargs, out if call.name in MULTIPLE else out[0])
 
 
 def move_tensor(call: Call, pick) -> list[Tensor] | Tensor:
@@ -51,10 +119,6 @@ VIEWS = {"view", "_unsafe_view", "_reshape_alias"}
 MULTIPLE = {"unbind", "split", "split_with_sizes", "chunk", "tensor_split", "hsplit", "vsplit"}
 
 
-def _run_shape_kind(call: Call):
-    return [] if call.name in MULTIPLE else None
-
-
 def _pads_with_value(call: Call) -> bool:
     if call.name == "constant_pad_nd":
         return bool(call.argument(2, "value", 0))
@@ -67,8 +131,11 @@ def _zero_fill(call: Call) -> bool:
 
 def is_index(call: Call, value: Value) -> bool:
     """Whether the operand says where to read, not what."""
-    return value is not call.values()[0] and not value.dtype.is_floating_point and value.constant or (
-        call.name in ("index", "index_select", "repeat_interleave") and value is not call.values()[0]
+    return (
+        value is not call.values()[0]
+        and not value.dtype.is_floating_point
+        and value.constant
+        or (call.name in ("index", "index_select", "repeat_interleave") and value is not call.values()[0])
     )
 
 
@@ -119,7 +186,3 @@ def gather(run: Interpreter, call: Call) -> Outcome:
 def register(rules: RuleTable) -> None:
     rules.add(NAMES, movement)
     rules.add(["gather"], gather)
-
-
-def tensors_in(tree) -> list[Value]:
-    return [v for v in pytree.tree_leaves(tree, is_leaf=lambda a: isinstance(a, Value)) if isinstance(v, Value)]

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from hatify.gates.rules.base import Call, Gates, Interpreter, Outcome, RuleTable, after_shift, unknown
-from hatify.gates.table import TOP
 from hatify.gates.value import State, Value
 
-REDUCE = "mean sum nansum amax amin prod var std norm linalg_vector_norm logsumexp var_mean std_mean".split()
+REDUCE = [
+    "mean",
+    "sum",
+    "nansum",
+    "amax",
+    "amin",
+    "prod",
+    "var",
+    "std",
+    "norm",
+    "linalg_vector_norm",
+    "logsumexp",
+    "var_mean",
+    "std_mean",
+]
 REDUCE_PAIR = {"var_mean", "std_mean"}
-ALONG = "softmax _softmax log_softmax _log_softmax softmin cumsum cumprod logcumsumexp".split()
+ALONG = ["softmax", "_softmax", "log_softmax", "_log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp"]
 SHIFTS = {"logsumexp", "softmax", "_softmax", "log_softmax", "_log_softmax", "softmin", "cumprod", "logcumsumexp", "prod"}
 POOLS = {
     **{f"{kind}{k}d": k for k in (1, 2, 3) for kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "lp_pool")},
@@ -23,7 +34,9 @@ POOLS = {
     "grid_sampler": 2,
     "mkldnn_max_pool2d": 2,
 }
-POOL_PAIRS = {f"{kind}{k}d{tail}" for k in (1, 2, 3) for kind in ("max_pool", "adaptive_max_pool") for tail in ("", "_with_indices")}
+POOL_PAIRS = {
+    f"{kind}{k}d{tail}" for k in (1, 2, 3) for kind in ("max_pool", "adaptive_max_pool") for tail in ("", "_with_indices")
+}
 DIMS = {"norm": 2, "linalg_vector_norm": 2}
 KEEP = {"norm": 3, "linalg_vector_norm": 3, "var": 3, "std": 3, "var_mean": 3, "std_mean": 3, "amax": 2, "amin": 2}
 
@@ -94,13 +107,6 @@ def max_pool(run: Interpreter, call: Call) -> Outcome:
     k = int(call.name.split("d")[0][-1]) if call.name.startswith("max") else int(call.name.split("pool")[1][0])
     fixed = not any(value.varies(d) for d in range(value.rank - k, value.rank))
     return Outcome(outcome.args, outcome.kwargs, [Gates(value.ids if fixed else None, State.CLEAN), Gates(None)])
-
-
-def top_ids(rank: int) -> Tensor:
-    """TOP, for a result of that rank."""
-    from hatify.gates.value import ones
-
-    return ones(rank) * TOP
 
 
 def register(rules: RuleTable) -> None:

@@ -1,0 +1,160 @@
+"""Networks small enough to try every element, and smooth, so that no element of a live path is hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+LOCKED: dict[str, Callable[[], tuple[nn.Module, Any]]] = {}
+
+
+def case(name: str, inputs: Tensor):
+    """Registers a factory of a module; its weights are the same at each call."""
+
+    def keep(factory: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+        def make() -> tuple[nn.Module, Any]:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(sum(name.encode()))
+                return factory(), inputs
+
+        LOCKED[name] = make
+        return factory
+
+    return keep
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+class Pooled(nn.Module):
+    """Layers with tanh between them, averaged over space, and a head."""
+
+    def __init__(self, *layers: nn.Module, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(x.flatten(2).mean(-1) if x.dim() > 2 else x)
+
+
+@case("linear", _randn(3, 4))
+def linear() -> nn.Module:
+    return Pooled(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 5), width=5)
+
+
+@case("grouped", _randn(2, 4, 6))
+def grouped() -> nn.Module:
+    return Pooled(nn.Conv1d(4, 6, 3, padding=1), nn.Conv1d(6, 6, 3, padding=1, groups=2), nn.Conv1d(6, 9, 1, groups=3), width=9)
+
+
+@case("transposed", _randn(2, 3, 3, 3))
+def transposed() -> nn.Module:
+    return Pooled(nn.ConvTranspose2d(3, 6, 2, stride=2), nn.ConvTranspose2d(6, 8, 2, groups=2), nn.Conv2d(8, 4, 1), width=4)
+
+
+@case("depthwise", _randn(2, 3, 4, 4))
+def depthwise() -> nn.Module:
+    """On the raw input with a masker of its own, on gated channels without, with a channel multiplier."""
+    raw, gated = nn.Conv2d(3, 3, 2, groups=3), nn.Conv2d(4, 8, 2, groups=4)
+    return Pooled(raw, nn.Conv2d(3, 4, 1), gated, nn.Conv2d(8, 4, 1), width=4)
+
+
+@case("norms", _randn(4, 4, 5))
+def norms() -> nn.Module:
+    return Pooled(nn.Conv1d(4, 6, 1), nn.BatchNorm1d(6), nn.Conv1d(6, 6, 1), nn.GroupNorm(1, 6), nn.Conv1d(6, 5, 1), width=5)
+
+
+@case("embedding", torch.arange(10).view(2, 5))
+class Embedded(nn.Module):
+    """Every row of the table is read; a weight is tied to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 6)
+        self.hidden = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.hidden(torch.tanh(self.table(x)))).mean(1))
+
+
+@case("residual", _randn(3, 4))
+class Residual(nn.Module):
+    """A sum, a product and a concatenation in front of the layer whose inputs are judged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.gate = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(4, 5)
+        self.hidden = nn.Linear(15, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, gate = self.a(x), torch.tanh(self.b(x)), torch.sigmoid(self.gate(x))
+        return self.head(torch.tanh(self.hidden(torch.cat([a + b, a * gate, gate], 1))))
+
+
+@case("tied", _randn(3, 5))
+class Tied(nn.Module):
+    """One layer called twice on different gates, and a weight that is used transposed too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice, self.there = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 4)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.twice(torch.tanh(self.twice(torch.tanh(self.first(x))))))
+        return self.head(torch.tanh(F.linear(torch.tanh(self.there(x)), self.there.weight.t())))
+
+
+@case("sliced", _randn(2, 4, 5))
+class Sliced(nn.Module):
+    """Slices of one raw parameter as weights of two layers, a bias from another, and a transposed product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(9, 5))
+        self.bias = nn.Parameter(torch.randn(9))
+        self.out = nn.Parameter(torch.randn(4, 6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.linear(x, self.weight[:4], self.bias[:4])
+        b = F.linear(x, self.weight[4:8])
+        return self.head(torch.tanh(torch.tanh(a + torch.tanh(b)) @ self.out).mean(1))
+
+
+@case("row locks", _randn(2, 3, 5))
+def row_locks() -> nn.Module:
+    """Normalised per output: one element moves its whole filter; on a transposed convolution, its whole input channel."""
+    return Pooled(
+        parametrizations.weight_norm(nn.Conv1d(3, 5, 3)),
+        parametrizations.weight_norm(nn.ConvTranspose1d(5, 4, 2)),
+        parametrizations.weight_norm(nn.Conv1d(4, 6, 1, groups=2)),
+        nn.Conv1d(6, 4, 1),
+        width=4,
+    )
+
+
+@case("token mixing", _randn(2, 4, 5))
+class TokenMixing(nn.Module):
+    """A linear layer over tokens behind one over features: gates along two dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.tokens, self.after = nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.features(x)).transpose(1, 2)
+        x = torch.tanh(self.tokens(x)).transpose(1, 2)
+        return self.head(torch.tanh(self.after(x)).mean(1))
