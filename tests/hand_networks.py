@@ -14,6 +14,8 @@ from hatify.modules import (
     HATConvTranspose2d,
     HATEmbedding,
     HATLinear,
+    HATPayload,
+    Masker,
     TaskIndexedBatchNorm2d,
     TaskIndexedGroupNorm,
     TaskIndexedLayerNorm,
@@ -142,3 +144,36 @@ INPUTS = {
     Depthwise: lambda: torch.randn(3, 3, 5, 5),
     Tokens: lambda: torch.randint(0, 11, (4, 6)),
 }
+
+
+def maskers(network):
+    return [m for m in network.modules() if isinstance(m, Masker)]
+
+
+def draw_masks(network, seed=0):
+    """Random masks for every task, about two thirds of the channels live."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for masker in maskers(network):
+            for embedding in masker.embeddings:
+                embedding.copy_(torch.randn(embedding.shape, generator=generator) + 0.4)
+    return network
+
+
+def draw_copies(network, seed=1):
+    """Copies of norms that differ from each other, as after training."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+            if ".tasks." in name and tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    return network
+
+
+def made(net):
+    return draw_copies(draw_masks(net(HAT)))
+
+
+def outputs(network, x, task=0):
+    with torch.no_grad():
+        return network.eval()(HATPayload(x, task_id=task)).data

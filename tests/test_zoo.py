@@ -26,7 +26,7 @@ def test_zoo_model(name: str) -> None:
     hat = hatify.convert(model, 3, example_inputs=entry.inputs(2))
     proof = hat.verification
     assert proof.ok
-    assert proof.parity == 0.0 and proof.parity_train == 0.0 and proof.gradients and proof.drift == 0.0 and proof.control > 0
+    assert proof.parity == 0.0 and proof.parity_train == 0.0 and proof.gradients == 0.0 and proof.drift == 0.0 and proof.control > 0
     assert proof.batch_sizes == [2, 3, 1]
     assert [k for k in hat.state_dict() if k in set(model.state_dict())] == list(model.state_dict())
     assert_checks_can_fail(hat)

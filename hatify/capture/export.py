@@ -9,7 +9,7 @@ import operator
 import re
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -187,34 +187,39 @@ def _read(program: ExportedProgram, signature: Signature, structure: Any, inputs
     spec = program.graph_signature
     held = {**spec.inputs_to_parameters, **spec.inputs_to_buffers}
     lifted = spec.inputs_to_lifted_tensor_constants
-    env: dict[fx.Node, Any] = {}
     user = iter(signature.names)
     placeholders = []
+    first: dict[fx.Node, Any] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name not in held and node.name not in lifted:
-            new = graph.placeholder(next(user))
-            _note(new, node)
-            env[node] = new
-            placeholders.append(new)
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and node not in env:
-            if node.name in held:
-                target = held[node.name].removeprefix("root.")
-            else:
-                target = f"constant_{len(captured.constants)}"
-                captured.constants[target] = _constant(program, lifted[node.name])
-            env[node] = graph.create_node("get_attr", target, name=target.replace(".", "_"))
-            _note(env[node], node)
-        elif node.op == "get_attr":
+            first[node] = graph.placeholder(next(user))
+            _note(first[node], node)
+            placeholders.append(first[node])
+
+    def read(node: fx.Node) -> Any:
+        """A parameter, buffer or constant, read where it is first needed."""
+        if node.op == "placeholder" and node.name in held:
+            target = held[node.name].removeprefix("root.")
+            new = graph.create_node("get_attr", target, name=target.replace(".", "_"))
+        else:
+            name = lifted.get(node.name)
+            value = _constant(program, name) if name else operator.attrgetter(node.target)(program.graph_module)
+            if isinstance(value, fx.GraphModule):  # the body of a region, inlined where it is called
+                return value
             target = f"constant_{len(captured.constants)}"
-            captured.constants[target] = operator.attrgetter(node.target)(program.graph_module)
-            if isinstance(captured.constants[target], fx.GraphModule):  # the body of a region, inlined where it is called
-                env[node] = captured.constants.pop(target)
-                continue
-            env[node] = graph.create_node("get_attr", target)
-            _note(env[node], node)
-            env[node].meta["val"] = captured.constants[target]
-        elif node.op == "call_function":
+            captured.constants[target] = value
+            new = graph.create_node("get_attr", target)
+        _note(new, node)
+        if new.meta["val"] is None:
+            new.meta["val"] = captured.constants[target]
+        return new
+
+    env = _Env(read)
+    env.update(first)
+    for node in program.graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            continue
+        if node.op == "call_function":
             _copy_function(graph, env, node)
         elif node.op == "output":
             results = node.args[0]
@@ -223,10 +228,22 @@ def _read(program: ExportedProgram, signature: Signature, structure: Any, inputs
             for r in results:
                 if isinstance(r, fx.Node) and r.name in buffers:
                     captured.writes[buffers[r.name].removeprefix("root.")] = env[r]
-            graph.output(tuple(env.get(v, v) if isinstance(v, fx.Node) else v for v in values))
+            graph.output(tuple(env[v] if isinstance(v, fx.Node) else v for v in values))
     captured.fixed_sizes = _fixed_sizes(signature, placeholders)
     captured.guards = _guards(placeholders)
     return captured
+
+
+class _Env(dict):
+    """New nodes by old; what is missing is read on demand."""
+
+    def __init__(self, read: Callable[[fx.Node], Any]) -> None:
+        super().__init__()
+        self._read = read
+
+    def __missing__(self, node: fx.Node) -> Any:
+        self[node] = found = self._read(node)
+        return found
 
 
 def _constant(program: ExportedProgram, name: str) -> Tensor:
@@ -247,7 +264,7 @@ def _copy_function(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> N
     if str(node.target) in REGIONS:
         env[node] = _region(graph, env, node)
         return
-    if node.target is operator.getitem and isinstance(env.get(node.args[0]), list):
+    if node.target is operator.getitem and isinstance(env[node.args[0]], list):
         env[node] = env[node.args[0]][node.args[1]]
         return
     new = graph.create_node("call_function", node.target, *_mapped(env, node), name=_telling_name(node))
@@ -337,7 +354,8 @@ def _telling_name(node: fx.Node) -> str:
 def _scope(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = list(stack.values())[-1][0] if stack else ""
-    return re.sub(r"@\d+$", "", path).removeprefix("root").removeprefix(".")
+    path = re.sub(r"@\d+$", "", path)
+    return "" if path.startswith("_") else path.removeprefix("root").removeprefix(".")
 
 
 def _note(new: fx.Node, old: fx.Node) -> None:

@@ -85,10 +85,10 @@ def _error(value: float | None) -> str | Text:
     return "0 (equal to the bit)" if value == 0 else Text(f"{value:.3g}", style="bold red")
 
 
-def _gradients(equal: bool | None) -> str | Text:
-    if equal is None:
-        return Text("not measured", style="yellow")
-    return "equal to the bit" if equal else Text("differ", style="bold red")
+def _gradients(value: float | None) -> str | Text:
+    if not value:
+        return _error(value)
+    return f"{value:.1g} relative: rounding" if value < 1e-4 else Text(f"{value:.3g} relative", style="bold red")
 
 
 def _control(value: float | None) -> str | Text:

@@ -27,6 +27,8 @@ _HAT_WEIGHTS, _READ_BY_HAND, _TASK_COPIES = (WeakIdKeyDictionary() for _ in rang
 
 def call_function(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """A torch function, or an operator, with payloads among its arguments."""
+    if isinstance(func, partial):
+        func, args, kwargs = func.func, (*func.args, *args), {**func.keywords, **kwargs}
     payloads = _payloads(args, kwargs)
     if payloads[0].task_id is None:
         return _plainly(func, payloads, args, kwargs)
@@ -76,11 +78,11 @@ def weighted_of_payload(layer: nn.Module, payload: Pending, args: tuple, kwargs:
     if payload.task_id is None:
         return _plainly(forward, payloads, (payload, *args), kwargs)
     meaning = describe_as(layer, layer.plain_class)
-    if not isinstance(meaning, Weighted):
-        reason = getattr(meaning, "reason", "its class overrides what the plain layer does")
-        fix = f"task_indexed_class({layer.plain_class.__name__})(..., config): one copy per task"
-        raise TaskError("this layer cannot be shared between tasks", where=repr(layer), why=reason, fix=fix)
     shapes = {n: tuple(p.shape) for n, p in layer.named_parameters(remove_duplicate=False) if not n.startswith("masker.")}
+    if not isinstance(meaning, Weighted) or meaning.weight not in shapes:
+        reason = getattr(meaning, "reason", f"{layer.plain_class.__name__} has no parameter of its own that is its weight")
+        fix = f"task_indexed_class({layer.plain_class.__name__})(..., config): one copy per task"
+        raise TaskError("this layer cannot be shared between tasks", where=_named(layer), why=reason, fix=fix)
     sizes = channels(meaning, shapes[meaning.weight])
     plan = eager.weighted_plan(meaning, payload.dim(), payload._gates(), layer.masker, sizes, shapes)
     _owned(layer, plan)
@@ -280,9 +282,13 @@ def _refuse_shared(module: nn.Module, meaning: Layer | None) -> None:
     hat = f"HAT{name}(..., config)" if isinstance(meaning, Weighted) else f"task_indexed_class({name})(..., config)"
     raise TaskError(
         "this layer's weights would be shared by all tasks and protected by none",
-        where=repr(module),
+        where=_named(module),
         fix=f"{hat} instead, called on the payload",
     )
+
+
+def _named(module: nn.Module) -> str:
+    return f"{type(module).__name__}({module.extra_repr()})"
 
 
 def _hooked(module: nn.Module) -> bool:

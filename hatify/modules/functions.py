@@ -136,11 +136,13 @@ def hashable(func: Any) -> bool:
 
 
 def _uncertain(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Arguments that the rule would misread."""
+    """Arguments that the rule would misread, or results that cannot be masked."""
+    if any(isinstance(a, torch.dtype) and not a.is_floating_point for a in (*args[1:], *kwargs.values())):
+        return True
     if kwargs.get("out") is not None:
         return True
     if name == "view" and len(args) > 1 and isinstance(args[1], torch.dtype):
-        return True
+        return True  # other bits, not other places
     if name in ("softmax", "log_softmax", "softmin"):
         return not isinstance(args[1] if len(args) > 1 else kwargs.get("dim"), int)
     return False

@@ -40,10 +40,12 @@ class Pending:
         if not self._pending:
             return self._raw
         grad = torch.is_grad_enabled()
-        if self._masked is None or grad and not self._masked[1]:  # what was looked at under no_grad has no gradient
-            soft = self._state is State.PENDING and self._scale is not None
-            self._masked = apply_mask(self._raw, self._mask(), soft=soft), grad
-        return self._masked[0]
+        if self._masked is not None and (self._masked[1] or not grad):  # what was looked at under no_grad has no gradient
+            return self._masked[0]
+        masked = apply_mask(self._raw, self._mask(), soft=self._state is State.PENDING and self._scale is not None)
+        if not _recomputing():
+            self._masked = masked, grad
+        return masked
 
     masked_data = data
 
@@ -91,8 +93,8 @@ class Pending:
         data = self._current()
         for soft, fill in masks:
             if fill == 0.0:
-                self._settled = True
                 data = self.data
+                self._settled = not _recomputing()
             else:
                 data = apply_mask(data, self._mask(), soft=soft and self._scale is not None, fill=fill)
         return data
@@ -114,6 +116,12 @@ class Pending:
         """Takes over another's content, where torch would have written in place."""
         for name in ("_raw", "_masked", "_settled", "_ids", "_state", "_maskers"):
             setattr(self, name, getattr(other, name))
+
+
+def _recomputing() -> bool:
+    """Whether activations are recomputed in backward (``torch.utils.checkpoint``): the second run must find payloads as the first
+    did, so they remember nothing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _task(task: Any) -> int | None:

@@ -1,0 +1,314 @@
+"""The traps of capture and surgery: what a graph module loses, and what capture must not do to the user's model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import trap_networks as traps
+from networks import NETWORKS
+from tasks import converted, draw_masks, fill_masks, outputs, same, small
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import hatify
+from hatify.errors import CallError, ConversionError, HatifyError
+from hatify.verification import measure_drift
+
+VECTORS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """The model in the middle of a training: gradients, caches, mixed modes, a frozen parameter."""
+    model.train()
+    model(VECTORS).sum().backward()
+    next(model.parameters()).requires_grad_(False)
+    next(iter(model.children())).eval()
+    return model
+
+
+def fingerprint(model: nn.Module) -> list[tuple]:
+    """All there is to see of a model: attributes, identities and bits of tensors, gradients, modes, hooks."""
+
+    def seen(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return "tensor", id(value), value.requires_grad, value._version, id(value.grad) if value.is_leaf else None, value.tolist()
+        if isinstance(value, nn.Module):
+            return "module", id(value)
+        if isinstance(value, dict):
+            return "dict", [(k, seen(v)) for k, v in value.items()]
+        if isinstance(value, list | tuple | set):
+            return type(value).__name__, [seen(v) for v in value]
+        return repr(value)
+
+    return [(name, id(m), type(m), [(k, seen(v)) for k, v in vars(m).items()]) for name, m in model.named_modules()]
+
+
+# what a graph module loses
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_keys_their_order_aliases_and_shares_are_the_originals(inplace: bool) -> None:
+    model = traps.Odd()
+    state, names = model.state_dict(), [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    buffers = [n for n, _ in model.named_buffers()]
+    values = {k: v.clone() for k, v in state.items()}
+    hat = converted(model, VECTORS, inplace=inplace)
+    got = hat.state_dict()
+    assert [k for k in got if k in values] == list(values)
+    assert all(torch.equal(got[k], v) for k, v in values.items())
+    assert [n for n, _ in hat.named_parameters(remove_duplicate=False) if n in names] == names
+    assert [n for n, _ in hat.named_buffers() if n in buffers] == buffers
+    assert hat.alias is hat.fc1 and hat.tied.weight is hat.fc1.weight
+    assert "scratch" not in got and torch.equal(hat.scratch, model.scratch)
+    assert [p.data_ptr() for p in model.parameters()] != [p.data_ptr() for p in hat.parameters()]
+
+
+@pytest.mark.parametrize("name", ["unused_parameters", "tied_by_attribute", "layer_scale_tokens", "batchnorm_variants", "weight_norm"])
+def test_state_dict_round_trip(name: str) -> None:
+    hat, args, kwargs = small(name)
+    draw_masks(hat)
+    hat.finished_tasks.add(1)
+    other = small(name)[0]
+    assert not same(outputs(hat, args, kwargs, task=0), outputs(other, args, kwargs, task=0))
+    other.load_state_dict(copy.deepcopy(hat.state_dict()), strict=True)
+    for task in (None, 0, 1):
+        assert same(outputs(hat, args, kwargs, task=task), outputs(other, args, kwargs, task=task))
+    assert other.finished_tasks == {1}
+
+
+# no trace on the user's model
+
+
+def test_conversion_leaves_no_trace() -> None:
+    model = trained(traps.Caching())
+    before, rng, apply = fingerprint(model), torch.get_rng_state(), torch.autograd.Function.apply
+    hat = hatify.convert(model, 2, example_inputs=VECTORS)
+    assert fingerprint(model) == before
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.autograd.Function.apply == apply and torch.is_grad_enabled()
+    assert all(p.grad is None for p in hat.parameters())
+    assert not hat.fc.weight.requires_grad
+
+
+def test_the_fingerprint_sees_traces() -> None:
+    """The negative control."""
+    model = trained(traps.Caching())
+    for change in (lambda: model.seen.append(1), lambda: model.norm(VECTORS @ torch.ones(6, 8)), model.eval, model.zero_grad):
+        before = fingerprint(model)
+        change()
+        assert fingerprint(model) != before
+
+
+def test_a_failed_capture_leaves_no_trace_either() -> None:
+    class Undecided(traps.Caching):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            return x + 1 if x.sum() > 0 else x
+
+    model = trained(Undecided())
+    before, rng, apply = fingerprint(model), torch.get_rng_state(), torch.autograd.Function.apply
+    with pytest.raises(HatifyError, match="x.sum"):
+        converted(model, VECTORS)
+    assert fingerprint(model) == before and torch.equal(torch.get_rng_state(), rng)
+    assert torch.autograd.Function.apply == apply and torch.is_grad_enabled()
+
+
+def test_a_hook_that_stores_on_the_model_leaves_no_trace() -> None:
+    """The user's own hook runs while tracing; what it put on the model must be taken back."""
+    model = traps.Named("fc")
+    model.fc.register_forward_hook(lambda module, args, out: setattr(model, "feature", out))
+    model(VECTORS)
+    feature = model.feature
+    hat = converted(model, VECTORS)
+    assert model.feature is feature
+    hat(VECTORS, task=0)
+    assert model.feature is feature
+
+
+def test_a_converted_model_shares_nothing_with_the_original() -> None:
+    model = traps.Odd()
+    expected = model.eval()(VECTORS)
+    hat = converted(model, VECTORS)
+    with torch.no_grad():
+        for tensor in (*hat.parameters(), *hat.buffers()):
+            tensor.zero_()
+    assert torch.equal(model(VECTORS), expected)
+
+
+# batch size and mode are not baked in
+
+
+@pytest.mark.parametrize("captured", [1, 2, 4])
+def test_batch_size_is_open(captured: int) -> None:
+    model = traps.BatchBaked().eval()
+    hat = converted(copy.deepcopy(model), VECTORS[:captured])
+    for batch in (1, 2, 3, 4, 7):
+        x = torch.randn(batch, 6)
+        assert torch.equal(model(x), hat(x))
+        assert hat(x, task=0).shape == (batch, 3)
+
+
+@pytest.mark.parametrize("converted_in", ["train", "eval"])
+def test_the_mode_is_read_at_run_time(converted_in: str) -> None:
+    model = traps.BatchBaked().train(converted_in == "train")
+    hat = hatify.convert(copy.deepcopy(model), 2, example_inputs=VECTORS, verify=False)
+    assert hat.training == model.training
+    for mode in (True, False, True):
+        model.train(mode), hat.train(mode)
+        for task in (None, 0):
+            fill_masks(hat, 1.0)
+            results = []
+            for call in (lambda: model(VECTORS), lambda t=task: hat(VECTORS, task=t)):
+                torch.manual_seed(3)
+                results.append(call())
+            torch.testing.assert_close(*results, rtol=0 if task is None else 1e-5, atol=0 if task is None else 1e-6)
+
+
+# calls that the capture did not see
+
+
+def test_another_branch_is_refused_with_its_source_line() -> None:
+    hat = converted(traps.Branching(), IMAGES)
+    assert hat(IMAGES[:, :, :2]).shape == (2, 3)  # another size, the same branch
+    with pytest.raises(CallError) as refused:
+        hat(IMAGES.transpose(2, 3))
+    assert "trap_networks.py" in refused.value.where and "if x.shape[-1] > x.shape[-2]" in refused.value.where
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "named"),
+    [
+        ((), {"mask": torch.ones(8)}, "mask"),
+        ((), {"scale": 2.0}, "scale"),
+        ((), {"features": True}, "features"),
+        ((), {"other": 1}, "other"),
+        ((torch.ones(8),), {}, "mask"),
+    ],
+)
+def test_arguments_that_were_not_captured_are_refused(args: tuple, kwargs: dict, named: str) -> None:
+    hat = converted(traps.Optional(), VECTORS)
+    assert torch.equal(hat(VECTORS), hat(x=VECTORS, mask=None, scale=1.0, features=False))
+    with pytest.raises(CallError, match=named):
+        hat(VECTORS, *args, **kwargs)
+
+
+@pytest.mark.parametrize("wrong", [VECTORS[0], VECTORS.long(), torch.randn(4, 7)], ids=["rank", "type", "width"])
+def test_tensors_that_do_not_fit_the_capture_are_refused(wrong: Tensor) -> None:
+    with pytest.raises(CallError):
+        converted(traps.Optional(), VECTORS)(wrong)
+
+
+# types, devices, copies
+
+TYPED = ["grouped_query_attention", "coord_conv", "hand_written_rmsnorm", "cumsum_tokens", "transformer_encoder_norm_first",
+         "relative_position_bias", "roll_window", "mutating_buffer", "scalar_params", "weight_norm"]  # fmt: skip
+
+
+def cast(tree: Any, dtype: torch.dtype) -> Any:
+    return pytree.tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, tree)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["typed constants", *TYPED])
+def test_another_dtype_is_that_of_the_original(name: str, dtype: torch.dtype) -> None:
+    model, inputs = (traps.Typed(), VECTORS) if name == "typed constants" else (NETWORKS[name].make(), NETWORKS[name].inputs(3))
+    hat = converted(copy.deepcopy(model), inputs)
+    args, kwargs = cast(hat.example_inputs, dtype)
+    model, hat = model.to(dtype).eval(), hat.to(dtype)
+    assert same(outputs(model, args, kwargs), outputs(hat, args, kwargs))
+    draw_masks(hat)
+    for scale in (None, 20.0):
+        assert all(t.isfinite().all() for t in outputs(hat, args, kwargs, task=0, mask_scale=scale) if t.is_floating_point())
+    assert all(not t.is_floating_point() or t.dtype == dtype for t in outputs(hat, args, kwargs, task=0))
+
+
+@pytest.mark.parametrize("name", ["layer_scale_tokens", "batchnorm_variants", "tied_by_attribute", "mutating_buffer"])
+def test_a_deep_copy_is_independent(name: str) -> None:
+    hat, args, kwargs = small(name)
+    draw_masks(hat)
+    hat.finished_tasks.add(1)
+    copied = copy.deepcopy(hat)
+    before = outputs(hat, args, kwargs, task=0)
+    assert same(before, outputs(copied, args, kwargs, task=0)) and copied.finished_tasks == {1}
+    assert not {t.data_ptr() for t in hat.state_dict().values()} & {t.data_ptr() for t in copied.state_dict().values()}
+    copied.finished_tasks.clear()
+    with torch.no_grad():
+        for tensor in copied.parameters():
+            tensor.zero_()
+    assert same(before, outputs(hat, args, kwargs, task=0)) and hat.finished_tasks == {1}
+    assert list(copied.state_dict()) == list(hat.state_dict())
+
+
+# copies per task
+
+
+@pytest.mark.parametrize("name", ["layer_scale_tokens", "batchnorm_variants", "spectral_norm", "functional_weights", "prelu"])
+def test_load_pretrained_reaches_every_copy(name: str) -> None:
+    hat, args, kwargs = small(name)
+    with torch.no_grad():
+        for parameter in hat.parameters():
+            parameter.mul_(0.0)
+    fresh = NETWORKS[name].make().eval()
+    hat.load_pretrained(fresh.state_dict())
+    fill_masks(hat, 1.0, task=0), fill_masks(hat, 1.0, task=1)
+    assert same(outputs(fresh, args, kwargs), outputs(hat, args, kwargs))
+    for task in (0, 1):
+        for wanted, got in zip(outputs(fresh, args, kwargs), outputs(hat, args, kwargs, task=task)):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConversionError, match="checkpoint"):
+        hat.load_pretrained({**fresh.state_dict(), "another": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("name", ["layer_scale_tokens", "batchnorm_variants", "spectral_norm", "text_gru", "unused_parameters"])
+def test_task_copies_own_their_memory(name: str) -> None:
+    hat, *_ = small(name, tasks=3)
+    seen: dict[int, str] = {}
+    for key, tensor in [*hat.named_parameters(), *hat.named_buffers()]:
+        if tensor.numel():
+            assert tensor.untyped_storage().data_ptr() not in seen, f"{key} and {seen[tensor.untyped_storage().data_ptr()]}"
+            seen[tensor.untyped_storage().data_ptr()] = key
+
+
+def test_an_expanded_parameter_gets_memory_per_task() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), traps.Scale(1.0), nn.Linear(8, 3))
+    model[1].scale = nn.Parameter(torch.ones(1).expand(8))
+    hat = converted(model, VECTORS)
+    copies = [hat.hat.indexed.get_submodule("1_scale").of(t) for t in (0, 1)]
+    with torch.no_grad():
+        copies[0][0] = 7.0
+    assert copies[1].tolist() == [1.0] * 8 and copies[0].tolist() == [7.0] + [1.0] * 7
+
+
+# names
+
+
+@pytest.mark.parametrize("name", ["hat", "tasks", "task", "source", "context", "config", "graph", "maskers", "report", "live", "run"])
+def test_any_name_of_a_layer_works(name: str) -> None:
+    """Or is refused by an error that names it; never lost, and never a crash of something else."""
+    model = traps.Named(name).eval()
+    try:
+        hat = converted(copy.deepcopy(model), VECTORS)
+    except ConversionError as error:
+        assert name in str(error)
+        return
+    assert torch.equal(model(VECTORS), hat(VECTORS)) and f"{name}.weight" in hat.state_dict()
+    assert hatify.verify(hat).ok
+
+
+def test_names_that_differ_in_punctuation_stay_apart() -> None:
+    hat = converted(traps.Underscored(), VECTORS)
+    fill_masks(hat, 1.0)
+    torch.testing.assert_close(hat(VECTORS, task=0), hat(VECTORS))
+    assert measure_drift(hat) == (0.0, measure_drift(hat)[1])
+
+
+def test_a_table_that_is_a_layers_weight_too() -> None:
+    tokens = torch.arange(10).view(2, 5) % 5
+    hat = converted(traps.LookupAndLinear(), tokens)
+    fill_masks(hat, 1.0)
+    torch.testing.assert_close(hat(tokens, task=0), hat(tokens))
+    assert [measure_drift(hat, seed=s)[0] for s in range(3)] == [0.0] * 3
