@@ -114,15 +114,15 @@ def einsum(run: Interpreter, call: Call) -> Outcome:
 
 
 def attention(run: Interpreter, call: Call) -> Outcome:
-    """``scaled_dot_product_attention(q, k, v)``: scores are TOP from materialised q and k; v keeps its columns' gates."""
+    """``scaled_dot_product_attention(q, k, v)``: scores are live for all, from materialised q and k (a dead head's scores are
+    uniform, not zero); v's columns pass, since every result only mixes positions of its own column."""
     q, k, v = call.args[:3]
-    grouped = call.kwargs.get("enable_gqa", False)
-    extra = call.argument(3, "attn_mask")
-    if grouped or v.rank != q.rank or k.rank != q.rank or (isinstance(extra, Value) and extra.gated):
+    heads = v.rank - 3
+    grouped = call.kwargs.get("enable_gqa", False) and heads >= 0 and v.varies(heads)
+    if grouped or v.varies(v.rank - 2) or v.rank != q.rank:
         return unknown(run, call)
-    batch = LETTERS[: q.rank - 2]
-    call = replace(call, args=(clean(run, q), clean(run, k), *call.args[2:]))
-    return contract(run, call, [(v, batch + "kn")], batch + "mn")
+    args, kwargs = call.map(lambda a: a if a is v and a is not q and a is not k else clean(run, a))
+    return Outcome(args, kwargs, Gates(v.ids, args[2].state if v.gated else State.CLEAN))
 
 
 def register(rules: RuleTable) -> None:
