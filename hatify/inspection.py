@@ -87,9 +87,9 @@ def _lock(hat: HATModel, use: Use) -> str:
         return "locks as a whole once any task is finished"
     parts = []
     if not rows:
-        parts.append(f"its output is live ({table.describe(use.rows)})")
+        parts.append(f"its output live ({table.describe(use.rows)})")
     if not cols:
-        parts.append(f"its input is live ({table.describe(use.cols)})")
+        parts.append(f"its input live ({table.describe(use.cols)})")
     unit = "a row locks" if use.grouped else "an element locks"
     return f"{unit} once a finished task has " + " and ".join(parts)
 

@@ -55,8 +55,9 @@ def test_constants_take_on_gates_and_payloads_or_tensors_stand_on_either_side():
     h = draw_masks(HATLinear(4, 6, CONFIG))(HATPayload(torch.randn(5, 4), 0))
     raw, constant = h.unmasked_data, torch.rand(6) + 1
     for out, expected in (
-        (h + constant, raw + constant), (constant + h, constant + raw), (constant - h, constant - raw), (h * constant, raw * constant),
-        (constant / h, None), (h / 2, raw / 2), (2 * h, 2 * raw), (1 - h, 1 - raw), (-h, -raw), (h**2, raw**2),
+        (h + constant, raw + constant), (constant + h, constant + raw), (constant - h, constant - raw),
+        (h * constant, raw * constant), (constant / h, None),
+        (h / 2, raw / 2), (2 * h, 2 * raw), (1 - h, 1 - raw), (-h, -raw), (h**2, raw**2),
         (h / constant, raw / constant), (torch.clamp(h, min=constant), raw.clamp(min=constant)),
     ):  # fmt: skip
         assert torch.equal((out.data == 0).all(0), ~(h.mask[0] > 0))
@@ -89,8 +90,9 @@ def test_different_tasks_or_scales_do_not_meet():
 @pytest.mark.parametrize(
     "plain, fix",
     [
-        (nn.Linear(4, 4), "HATLinear"), (nn.Conv1d(2, 2, 1), "HATConv1d"), (nn.BatchNorm1d(4), "BatchNorm1d"), (nn.PReLU(), "PReLU"),
-        (nn.MultiheadAttention(4, 2), "MultiheadAttention"), (nn.BatchNorm1d(4, affine=False), "BatchNorm1d"),
+        (nn.Linear(4, 4), "HATLinear"), (nn.Conv1d(2, 2, 1), "HATConv1d"), (nn.BatchNorm1d(4), "BatchNorm1d"),
+        (nn.PReLU(), "PReLU"), (nn.MultiheadAttention(4, 2), "MultiheadAttention"),
+        (nn.BatchNorm1d(4, affine=False), "BatchNorm1d"),
     ],
 )  # fmt: skip
 def test_plain_layers_with_weights_are_refused_by_name(plain, fix):

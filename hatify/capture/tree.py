@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from hatify.registry import describe
 
@@ -70,15 +71,6 @@ class _Sym:
     """Stands for one size among the static arguments."""
 
 
-def shallow(module: nn.Module) -> nn.Module:
-    """The same module with its own dictionaries and no hooks: attributes can be set without touching the original."""
-    twin = module.__class__.__new__(module.__class__)
-    twin.__dict__ = dict(module.__dict__)
-    for name in ("_parameters", "_buffers", "_modules"):
-        twin.__dict__[name] = dict(module.__dict__[name])
-    return twin
-
-
 def copy_tree(model: nn.Module) -> nn.Module:
     """A deep copy of the tree and of everything held in plain containers, sharing all tensors."""
     memo: dict[int, Any] = {}
@@ -108,7 +100,7 @@ def mark_leaves(root: nn.Module, stubs: dict[str, Any]) -> dict[str, nn.Module]:
                 child.__dict__["forward"] = _stub(stubs[path])
             elif describe(child) is not None:
                 leaves[path] = child
-                child.__dict__["forward"] = _Marker(path, shallow(child))
+                child.__dict__["forward"] = _Marker(path, copy_tree(child))
             else:
                 visit(child, f"{path}.")
 
@@ -134,7 +126,7 @@ def mark_functions() -> Iterator[None]:
 
 
 class _Marker:
-    """The forward of a leaf while tracing: one operator in the graph."""
+    """The forward of a leaf while tracing: one operator in the graph. ``twin`` is the leaf with tensors that the exporter leaves alone."""
 
     def __init__(self, path: str, twin: nn.Module | FunctionCall) -> None:
         self.path, self.twin = path, twin
@@ -186,9 +178,54 @@ def _leaf_on_fakes(inputs: list[Tensor], sizes: list[int], key: str) -> list[Ten
     args, kwargs = arguments(call, list(inputs), list(sizes))
     if hasattr(call.twin, "_flat_weights_names"):  # recurrent layers read their weights from a list of their own
         call.twin.__dict__["_flat_weights"] = [state.get(n) for n in call.twin._flat_weights_names]
-    with torch.random.fork_rng(devices=[]):
-        out = torch.func.functional_call(call.twin, state, args, kwargs)
+    try:
+        sizes_kept = mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env else contextlib.nullcontext()
+        with torch.random.fork_rng(devices=[]), sizes_kept:
+            out = torch.func.functional_call(call.twin, state, args, kwargs)
+    except Exception:  # a layer that looks into its data, kept whole: its shapes are learned from real runs
+        out = _probed(call, inputs, sizes)
+        if out is None:
+            raise
     return _noted_results(call, out, inputs)
+
+
+def _probed(call: LeafCall, inputs: list[Tensor], sizes: list[int]) -> Any:
+    """Empty results of a whole layer whose inside cannot be traced, or None where its result's sizes cannot be told.
+
+    The layer runs on random data of the example's sizes, and again with each open size one larger: a result's size that grows with
+    one is that one.
+    """
+    symbols = list({str(s): s for t in inputs for s in t.shape if isinstance(s, torch.SymInt)}.values())
+    if sizes or any(not s.node.expr.is_symbol for s in symbols) or any(p.is_meta for p in call.twin.parameters()):
+        return None
+    hints = {str(s): s.node.hint for s in symbols}
+    runs = [_real_run(call, inputs, {**hints, **grown}) for grown in ({}, *({name: hints[name] + 1} for name in hints))]
+    first, *others = [pytree.tree_flatten(run) for run in runs]
+    if any(other[1] != first[1] for other in others):
+        return None
+    leaves: list[Any] = []
+    for number, leaf in enumerate(first[0]):
+        if not isinstance(leaf, Tensor):
+            leaves.append(leaf)
+            continue
+        shape: list[Any] = list(leaf.shape)
+        for symbol, other in zip(symbols, others):
+            for dim, size in enumerate(other[0][number].shape):
+                if size == leaf.shape[dim] + 1:
+                    shape[dim] = symbol
+                elif size != leaf.shape[dim]:
+                    return None
+        leaves.append(inputs[0].new_empty(shape, dtype=leaf.dtype))
+    return pytree.tree_unflatten(leaves, first[1])
+
+
+def _real_run(call: LeafCall, inputs: list[Tensor], hints: dict[str, int]) -> Any:
+    shapes = [[hints[str(s)] if isinstance(s, torch.SymInt) else s for s in t.shape] for t in inputs]
+    dtypes = [t.dtype for t in inputs]
+    with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        data = [torch.randn(s).to(d) if d.is_floating_point else torch.zeros(s, dtype=d) for s, d in zip(shapes, dtypes)]
+        args, kwargs = arguments(call, data, [])
+        return copy.deepcopy(call.twin)(*args, **kwargs)
 
 
 def _noted_results(call: LeafCall, out: Any, inputs: list[Tensor]) -> list[Tensor]:

@@ -71,17 +71,18 @@ class GateTable:
         return key[1] if key[0] == "and" else frozenset() if gate in (CONST, TOP) else frozenset((gate,))
 
     def common(self, ids: list[int]) -> int:
-        """An upper bound of the OR of ``ids``: the AND of the factors that all of them share, else TOP."""
-        sets = [self.factors(i) for i in ids if i != CONST]
+        """An upper bound of the OR of ``ids``: the AND of the factors that all of them share, else TOP.
+
+        A CONST among them holds its value for every task, so it counts as live.
+        """
+        sets = [self.factors(i) for i in ids]
         shared = frozenset.intersection(*sets) if sets else frozenset()
         return self.join_all("and", sorted(shared)) if shared else TOP
 
     def bounded_or(self, ids: list[int]) -> int:
-        """The OR of ``ids``, or an upper bound where it would grow too large. Exact enough for locks, never for masks."""
-        distinct = sorted(set(ids) - {CONST})
-        if not distinct:
-            return TOP
-        if TOP in distinct:
+        """The OR of ``ids``, or an upper bound where it would grow too large: enough for locks, never for masks. CONST counts as live."""
+        distinct = sorted(set(ids))
+        if not distinct or distinct[0] in (CONST, TOP):
             return TOP
         if len(distinct) > MAX_ATOMS_MIXED or sum(len(self.atoms_in[i]) for i in distinct) > MAX_ATOMS:
             return self.common(distinct)
