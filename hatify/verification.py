@@ -17,7 +17,6 @@ from hatify.errors import HatifyError
 from hatify.model import HATModel
 from hatify.modules import TaskContext
 
-
 ROUNDING = 1e-4
 """Gradients, not outputs, may differ by less than this, relative to a parameter's largest."""
 

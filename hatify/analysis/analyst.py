@@ -12,7 +12,9 @@ from torch.utils import _pytree as pytree
 
 from hatify.analysis import functional
 from hatify.analysis.heads import WEIGHT_SLOT, Heads, operator_name
+from hatify.analysis.origins import CASTS, MOVES, moved_origins, split_use
 from hatify.analysis.plan import HAT, ROW_LOCKED, TASK_INDEXED, Analysis, LayerPlan, Masked, Ratio, Size, Step
+from hatify.analysis.sizes import concrete, tensors_of, varies_where_open
 from hatify.capture import Captured
 from hatify.capture.captured import ByMode
 from hatify.errors import ConversionError
@@ -32,14 +34,11 @@ from hatify.gates.layers import (
 )
 from hatify.gates.rules import RULES, Call, Gates, Outcome, unknown
 from hatify.gates.rules.base import clean
-from hatify.gates.rules.movement import NAMES as MOVES
-from hatify.gates.rules.movement import move_tensor
 from hatify.gates.table import TOP
 from hatify.gates.value import Origin, constants, ones
 from hatify.registry import describe
 
 SWITCHES = {"_set_grad_enabled", "is_grad_enabled", "enter_autocast", "exit_autocast"}
-CASTS = {"to", "_to_copy", "type_as", "clone", "contiguous", "detach", "alias", "float", "lift_fresh_copy"}
 FRESH = {"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like",
          "randn_like", "randint_like", "new_empty_strided"}  # fmt: skip
 RANDOM = {"bernoulli", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "multinomial",
@@ -175,7 +174,7 @@ class Analyst:
         if name == "getitem" and isinstance(args[0], list | tuple | dict):
             picked = args[0][args[1]]
             return self._widened(replace(picked, data=node)) if isinstance(picked, Value) else picked
-        if not _tensors(val):
+        if not tensors_of(val):
             return self._number(node, args, kwargs)
         call = Call(name, node.target, args, kwargs)
         self.analysis.operators[name] += 1
@@ -213,15 +212,15 @@ class Analyst:
         """Results of a node, widened or made conservative where gates cannot be kept."""
         val = node.meta["val"]
         outs = outcome.out if isinstance(outcome.out, list) else [outcome.out]
-        vals = _tensors(val)
-        if any(g.ids is not None and _varies_where_dynamic(g.ids, v) for g, v in zip(outs, vals)):
+        vals = tensors_of(val)
+        if any(g.ids is not None and varies_where_open(g.ids, v) for g, v in zip(outs, vals)):
             outcome = unknown(self, call)
             outs = [outcome.out]
         self.analysis.steps[node] = Step(outcome.args, outcome.kwargs, None, live=outcome.live)
         return self._results(node, val, outs)
 
     def _results(self, node: fx.Node, val: Any, outs: list[Gates] | None) -> Any:
-        vals = _tensors(val)
+        vals = tensors_of(val)
         if outs is None or len(outs) != len(vals):
             only = outs[0] if outs and outs[0].ids is not None and len(vals) == 1 else Gates(None)
             outs = [only] * len(vals)
@@ -248,46 +247,20 @@ class Analyst:
         values = call.values()
         self.analysis.steps[node] = Step(call.args, call.kwargs, None)
         known = known and call.name not in RANDOM and all(v.known is not None for v in values) and self._concrete(node)
-        actual: list[Tensor | None] = [None] * len(_tensors(val))
+        actual: list[Tensor | None] = [None] * len(tensors_of(val))
         if known and not any(isinstance(a, ByMode) for a in pytree.tree_leaves(node.meta.get("by_mode", ()))):
             args, kwargs = call.map(lambda v: v.known)
             with torch.no_grad():
                 out = call.func(*args, **kwargs)
             actual = list(out) if isinstance(out, list | tuple) else [out]
-        origins = self._moved_origins(call, len(actual))
+        origins = moved_origins(call, len(actual), self.held)
         results = [
-            self._value(node, constants(v.dim()), val=v, known=k, origin=o) for v, k, o in zip(_tensors(val), actual, origins)
+            self._value(node, constants(v.dim()), val=v, known=k, origin=o) for v, k, o in zip(tensors_of(val), actual, origins)
         ]
         return results[0] if isinstance(val, Tensor) else results
 
     def _concrete(self, node: fx.Node) -> bool:
-        return all(not isinstance(s, torch.SymInt) for v in _tensors(node.meta["val"]) for s in v.shape)
-
-    def _moved_origins(self, call: Call, count: int) -> list[Origin | None]:
-        values = call.values()
-        sources = [v.origin for v in values if v.origin is not None]
-        if not sources or (call.name not in MOVES and call.name not in CASTS):
-            return [None] * count
-        if call.name in CASTS:
-            return [values[0].origin]
-        names = tuple(dict.fromkeys(n for o in sources for n in o.names))
-        sizes = tuple(self.held[n].numel() for n in names)
-        offsets = {n: sum(sizes[:i]) for i, n in enumerate(names)}
-
-        def positions(value: Value) -> Tensor:
-            if value.origin is None:
-                return value.known if not value.dtype.is_floating_point and value.known is not None else torch.full(value.shape, -1)
-            own = value.origin.spread(value.shape)
-            start = 0
-            out = torch.full_like(own, -1)
-            for name, size in zip(value.origin.names, value.origin.sizes):
-                inside = (own >= start) & (own < start + size)
-                out[inside] = own[inside] - start + offsets[name]
-                start += size
-            return out
-
-        out = move_tensor(call, positions)
-        return [Origin(names, sizes, o) for o in (out if isinstance(out, list | tuple) else [out])]
+        return all(not isinstance(s, torch.SymInt) for v in tensors_of(node.meta["val"]) for s in v.shape)
 
     def _check_origins(self, call: Call) -> None:
         """A raw parameter that meets anything but movement or a weight's slot cannot be shared."""
@@ -431,14 +404,8 @@ class Analyst:
                 return
             for name in origin.names:
                 self.analysis.parameters.setdefault(name, LayerPlan(name, "hat", HAT, "used by function"))
-        start = 0
-        for name, size in zip(origin.names, origin.sizes):
-            positions = None
-            if origin.positions is not None:
-                inside = (origin.positions >= start) & (origin.positions < start + size)
-                positions = torch.where(inside, origin.positions - start, -1)
-            self.analysis.use(replace(use, parameter=name, positions=positions, site=node.name))
-            start += size
+        for part in split_use(replace(use, site=node.name), origin):
+            self.analysis.use(part)
 
     # the end
 
@@ -503,26 +470,3 @@ def channels_of(leaf: nn.Module, meaning: Weighted) -> tuple[int, int]:
 
 def _has_bias(leaf: nn.Module, meaning: Weighted) -> bool:
     return meaning.bias is not None and getattr(leaf, meaning.bias, None) is not None
-
-
-def _varies_where_dynamic(ids: Tensor, val: Any) -> bool:
-    """Whether gates vary along a dimension whose size is open."""
-    if ids.dim() != val.dim():
-        return False
-    return any(n > 1 and isinstance(s, torch.SymInt) and bool(s.node.expr.free_symbols) for n, s in zip(ids.shape, val.shape))
-
-
-def concrete(size: Any) -> Any:
-    """A size at the example's inputs."""
-    if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
-        hint = size.node.hint
-        if hint is None:
-            raise ConversionError("a size depends on data", why=f"{size} has no value at the example inputs")
-        return hint
-    return size
-
-
-def _tensors(val: Any) -> list:
-    if isinstance(val, Tensor):
-        return [val]
-    return [v for v in val if isinstance(v, Tensor)] if isinstance(val, list | tuple) else []

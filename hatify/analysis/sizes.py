@@ -1,0 +1,33 @@
+"""Sizes and results of captured nodes, at the example's inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hatify.errors import ConversionError
+
+
+def varies_where_open(ids: Tensor, val: Any) -> bool:
+    """Whether gates vary along a dimension whose size is open."""
+    if ids.dim() != val.dim():
+        return False
+    return any(n > 1 and isinstance(s, torch.SymInt) and bool(s.node.expr.free_symbols) for n, s in zip(ids.shape, val.shape))
+
+
+def concrete(size: Any) -> Any:
+    """A size at the example's inputs."""
+    if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
+        hint = size.node.hint
+        if hint is None:
+            raise ConversionError("a size depends on data", why=f"{size} has no value at the example inputs")
+        return hint
+    return size
+
+
+def tensors_of(val: Any) -> list:
+    if isinstance(val, Tensor):
+        return [val]
+    return [v for v in val if isinstance(v, Tensor)] if isinstance(val, list | tuple) else []
