@@ -1,4 +1,4 @@
-"""What every test starts from: no network, two threads, the same seeds."""
+"""What every test starts from: no network, one thread (the suite runs in two processes), the same seeds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,14 @@ def fingerprint(model: nn.Module) -> list[tuple]:
 
     def seen(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return "tensor", id(value), value.requires_grad, value._version, id(value.grad) if value.is_leaf else None, value.tolist()
+            return (
+                "tensor",
+                id(value),
+                value.requires_grad,
+                value._version,
+                id(value.grad) if value.is_leaf else None,
+                value.tolist(),
+            )
         if isinstance(value, nn.Module):
             return "module", id(value)
         if isinstance(value, dict):
@@ -67,7 +74,9 @@ def test_keys_their_order_aliases_and_shares_are_the_originals(inplace: bool) ->
     assert [p.data_ptr() for p in model.parameters()] != [p.data_ptr() for p in hat.parameters()]
 
 
-@pytest.mark.parametrize("name", ["unused_parameters", "tied_by_attribute", "layer_scale_tokens", "batchnorm_variants", "weight_norm"])
+@pytest.mark.parametrize(
+    "name", ["unused_parameters", "tied_by_attribute", "layer_scale_tokens", "batchnorm_variants", "weight_norm"]
+)
 def test_state_dict_round_trip(name: str) -> None:
     hat, args, kwargs = small(name)
     draw_masks(hat)
@@ -202,11 +211,18 @@ def test_tensors_that_do_not_fit_the_capture_are_refused(wrong: Tensor) -> None:
         converted(traps.Optional(), VECTORS)(wrong)
 
 
+def test_a_forward_that_writes_into_a_parameter_is_refused() -> None:
+    with pytest.raises(HatifyError, match="gain"):
+        converted(traps.ClipsItsWeight(), VECTORS)
+
+
 # types, devices, copies
 
 TYPED = ["grouped_query_attention", "coord_conv", "hand_written_rmsnorm", "cumsum_tokens", "transformer_encoder_norm_first",
          "relative_position_bias", "mutating_buffer", "weight_norm"]  # fmt: skip
-DTYPES = [("typed constants", t) for t in (torch.float16, torch.bfloat16)] + [(n, torch.float64) for n in ("typed constants", *TYPED)]
+DTYPES = [("typed constants", t) for t in (torch.float16, torch.bfloat16)] + [
+    (n, torch.float64) for n in ("typed constants", *TYPED)
+]
 
 
 def cast(tree: Any, dtype: torch.dtype) -> Any:
@@ -278,7 +294,7 @@ def test_an_expanded_parameter_gets_memory_per_task() -> None:
     model = nn.Sequential(nn.Linear(6, 8), traps.Scale(1.0), nn.Linear(8, 3))
     model[1].scale = nn.Parameter(torch.ones(1).expand(8))
     hat = converted(model, VECTORS)
-    copies = [hat.hat.indexed.get_submodule("1_scale").of(t) for t in (0, 1)]
+    copies = [hat.indexed("1.scale").of(t) for t in (0, 1)]
     with torch.no_grad():
         copies[0][0] = 7.0
     assert copies[1].tolist() == [1.0] * 8 and copies[0].tolist() == [7.0] + [1.0] * 7
@@ -287,7 +303,9 @@ def test_an_expanded_parameter_gets_memory_per_task() -> None:
 # names
 
 
-@pytest.mark.parametrize("name", ["hat", "tasks", "task", "source", "context", "config", "graph", "maskers", "report", "live", "run"])
+@pytest.mark.parametrize(
+    "name", ["hat", "tasks", "task", "source", "context", "config", "graph", "maskers", "report", "live", "run"]
+)
 def test_any_name_of_a_layer_works(name: str) -> None:
     """Or is refused by an error that names it; never lost, and never a crash of something else."""
     model = traps.Named(name).eval()

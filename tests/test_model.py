@@ -220,7 +220,9 @@ def test_a_described_layer_gets_masks():
     def describe(layer):
         return hatify.Weighted(row_locked=True)
 
-    hat = hatify.convert(nn.Sequential(Scaled(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.Linear(6, 2)), 2, example_inputs=torch.randn(2, 4))
+    hat = hatify.convert(
+        nn.Sequential(Scaled(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.Linear(6, 2)), 2, example_inputs=torch.randn(2, 4)
+    )
     assert hat.verification.ok and hat.report.rungs["row-locked"]["parameters"] == 8 * 4 + 8
 
 

@@ -43,7 +43,9 @@ def drifts_without_its_mask(hat: HATModel, seeds: int = 6) -> bool:
 # reductions along gated dimensions
 
 
-@pytest.mark.parametrize("norm", [nn.InstanceNorm1d(4), nn.LayerNorm(8), nn.RMSNorm(8), nn.GroupNorm(2, 4)], ids=lambda n: type(n).__name__)
+@pytest.mark.parametrize(
+    "norm", [nn.InstanceNorm1d(4), nn.LayerNorm(8), nn.RMSNorm(8), nn.GroupNorm(2, 4)], ids=lambda n: type(n).__name__
+)
 def test_statistics_never_see_a_dead_position(norm: nn.Module) -> None:
     hat = holds(edges.TokensNormed(copy.deepcopy(norm)), TOKENS)
     assert drifts_without_its_mask(hat)
@@ -181,7 +183,9 @@ def test_a_weight_normed_transposed_conv_is_locked_by_its_input() -> None:
 
 
 def test_a_spectrally_normed_layer_has_one_copy_per_task() -> None:
-    hat = holds(nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 8)), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)), VECTORS)
+    hat = holds(
+        nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 8)), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)), VECTORS
+    )
     assert isinstance(hat[0], TaskIndexed)
     assert any(k.startswith("0.tasks.1.parametrizations.weight.") and k.endswith("_u") for k in hat.state_dict())
 
@@ -285,7 +289,9 @@ def test_a_branch_on_sizes_is_refused_with_its_line() -> None:
 # what is around a leaf
 
 
-@pytest.mark.parametrize("kind", ["forward hook", "forward pre-hook", "weight norm", "orthogonal", "adapter", "hook on the network"])
+@pytest.mark.parametrize(
+    "kind", ["forward hook", "forward pre-hook", "weight norm", "orthogonal", "adapter", "hook on the network"]
+)
 def test_a_leaf_with_something_around_it_is_not_its_plain_class(kind: str) -> None:
     model = edges.TwoLayers()
     if kind == "forward hook":

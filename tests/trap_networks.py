@@ -88,6 +88,20 @@ class Optional(nn.Module):
         return x if features else self.head(x)
 
 
+class ClipsItsWeight(nn.Module):
+    """Forward writes into a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.gain = nn.Parameter(torch.linspace(-1, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.gain.clamp_(min=0.1)
+        return self.head(torch.tanh(self.fc(x)) * self.gain)
+
+
 class Typed(nn.Module):
     """Constants made on the spot, in the device and dtype of the operands."""
 

@@ -14,7 +14,7 @@ from hatify.analysis import functional
 from hatify.analysis.heads import WEIGHT_SLOT, Heads, operator_name
 from hatify.analysis.origins import CASTS, MOVES, moved_origins, split_use
 from hatify.analysis.plan import HAT, ROW_LOCKED, TASK_INDEXED, Analysis, LayerPlan, Masked, Ratio, Size, Step
-from hatify.analysis.sizes import concrete, tensors_of, varies_where_open
+from hatify.analysis.sizes import all_finite, concrete, tensors_of, varies_where_open
 from hatify.capture import Captured
 from hatify.capture.captured import ByMode
 from hatify.errors import ConversionError
@@ -41,6 +41,10 @@ from hatify.registry import describe
 SWITCHES = {"_set_grad_enabled", "is_grad_enabled", "enter_autocast", "exit_autocast"}
 FRESH = {"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like",
          "randn_like", "randint_like", "new_empty_strided"}  # fmt: skip
+FINITE = {*MOVES, *CASTS, *FRESH, "add", "sub", "mul", "sigmoid", "tanh", "relu", "gelu", "silu", "linear", "matmul", "mean", "softmax",
+          "layer_norm", "zeros", "ones", "arange", "linspace", "sin", "cos", "neg", "abs", "upsample_bilinear2d", "upsample_bicubic2d",
+          "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "bernoulli", "rand", "randn", "div"}  # fmt: skip
+"""Operators that make no infinities out of finite constants."""
 RANDOM = {"bernoulli", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "multinomial",
           "empty", "new_empty", "empty_like", "uniform", "dropout", "native_dropout", "exponential"}  # fmt: skip
 
@@ -152,14 +156,16 @@ class Analyst:
     def _held(self, node: fx.Node) -> Value:
         name = node.target
         if name in self.captured.constants:
-            return self._value(node, constants(node.meta["val"].dim()), known=self.captured.constants[name])
+            known = self.captured.constants[name]
+            return self._value(node, constants(node.meta["val"].dim()), known=known, finite=all_finite(known))
         tensor = self.held[name]
         ids = constants(tensor.dim())
         if not isinstance(tensor, nn.Parameter):
             mutated = name in self.captured.writes
             if mutated:
                 self.analysis.buffers.add(name)
-            return self._value(node, ids, known=None if mutated or tensor.is_meta else tensor)
+            known = None if mutated or tensor.is_meta else tensor
+            return self._value(node, ids, known=known, finite=known is None or all_finite(known))
         name = self.canonical[id(tensor)]
         if name in self.indexed or name in self.whole:
             return self._value(node, ids)
@@ -254,8 +260,10 @@ class Analyst:
                 out = call.func(*args, **kwargs)
             actual = list(out) if isinstance(out, list | tuple) else [out]
         origins = moved_origins(call, len(actual), self.held)
+        kept = call.name in FINITE and all(v.finite for v in values)
         results = [
-            self._value(node, constants(v.dim()), val=v, known=k, origin=o) for v, k, o in zip(tensors_of(val), actual, origins)
+            self._value(node, constants(v.dim()), val=v, known=k, origin=o, finite=kept if k is None else all_finite(k))
+            for v, k, o in zip(tensors_of(val), actual, origins)
         ]
         return results[0] if isinstance(val, Tensor) else results
 

@@ -31,3 +31,8 @@ def tensors_of(val: Any) -> list:
     if isinstance(val, Tensor):
         return [val]
     return [v for v in val if isinstance(v, Tensor)] if isinstance(val, list | tuple) else []
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a constant holds no infinity or NaN (integers never do)."""
+    return not tensor.dtype.is_floating_point or bool(torch.isfinite(tensor).all())

@@ -15,9 +15,11 @@ def apply_mask(x: Tensor, mask: Tensor, *, soft: bool, fill: float = 0.0) -> Ten
     """``x`` with dead positions set to ``fill`` and, if ``soft``, live ones multiplied by ``mask`` (broadcast to ``x``).
 
     Dead positions are chosen, never multiplied: a product with zero would keep NaN and infinity, and give the mask a gradient
-    from values that do not count.
+    from values that do not count. A stand-in (``fill`` not zero, for functions that are undefined at zero) already replaces what is
+    less than half live: a soft factor next to zero is as bad for them as zero.
     """
-    kept = torch.where(mask > 0, x, torch.full((), fill, dtype=x.dtype, device=x.device))
+    threshold = 0.5 if fill else 0.0
+    kept = torch.where(mask > threshold, x, torch.full((), fill, dtype=x.dtype, device=x.device))
     return kept * mask.to(x.dtype) if soft and x.dtype.is_floating_point else kept
 
 

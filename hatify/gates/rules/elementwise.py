@@ -176,6 +176,9 @@ def additive(run: Interpreter, call: Call) -> Outcome:
     scalars = [a for a in (*call.args[:2], call.kwargs.get("other")) if isinstance(a, int | float)]
     if len(operands) == 1 and call.name != "where":  # tensor and number
         return unary(run, call) if scalars else unknown(run, call)
+    if any(abs(a) == float("inf") for a in scalars_of(call)) or any(v.constant and not v.finite for v in operands):
+        call = clean_call(run, call)  # a soft factor must not meet an infinity: its gradient would be NaN
+        operands = call.values()[call.name == "where" :]
     gated = [v for v in operands if v.gated]
     steady = [v for v in operands if not v.constant]
     out = _joined(run, "or", operands)
@@ -186,6 +189,18 @@ def additive(run: Interpreter, call: Call) -> Outcome:
     if covers_constants(operands, out) or (call.name == "where" and any(isinstance(a, int | float) for a in call.args[1:])):
         state = after_shift(state)
     return Outcome(call.args, call.kwargs, Gates(out, state))
+
+
+def scalars_of(call: Call) -> list[float]:
+    """The plain numbers among the operands."""
+    return [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, int | float) and not isinstance(a, bool)]
+
+
+def divides(run: Interpreter, call: Call) -> Outcome:
+    """``addcdiv``, ``remainder``, ``fmod``: all is materialised, but the divisor reads 1 where it is dead; TOP comes out."""
+    divisor = call.values()[-1]
+    args, kwargs = call.map(lambda v: stand_in(run, v) if v is divisor else clean(run, v))
+    return Outcome(args, kwargs, Gates(None))
 
 
 def masked_fill(run: Interpreter, call: Call) -> Outcome:
@@ -258,6 +273,7 @@ def register(rules: RuleTable) -> None:
     rules.add(PRODUCT, product)
     rules.add(QUOTIENT, quotient)
     rules.add(["pow"], power)
+    rules.add(["addcdiv", "remainder", "fmod"], divides)
     rules.add(["masked_fill"], masked_fill)
     rules.add(["prelu"], prelu)
     rules.add(["glu"], glu)
