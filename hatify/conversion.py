@@ -62,6 +62,7 @@ def convert(
         VerificationError: a promise does not hold for this model.
     """
     config, classes = _settings(model, tasks, config, heads, locking)
+    _check_names(model)
     tell, seconds = progress or (lambda step: None), {}
     args, kwargs = example_call(model, example_inputs)
 
@@ -131,6 +132,19 @@ def _dict_call(model: nn.Module, given: dict[str, Any]) -> tuple[tuple, dict[str
     return (), dict(given)
 
 
+def _check_names(model: nn.Module) -> None:
+    """Children and parameters of the model's top must not hide what a HAT model itself is made of."""
+    held = [*model._modules, *model._parameters, *model._buffers]
+    own = {*vars(HATModel), "graph", "report", "verification", "source", "train_graph"}
+    for name in held:
+        if name in own or hasattr(fx.GraphModule, name):
+            raise ConversionError(
+                f"the name {name!r} is taken by the converted model itself",
+                where=f"{type(model).__name__}.{name}",
+                fix=f"call it otherwise, or wrap the model: nn.Sequential({type(model).__name__}(...))",
+            )
+
+
 def _check_classes(analysis: Analysis) -> None:
     heads = [p.path for p in analysis.layers.values() if p.role == "head"]
     if not any(path in analysis.class_heads for path in heads):
@@ -162,6 +176,7 @@ def _rewrite(
         check_sizes=Sizes(graphs),
         room=surgery.room,
         masker_paths=surgery.masker_paths,
+        indexed_paths=surgery.indexed_paths,
         program=compile_gates(analysis.table, analysis.sizes),
         uses=analysis.uses,
         indexed=indexed,

@@ -265,7 +265,7 @@ class HATModel(fx.GraphModule):
 
     def indexed(self, name: str) -> TaskIndexedParameter:
         """The task copies of a raw parameter or buffer, by its original name."""
-        return self.room.indexed.get_submodule(name.replace(".", "_"))
+        return self.get_submodule(self._facts.indexed_paths[name])
 
     def task_copies(self) -> list[tuple[list[Tensor], Callable[[int], list[Tensor]]]]:
         """Everything that has one copy per task: the tensors without a task, and a function from a task to its tensors."""

@@ -101,6 +101,26 @@ def test_networks_have_finite_gradients(name: str) -> None:
         finite(hat, x, 400.0)
 
 
+FORMULAS = {
+    "sqrt": (lambda a, b: F.softplus(a).sqrt(), lambda a, b, m: F.softplus(a).sqrt() * m),
+    "log of a sum": (lambda a, b: (a + b).abs().add(0.1).log(), lambda a, b, m: ((a + b) * m).abs().add(0.1).log()),
+    "rsqrt of a sum": (lambda a, b: (a + b).abs().rsqrt(), lambda a, b, m: ((a + b) * m).abs().rsqrt()),
+    "division": (lambda a, b: b / F.softplus(a), lambda a, b, m: b / F.softplus(a) * m),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_partial_functions_still_see_channels_that_are_half_live(name: str) -> None:
+    """Early in an epoch every channel is about half live, those with a negative embedding too: none may be replaced."""
+    what, formula = FORMULAS[name]
+    hat = converted(Two(what), VECTORS)
+    fill_masks(hat, 0.1, -0.1)
+    for scale in (0.01, 1.0, 20.0):
+        mask = torch.sigmoid(scale * maskers(hat)[0].embeddings[0])
+        expected = hat.head.tasks[0](formula(hat.a(VECTORS), hat.b(VECTORS), mask))
+        torch.testing.assert_close(hat(VECTORS, task=0, mask_scale=scale), expected)
+
+
 def test_infinite_padding_meets_no_soft_factor() -> None:
     hat = converted(Padded(), IMAGES)
     for live, dead in MASKS.values():

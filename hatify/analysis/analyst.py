@@ -100,6 +100,12 @@ class Analyst:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self.canonical.setdefault(id(parameter), name)
         self.held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        for captured in graphs:
+            self.analysis.buffers.update(n for n in captured.writes if n in self.held)
+            for node in captured.graph.nodes:
+                if node.op == "call_function" and operator_name(node) in ("batch_norm", "instance_norm"):
+                    statistics = [a for a in node.args[3:5] if isinstance(a, fx.Node) and a.op == "get_attr"]
+                    self.analysis.buffers.update(a.target for a in statistics if a.target in self.held)  # written in place, unsaid
         self.env: dict[fx.Node, Any] = {}
         self.node: fx.Node | None = None
         self.captured: Captured | None = None
@@ -161,9 +167,7 @@ class Analyst:
         tensor = self.held[name]
         ids = constants(tensor.dim())
         if not isinstance(tensor, nn.Parameter):
-            mutated = name in self.captured.writes
-            if mutated:
-                self.analysis.buffers.add(name)
+            mutated = name in self.analysis.buffers
             known = None if mutated or tensor.is_meta else tensor
             return self._value(node, ids, known=known, finite=known is None or all_finite(known))
         name = self.canonical[id(tensor)]
@@ -349,12 +353,15 @@ class Analyst:
         return self._finish(node, Outcome(args, kwargs, outcome.out), call)
 
     def _masker(self, name: str, channels: int) -> Tensor:
-        self.analysis.sizes[name] = channels
+        if self.analysis.sizes.setdefault(name, channels) != channels:
+            raise ConversionError(
+                f"two weights of different sizes ask for the masker {name}", where=name, fix="give one of them another name"
+            )
         return self.table.atoms(name, channels)
 
     def _other_plan(self, path: str, leaf: nn.Module, meaning: Layer) -> LayerPlan:
         own = any(True for _ in leaf.parameters()) or any(True for _ in leaf.buffers())
-        if not own:
+        if not own and not isinstance(meaning, MixingNorm):
             return LayerPlan(path, "plain", HAT)
         if isinstance(meaning, ChannelNorm | MixingNorm):
             return LayerPlan(path, "norm", TASK_INDEXED, "normalisation")
@@ -383,7 +390,7 @@ class Analyst:
         atoms = None
         masker = None
         if not shared and not through:
-            masker, size, index = rows_of or (f"{node.name}", found.outputs, None)
+            masker, size, index = rows_of or (f"{node.name}[{found.outputs}]", found.outputs, None)
             atoms = self._masker(masker, size)
             atoms = atoms if index is None else atoms[index]
         has_bias = found.bias is not None

@@ -49,6 +49,8 @@ def weighted_call(call: Call) -> WeightedCall | None:
     """The call read as a weighted operator, or None."""
     name, args = call.name, call.args
     if name == "linear":
+        if args[1].rank != 2:
+            return None
         return _made(args[0], args[1], call.argument(2, "bias"), Weighted())
     if name in CONV:
         groups = call.argument(6, "groups", 1)
@@ -83,10 +85,10 @@ def row_sources(found: WeightedCall, held: dict[str, Tensor]) -> tuple[str, int,
     out_dim = 1 if (found.flip or found.meaning.transposed or found.meaning.lookup) else 0
     if found.meaning.groups > 1 and found.meaning.transposed:
         return None
-    path = name.removesuffix(".weight").removesuffix("_weight")
+    path = name.removesuffix(".weight")
     if origin.positions is None:
         shape = tuple(held[name].shape)
-        return (path if out_dim == 0 or not _used_both_ways(found) else f"{path}.{out_dim}", shape[out_dim], None)
+        return (path if out_dim == 0 else f"{path}.{out_dim}", shape[out_dim], None)
     if len(origin.names) > 1:
         return None
     shape = tuple(held[name].shape)
@@ -99,7 +101,3 @@ def row_sources(found: WeightedCall, held: dict[str, Tensor]) -> tuple[str, int,
         if bool((rows >= 0).all()) and bool((coordinates == coordinates[:, :1]).all()):
             return (path if d == 0 else f"{path}.{d}", shape[d], coordinates[:, 0])
     return None
-
-
-def _used_both_ways(found: WeightedCall) -> bool:
-    return found.weight.rank == 2

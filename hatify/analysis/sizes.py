@@ -22,7 +22,11 @@ def concrete(size: Any) -> Any:
     if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
         hint = size.node.hint
         if hint is None:
-            raise ConversionError("a size depends on data", why=f"{size} has no value at the example inputs")
+            raise ConversionError(
+                "a size depends on data",
+                why=f"{size} is only known when the model runs (a boolean index, nonzero, unique)",
+                fix="index with integers, or keep the module whole: hatify.register(ThatModule, hatify.TaskIndexedLayer())",
+            )
         return hint
     return size
 

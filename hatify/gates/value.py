@@ -28,7 +28,8 @@ class Value:
     """A tensor as the rules see it.
 
     ``ids`` has the rank of ``shape`` and broadcasts to it. ``data`` is the interpreter's own handle. ``known`` is the
-    actual tensor where it is a constant of the model (index tables). ``finite`` is False for a constant that may hold infinities. ``origin`` maps each element to the element of a raw
+    actual tensor where it is a constant of the model (index tables).
+    ``finite`` is False for a constant that may hold infinities. ``origin`` maps each element to the element of a raw
     parameter that it is (see :class:`Origin`), as long as nothing but movement happened to it.
     """
 

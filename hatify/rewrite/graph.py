@@ -19,7 +19,7 @@ from hatify.capture.regions import SWITCHES, enter_autocast
 from hatify.gates import Value
 from hatify.modules import Mask, live_norms
 from hatify.modules.task_indexed import write_buffer
-from hatify.rewrite.surgery import Surgery, safe
+from hatify.rewrite.surgery import Surgery
 
 OPERATORS = {
     "aten.add.Tensor": operator.add, "aten.sub.Tensor": operator.sub, "aten.mul.Tensor": operator.mul,
@@ -101,7 +101,7 @@ class _Rewriter:
         shared = self.graph.create_node("get_attr", name, name=node.name)
         plan = self.analysis.parameters.get(self._canonical(name))
         if name in self.analysis.buffers or (plan is not None and plan.role == "task-indexed"):
-            path = f"{self.surgery.room}.indexed.{safe(name if name in self.analysis.buffers else self._canonical(name))}"
+            path = self.surgery.indexed_paths[name if name in self.analysis.buffers else self._canonical(name)]
             self._noted(shared, node)
             return self.graph.create_node("call_module", path, (shared, self.task), name=f"{node.name}_of_task")
         return shared
@@ -120,6 +120,9 @@ class _Rewriter:
         step = self.analysis.steps[node]
         args, kwargs = self._operands(step.args), self._operands(step.kwargs)
         plan = self.analysis.layers[node.target]
+        if not args and kwargs:  # raised layers take their input by position
+            first = next(iter(kwargs))
+            args, kwargs = (kwargs[first],), {k: v for k, v in kwargs.items() if k != first}
         if plan.role in ("head", "norm", "task-indexed"):
             kwargs = {**kwargs, "task": self.task}
             if step.live is not None:
@@ -180,7 +183,7 @@ class _Rewriter:
 
     def _write(self, name: str, step: Step) -> None:
         shared = self.graph.create_node("get_attr", name)
-        path = f"{self.surgery.room}.indexed.{safe(name)}"
+        path = self.surgery.indexed_paths[name]
         current = self.graph.call_module(path, (shared, self.task))
         self.graph.call_function(write_buffer, (current, self._operands(step.args)[0]))
 

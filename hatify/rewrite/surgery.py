@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from functools import partial
 
@@ -54,6 +55,7 @@ class Surgery:
             self.hat.add_module(name, Scope(name))
         self.hat.status = Status(config.num_tasks)
         self.masker_paths: dict[str, str] = {}
+        self.indexed_paths: dict[str, str] = {}
         self._program = compile_gates(analysis.table, analysis.sizes)
 
     def operate(self) -> None:
@@ -66,9 +68,7 @@ class Surgery:
                 self._layer(path, layer, plan)
         for masker, size in self.analysis.sizes.items():
             if masker not in self.masker_paths:
-                name = safe(masker)
-                self.hat.maskers.add_module(name, Masker(size, self.config))
-                self.masker_paths[masker] = f"{self.room}.maskers.{name}"
+                self.masker_paths[masker] = self._add_to("maskers", masker, Masker(size, self.config))
         for name, plan in self.analysis.parameters.items():
             if plan.role == "task-indexed":
                 self._indexed(name, buffer=False)
@@ -115,7 +115,8 @@ class Surgery:
     def _indexed(self, name: str, buffer: bool) -> None:
         owner, _, attribute = name.rpartition(".")
         value = getattr(self.root.get_submodule(owner), attribute)
-        self.hat.indexed.add_module(safe(name), TaskIndexedParameter(value, self.config, shared=False, buffer=buffer))
+        copies = TaskIndexedParameter(value, self.config, shared=False, buffer=buffer)
+        self.indexed_paths[name] = self._add_to("indexed", name, copies)
 
     def _fresh_storage(self) -> None:
         """Every copy owns its memory: expanded or shared storage would let one task write into another."""
@@ -152,7 +153,7 @@ class Surgery:
     def _add_to(self, shelf: str, name: str, module: nn.Module) -> str:
         scope = getattr(self.hat, shelf)
         unique, number = safe(name), 1
-        while unique in scope._modules:
+        while hasattr(scope, unique):  # also names like «to» that every module has
             unique, number = f"{safe(name)}_{number}", number + 1
         scope.add_module(unique, module)
         return f"{self.room}.{shelf}.{unique}"
@@ -169,4 +170,4 @@ def describe_base(layer: nn.Module):
 
 def safe(name: str) -> str:
     """A path as a module name."""
-    return name.replace(".", "_")
+    return re.sub(r"\W+", "_", name).strip("_") or "value"

@@ -131,3 +131,8 @@ def after_shift(state: State) -> State:
 def covers_constants(operands: list[Value], out: Tensor) -> bool:
     """Whether a position that is CONST in some operand is gated in ``out``."""
     return any(bool(((v.ids == CONST) & (out > TOP)).any()) for v in operands)
+
+
+def is_open(argument: Any) -> bool:
+    """Whether a number was computed from sizes that stay open: it has the example's value, and remembers its node."""
+    return type(argument) not in (int, float, bool) and isinstance(argument, int | float)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from hatify.gates.rules.base import (
     Call,
@@ -17,6 +18,7 @@ from hatify.gates.rules.base import (
     clean,
     clean_call,
     covers_constants,
+    is_open,
     one_state,
     stand_in,
     unknown,
@@ -119,8 +121,16 @@ QUOTIENT = ["div", "divide", "true_divide", "floor_divide"]
 
 
 def zero_at_zero(call: Call) -> bool:
-    """Whether f(0) = 0 with the call's actual arguments, in every draw that the probe sees (a property of arguments)."""
+    """Whether f(0) = 0 with the call's actual arguments (a property of arguments, not of the name).
+
+    A number that is computed from open sizes has the example's value here; it must hold for another value too.
+    """
+    return all(_zero_at_zero(call, shift) for shift in (0, 1))
+
+
+def _zero_at_zero(call: Call, shift: int) -> bool:
     args, kwargs = call.map(lambda v: torch.zeros(_probe_shape(v), dtype=v.dtype) if v.known is None else v.known)
+    args, kwargs = pytree.tree_map(lambda a: type(a).__base__(a + shift) if is_open(a) else a, (args, kwargs))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         out = call.func(*args, **kwargs)
@@ -130,7 +140,7 @@ def zero_at_zero(call: Call) -> bool:
 
 def _probe_shape(value: Value) -> tuple[int, ...]:
     """All channels, and otherwise as little as the rank allows."""
-    return tuple(size if dim == 1 else min(size, 4) if value.rank == 1 else 1 for dim, size in enumerate(value.shape))
+    return tuple(size if dim == 1 or value.rank == 1 else 1 for dim, size in enumerate(value.shape))
 
 
 def unary(run: Interpreter, call: Call) -> Outcome:
@@ -170,6 +180,8 @@ def additive(run: Interpreter, call: Call) -> Outcome:
     operands = call.values()
     if call.name == "where":
         condition = call.args[0]
+        if condition.rank > max(v.rank for v in operands[1:]):
+            return unknown(run, call)
         if condition.gated:
             call = replace(call, args=(clean(run, condition), *call.args[1:]))
         operands = call.values()[1:]
@@ -206,7 +218,7 @@ def divides(run: Interpreter, call: Call) -> Outcome:
 def masked_fill(run: Interpreter, call: Call) -> Outcome:
     """``masked_fill(x, mask, value)``: gates pass, zero-preserving for the value 0."""
     value, mask, fill = call.args[0], call.args[1], call.argument(2, "value")
-    if mask.gated or isinstance(fill, Value) and not fill.constant:
+    if mask.gated or mask.rank > value.rank or isinstance(fill, Value) and not fill.constant:
         return unknown(run, call)
     if isinstance(fill, int | float) and fill == 0:
         return Outcome(call.args, call.kwargs, Gates(value.ids, value.state))

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from hatify.gates.rules.base import Call, Gates, Interpreter, Outcome, RuleTable, after_shift, clean_call, one_state, unknown
+from hatify.gates.rules.base import (
+    Call,
+    Gates,
+    Interpreter,
+    Outcome,
+    RuleTable,
+    after_shift,
+    clean_call,
+    is_open,
+    one_state,
+    unknown,
+)
 from hatify.gates.value import State, Value, compress
 
 NAMES = [
@@ -98,12 +110,28 @@ def movement(run: Interpreter, call: Call) -> Outcome:
     indices_gated = any(v.gated and not v.dtype.is_floating_point for v in call.values()[1:])
     if indices_gated:
         return unknown(run, call)
+    if any(isinstance(a, torch.dtype) for a in call.args) or _places_are_open(call):
+        return unknown(run, call)
     call, state = one_state(run, call)
     moved = _moved(call)
     if moved is None:
         return unknown(run, call)
     out = [Gates(ids, after_shift(state) if adopted and not _zero_fill(call) else state) for ids, adopted in moved]
     return Outcome(call.args, call.kwargs, out if call.name in MULTIPLE else out[0])
+
+
+PLACED = {"roll", "select", "slice", "narrow", "pad", "constant_pad_nd", "select_scatter", "slice_scatter"}
+"""Movements whose arguments are places, not shapes."""
+
+
+def _places_are_open(call: Call) -> bool:
+    """Whether elements move by numbers that depend on open sizes, along dimensions where gates differ."""
+    if call.name not in PLACED or not any(is_open(a) for a in pytree.tree_leaves((call.args, call.kwargs))):
+        return False
+    subject = call.values()[0]
+    dim = call.argument(1, "dim", 0) if call.name in ("select", "slice", "narrow") else None
+    touched = [dim % subject.rank] if isinstance(dim, int) else range(subject.rank)
+    return any(subject.varies(d) for d in touched)
 
 
 def move_tensor(call: Call, pick) -> list[Tensor] | Tensor:
