@@ -96,6 +96,7 @@ class Analyst:
         self.analysis = Analysis()
         self.table = self.analysis.table
         self.other_use: set[str] = set()
+        self.owners: dict[str, str] = {}
         self.canonical: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self.canonical.setdefault(id(parameter), name)
@@ -359,6 +360,17 @@ class Analyst:
             )
         return self.table.atoms(name, channels)
 
+    def _masker_of_weight(self, masker: str, size: int, weight: str) -> str:
+        """The name of a functional weight's masker, another one where a layer or another weight has that name for other rows."""
+        leaf = self.captured.leaves.get(masker)
+        meaning = None if leaf is None else describe(leaf)
+        if isinstance(meaning, Weighted):
+            own = self.canonical[id(leaf.get_parameter(meaning.weight))]
+            taken = meaning.lookup or own != weight or channels_of(leaf, meaning)[1] != size
+        else:
+            taken = self.owners.setdefault(masker, weight) != weight
+        return f"{weight}.rows" if taken else masker
+
     def _other_plan(self, path: str, leaf: nn.Module, meaning: Layer) -> LayerPlan:
         own = any(True for _ in leaf.parameters()) or any(True for _ in leaf.buffers())
         if not own and not isinstance(meaning, MixingNorm):
@@ -391,6 +403,7 @@ class Analyst:
         masker = None
         if not shared and not through:
             masker, size, index = rows_of or (f"{node.name}[{found.outputs}]", found.outputs, None)
+            masker = self._masker_of_weight(masker, size, names[0])
             atoms = self._masker(masker, size)
             atoms = atoms if index is None else atoms[index]
         has_bias = found.bias is not None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from hatify.calling import Signature
 from hatify.capture.captured import ByMode, Captured
+from hatify.capture.dtypes import follow_dtypes
 from hatify.capture.export import export_mode
 from hatify.errors import CaptureError
 
@@ -23,9 +26,29 @@ def capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Capt
     Raises:
         CaptureError: eval mode cannot be traced.
     """
+    with _untouched(model):
+        return _both_modes(model, args, kwargs)
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """The user's own hooks run while tracing and may store what they see on the model; that is taken back."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, held in before:
+            now = vars(module)
+            if now.keys() != held.keys() or any(now[k] is not v for k, v in held.items()):
+                now.clear()
+                now.update(held)
+
+
+def _both_modes(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Captured, Captured | None, list[str]]:
     signature, inputs = Signature.from_call(model.forward, args, kwargs)
     notes: list[str] = []
     evaluated = _capture_open_batch(model, signature, inputs, training=False)
+    follow_dtypes(evaluated, model, signature, training=False)
     try:
         trained = _capture_open_batch(model, signature, inputs, training=True, open_sizes=evaluated.open_sizes)
     except CaptureError as error:
@@ -34,6 +57,7 @@ def capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Capt
         return evaluated, None, notes
     if _merge(evaluated, trained):
         return evaluated, None, notes
+    follow_dtypes(trained, model, signature, training=True)
     notes.append("train and eval mode differ in structure: two graphs over the same modules")
     return evaluated, trained, notes
 

@@ -15,10 +15,10 @@ def apply_mask(x: Tensor, mask: Tensor, *, soft: bool, fill: float = 0.0) -> Ten
     """``x`` with dead positions set to ``fill`` and, if ``soft``, live ones multiplied by ``mask`` (broadcast to ``x``).
 
     Dead positions are chosen, never multiplied: a product with zero would keep NaN and infinity, and give the mask a gradient
-    from values that do not count. A stand-in (``fill`` not zero, for functions that are undefined at zero) already replaces what is
-    less than half live: a soft factor next to zero is as bad for them as zero.
+    from values that do not count. Where no factor is multiplied in (a stand-in for functions that are undefined at zero, and what
+    comes out of them), a soft factor next to zero counts as dead: it is as bad for them as zero.
     """
-    threshold = 0.5 if fill else 0.0
+    threshold = torch.finfo(x.dtype).eps if not soft and x.dtype.is_floating_point else 0.0
     kept = torch.where(mask > threshold, x, torch.full((), fill, dtype=x.dtype, device=x.device))
     return kept * mask.to(x.dtype) if soft and x.dtype.is_floating_point else kept
 

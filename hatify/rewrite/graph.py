@@ -54,6 +54,7 @@ class _Rewriter:
         self.masks: dict[tuple, fx.Node] = {}
         self.training: fx.Node | None = None
         self.device: fx.Node | None = None
+        self.dtype: fx.Node | None = None
         self.task: fx.Node | None = None
 
     def run(self) -> fx.Graph:
@@ -144,6 +145,11 @@ class _Rewriter:
         if isinstance(kwargs.get("device"), torch.device):
             kwargs = {**kwargs, "device": self._device()}
             kwargs.pop("pin_memory", None)
+        if "own_dtype" in node.meta:
+            own = node.meta["own_dtype"]
+            args, kwargs = pytree.tree_map(
+                lambda a: self._dtype() if isinstance(a, torch.dtype) and a == own else a, (tuple(args), kwargs)
+            )
         plain = OPERATORS.get(str(node.target)) if not kwargs and len(args) == 2 else None
         return self.graph.create_node("call_function", plain or node.target, args, kwargs, name=node.name)
 
@@ -180,6 +186,16 @@ class _Rewriter:
             with self.graph.inserting_after(self.task):
                 self.device = self.graph.call_function(getattr, (first, "device"))
         return self.device
+
+    def _dtype(self) -> fx.Node:
+        """The model's own type: that of its first floating-point parameter."""
+        if self.dtype is None:
+            name = next(n for n, p in self.surgery.root.named_parameters() if p.is_floating_point())
+            with self.graph.inserting_after(self.task):
+                parameter = self.graph.create_node("get_attr", name)
+                with self.graph.inserting_after(parameter):
+                    self.dtype = self.graph.call_function(getattr, (parameter, "dtype"), name="dtype")
+        return self.dtype
 
     def _write(self, name: str, step: Step) -> None:
         shared = self.graph.create_node("get_attr", name)
