@@ -249,3 +249,27 @@ def test_the_code_reads_like_the_original():
     hat = hatify.convert(NETWORKS["unet"].make(), 2, example_inputs=NETWORKS["unet"].inputs(2), verify=False)
     assert "getattr" not in hat.code and "torch.ops" not in hat.code and "= None;" not in hat.code
     assert hat.code.count("self.hat.masks.") == hat.report.mask_nodes
+
+
+class FunctionalNorm(nn.Module):
+    """Running statistics written by F.batch_norm, which its schema does not say."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("var", torch.ones(6))
+
+    def forward(self, x):
+        x = nn.functional.batch_norm(self.conv(x), self.mean, self.var, training=self.training)
+        return self.head(x.relu().mean((2, 3)))
+
+
+def test_running_statistics_by_function_belong_to_their_task():
+    x = torch.randn(4, 3, 8, 8)
+    hat = hatify.convert(FunctionalNorm(), 2, example_inputs=x).eval()
+    first, second = hat(x, task=0), hat(x, task=1)
+    hat.train()(2 * x, task=1)
+    hat.eval()
+    assert torch.equal(hat(x, task=0), first)
+    assert not torch.equal(hat(x, task=1), second), "the task that ran did not learn its statistics"
