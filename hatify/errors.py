@@ -14,6 +14,7 @@ __all__ = [
     "ConversionError",
     "ExampleInputsError",
     "HatifyError",
+    "NonFiniteError",
     "TaskError",
     "UnknownModelError",
 ]
@@ -85,6 +86,10 @@ class CheckpointError(HatifyError):
 
 class ArtifactError(HatifyError):
     """A saved directory could not be written or read."""
+
+
+class NonFiniteError(HatifyError):
+    """A step, a weight or a statistic is not finite; finished tasks would not survive it."""
 
 
 class TaskError(HatifyError):

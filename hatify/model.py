@@ -13,6 +13,8 @@ from hatify.calling import Signature, unflatten
 from hatify.capture import Captured
 from hatify.errors import CallError, ConversionError, HatifyError, TaskError
 from hatify.gates import evaluate, locked
+from hatify.learning import Guard, Learning
+from hatify.learning.network import Converted, network_of
 from hatify.modules import HATConfig, HATPayload, Masker, TaskContext, TaskIndexed, TaskIndexedParameter
 from hatify.rewrite.graph import readable
 from hatify.rewrite.scope import Scope
@@ -27,13 +29,6 @@ class Facts:
 
     def __init__(self, **facts: Any) -> None:
         self.__dict__.update(facts)
-
-    def __getitem__(self, key: int | str) -> nn.Module:
-        """A child by its number, as in a sequential model."""
-        return self._modules[str(key)]
-
-    def __str__(self) -> str:
-        return repr(self)  # fx would add the code; it is in hat.code
 
     def __deepcopy__(self, memo: dict) -> Facts:
         return self
@@ -62,6 +57,10 @@ class HATModel(fx.GraphModule):
         self.report = None
         self.verification = None
         self.source = None
+        self.__dict__["_guard"] = Guard(self)
+        self._register_load_state_dict_pre_hook(_before_load, with_module=True)
+        self.register_load_state_dict_post_hook(_after_load)
+        self.register_state_dict_pre_hook(_before_state)
 
     # calling
 
@@ -95,7 +94,7 @@ class HATModel(fx.GraphModule):
         """The context of one forward pass; None without a task.
 
         A finished task's masks are binary whatever the scale; so are those of a task that is given no scale in eval mode. In train mode the
-        default is ``config.max_mask_scale``.
+        default is ``config.max_mask_scale``; the task of a session gets the session's scale, in train mode or where gradients are on.
 
         Raises:
             TaskError: no such task, or a scale that is not positive.
@@ -109,8 +108,12 @@ class HATModel(fx.GraphModule):
             raise TaskError(f"mask_scale must be positive, not {mask_scale!r}", fix="hat(x, task=0, mask_scale=20.0)")
         if task in self.finished_tasks:
             mask_scale = None
-        elif mask_scale is None and self.training:
-            mask_scale = self.config.max_mask_scale
+        elif mask_scale is None:
+            session = self._guard.session
+            if session is not None and session.task == task and (self.training or torch.is_grad_enabled()):
+                mask_scale = session.scale_tensor
+            elif self.training:
+                mask_scale = self.config.max_mask_scale
         maskers = self.maskers
         return TaskContext(task, mask_scale, lambda name: maskers[name](task, mask_scale), hard=mask_scale is None)
 
@@ -183,6 +186,69 @@ class HATModel(fx.GraphModule):
         train = readable(self.train_graph.python_code("self").src, self.train_graph)
         return f"# in eval mode\n{evaluate}\n# in train mode\n{train}"
 
+    # learning
+
+    def learning(self, task: int, optimizer: Any = None, **options: Any) -> Learning:
+        """A session that trains one task; see :class:`hatify.Learning` for all options.
+
+        >>> with hat.learning(task=0, optimizer=optimizer, steps_per_epoch=len(loader)) as run:  # doctest: +SKIP
+        ...     for x, y in loader:
+        ...         loss = F.cross_entropy(hat(x), y) + run.regularization()
+        ...         optimizer.zero_grad(); loss.backward(); optimizer.step()
+        """
+        return Learning(self, task, optimizer, **options)
+
+    def begin_task(self, task: int, optimizer: Any = None, **options: Any) -> Learning:
+        """:meth:`learning` without a block, for frameworks: ends with :meth:`finish_task` or :meth:`abandon_task`."""
+        return self.learning(task, optimizer, **options).begin()
+
+    def finish_task(self) -> None:
+        """Finishes the task of the open session: binary masks, locked weights.
+
+        Raises:
+            TaskError: no session is open.
+        """
+        self._session().finish()
+
+    def abandon_task(self) -> None:
+        """Ends the open session without locking anything; a finished task in retraining is as it was before.
+
+        Raises:
+            TaskError: no session is open.
+        """
+        self._session().abandon()
+
+    def protect(self, optimizer: Any) -> None:
+        """Makes an optimizer forget what it remembers (momentum, averages) of locked weights; a session does it by itself.
+
+        What is locked is put back after the step of any optimizer; this keeps it from being moved in between.
+
+        Raises:
+            TaskError: the optimizer holds none of the model's parameters.
+        """
+        self._guard.protect(optimizer)
+
+    def _session(self) -> Learning:
+        if self._guard.session is None:
+            raise TaskError("no task is being learned", fix="hat.begin_task(task=0, optimizer=optimizer, steps_per_epoch=100)")
+        return self._guard.session
+
+    def train(self, mode: bool = True) -> HATModel:
+        """As any module's; a finished task's norms and heads stay in eval mode, so that a replay leaves their statistics alone."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, TaskIndexed):
+                for task in self.finished_tasks:
+                    module.tasks[task].eval()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> HATModel:
+        """``.to()`` and the like: the protected values move along."""
+        self._guard.restore()
+        super()._apply(fn, recurse)
+        self._guard.refresh()
+        return self
+
     # locks
 
     def live(self, ids: Tensor, task: int) -> Tensor:
@@ -221,6 +287,20 @@ class HATModel(fx.GraphModule):
         return result
 
     # state
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False, *, overwrite: bool = False) -> Any:
+        """As any module's, masks and finished tasks included.
+
+        Args:
+            overwrite: also where it changes what finished tasks need, or leaves a task that is finished here unfinished.
+
+        Raises:
+            TaskError: it would, and ``overwrite`` is not given; nothing has been written then.
+        """
+        if not overwrite:
+            return super().load_state_dict(state_dict, strict, assign)
+        with self._guard.opened():
+            return super().load_state_dict(state_dict, strict, assign)
 
     def load_pretrained(self, state_dict: dict[str, Tensor]) -> None:
         """Loads a checkpoint of the *original* model; task-indexed modules get it in every copy.
@@ -297,6 +377,7 @@ class HATModel(fx.GraphModule):
         return repr(self)  # fx would add the code; it is in hat.code
 
     def __deepcopy__(self, memo: dict) -> HATModel:
+        self._guard.restore()
         root = Scope(type(self).__name__)
         for shelf in ("_parameters", "_buffers", "_modules"):
             root.__dict__[shelf] = copy.deepcopy(dict(self.__dict__[shelf]), memo)
@@ -307,6 +388,7 @@ class HATModel(fx.GraphModule):
         for name in ("_active_task", "report", "verification", "source"):
             copied.__dict__[name] = self.__dict__[name]
         memo[id(self)] = copied
+        copied._guard.refresh()
         return copied
 
     def __reduce__(self):
@@ -328,12 +410,43 @@ def _forward(self: HATModel, *args: Any, task: int | None = None, mask_scale: fl
         kwargs = {k: a.data if isinstance(a, HATPayload) else a for k, a in kwargs.items()}
     elif task is None:
         task = self._active_task
+    if not torch.compiler.is_compiling():
+        self._guard.before_forward(task)
     tensors = self._facts.signature.bind(args, kwargs)
     self._facts.check_sizes(tensors)
     context = self.context(task, mask_scale if task is not None or payload is None else None)
     structure = self._facts.train_output if self.training else self._facts.output
     out = unflatten(list(self.run(tensors, context)), structure)
     return HATPayload(out, task_id=task, mask_scale=mask_scale) if payload is not None else out
+
+
+def _before_load(module: HATModel, state_dict: dict, prefix: str, *rest: Any) -> None:
+    """Also when a larger module that holds the model is loaded."""
+    guard = module._guard
+    if guard.is_open:
+        return
+    names = {id(t): n for n, t in (*module.named_parameters(), *module.named_buffers())}
+    changed = guard.check_load(state_dict, prefix, names)
+    marks = state_dict.get(f"{prefix}{module._facts.room}.status._extra_state")
+    lost = set() if marks is None else {t for t in module.finished_tasks if t >= len(marks) or not marks[t]}
+    if changed or lost:
+        raise TaskError(
+            f"loading would overwrite what the finished tasks {sorted(module.finished_tasks)} need"
+            if changed
+            else f"loading would leave the tasks {sorted(lost)} unfinished, and their weights unlocked",
+            where=", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "") or None,
+            fix="hat.load_state_dict(state_dict, overwrite=True) if that is what you want",
+        )
+
+
+def _after_load(module: HATModel, incompatible: Any) -> None:
+    guard = module._guard
+    if not guard.is_open:
+        guard.loaded()
+
+
+def _before_state(module: HATModel, prefix: str, keep_vars: bool) -> None:
+    module._guard.restore()
 
 
 class Sizes:
@@ -383,3 +496,6 @@ def _refused(name: str, why: str, tensor: Tensor) -> CallError:
 def _attribute(module: nn.Module, name: str) -> Tensor:
     owner, _, attribute = name.rpartition(".")
     return getattr(module.get_submodule(owner), attribute)
+
+
+network_of.register(HATModel, Converted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,40 @@ from hatify.modules.config import HATConfig
 _NUMBERS = itertools.count()
 MASKERS: weakref.WeakValueDictionary[str, Masker] = weakref.WeakValueDictionary()
 """Every masker there is, by key."""
+
+
+class _SoftMask(torch.autograd.Function):
+    """``sigmoid(s * e)`` with the compensated gradient, so that no hook can be lost and none is needed."""
+
+    @staticmethod
+    def forward(embedding: Tensor, scale: Tensor, max_scale: float, max_embedding: float, max_exponent: float) -> Tensor:
+        return torch.sigmoid(scale * embedding)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        embedding, scale, ctx.max_scale, ctx.max_embedding, ctx.max_exponent = inputs
+        ctx.save_for_backward(embedding, scale, output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        embedding, scale, mask = ctx.saved_tensors
+        wide = torch.cosh((scale * embedding).clamp(-ctx.max_exponent, ctx.max_exponent)) + 1
+        narrow = torch.cosh(embedding.clamp(-ctx.max_embedding, ctx.max_embedding)) + 1
+        # dm/de = s m (1 - m); times equation 3, whose 1 / s cancels
+        return gradient * mask * (1 - mask) * ctx.max_scale * wide / narrow, None, None, None, None
+
+
+def soft_mask(embedding: Tensor, scale: float | Tensor, config: HATConfig) -> Tensor:
+    """``sigmoid(s * e)`` (equation 1) with the gradient of equation 3: float32 whatever the type of ``embedding`` or of autocast.
+
+    The gradient of ``e`` is multiplied by ``s_max (cosh(s e) + 1) / (s (cosh(e) + 1))``, with ``s e`` clamped to
+    ``config.max_exponent`` and ``e`` to ``config.max_embedding``, so that a mask learns as fast where it is nearly binary.
+    """
+    embedding = embedding.float()
+    if not config.gradient_compensation:
+        return torch.sigmoid(scale * embedding)
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=embedding.device)
+    return _SoftMask.apply(embedding, scale, config.max_mask_scale, config.max_embedding, config.max_exponent)
 
 
 class Masker(nn.Module):
@@ -45,12 +80,12 @@ class Masker(nn.Module):
         values = torch.randn(self.channels)
         return nn.Parameter(values if self.config.mask_init == "normal" else values - 1.2816)
 
-    def forward(self, task: int, scale: float | None = None) -> Tensor:
+    def forward(self, task: int, scale: float | Tensor | None = None) -> Tensor:
         """The mask of ``task``: float32, shape ``(channels,)``; binary without a scale and for a finished task."""
         embedding = self.embeddings[task]
         if scale is None or task in self.finished:
             return self.live(task).to(torch.float32)
-        return torch.sigmoid(scale * embedding.float())
+        return soft_mask(embedding, scale, self.config)
 
     def live(self, task: int) -> Tensor:
         """Which channels the binary mask of ``task`` keeps: bool, shape ``(channels,)``."""

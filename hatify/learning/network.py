@@ -1,0 +1,138 @@
+"""What learning needs to know of a network, converted or written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import singledispatch
+
+import torch
+from torch import Tensor, nn
+
+from hatify.errors import TaskError
+from hatify.modules import Masker, TaskIndexed, TaskIndexedParameter, hand_written
+
+
+class Network:
+    """A network written by hand from HAT layers; a HAT model answers the same questions from what its conversion knows."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.maskers: dict[str, Masker] = {}
+        for name, found in module.named_modules():
+            if isinstance(found, Masker):
+                self.maskers[name.removesuffix(".masker")] = found
+        if not self.maskers:
+            raise TaskError(
+                f"{type(module).__name__} has no HAT layers",
+                fix="hatify.convert(model), or build it from hatify.HATLinear and others",
+            )
+        self.tasks = min(len(m.embeddings) for m in self.maskers.values())
+
+    def checked(self, task: int) -> int:
+        """``task``, in range.
+
+        Raises:
+            TaskError: it is not.
+        """
+        if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < self.tasks:
+            raise TaskError(f"no task {task!r}", why=f"the network has the tasks 0 to {self.tasks - 1}", fix="task=0")
+        return task
+
+    @property
+    def finished(self) -> set[int]:
+        return set.intersection(*(m.finished for m in self.maskers.values()))
+
+    def mark(self, task: int, finished: bool) -> None:
+        """Makes the masks of ``task`` binary for good, or soft again."""
+        for masker in self.maskers.values():
+            (masker.finished.add if finished else masker.finished.discard)(task)
+        for module in self.indexed():
+            module.tasks[task].train(self.module.training and not finished)
+
+    def indexed(self) -> list[TaskIndexed]:
+        """Task-indexed modules."""
+        return [m for m in self.module.modules() if isinstance(m, TaskIndexed)]
+
+    def locks(self, tasks: Iterable[int]) -> dict[str, Tensor]:
+        """Elements of every shared parameter that ``tasks`` need: bool, by name."""
+        return hand_written.locks(self.module, tasks)
+
+    def embeddings(self, task: int) -> list[nn.Parameter]:
+        """The mask embeddings of ``task``."""
+        return [m.embeddings[task] for m in self.maskers.values()]
+
+    def copies(self, task: int | None) -> list[Tensor]:
+        """Parameters and buffers that ``task`` alone uses, embeddings aside; those without a task for None."""
+        found: list[Tensor] = []
+        for module in self.module.modules():
+            if isinstance(module, TaskIndexed):
+                inside = {id(t) for m in module.tasks for t in (*m.parameters(), *m.buffers())}
+                chosen = module if task is None else module.tasks[task]
+                found += [t for t in (*chosen.parameters(), *chosen.buffers()) if task is not None or id(t) not in inside]
+            elif isinstance(module, TaskIndexedParameter):
+                if task is not None:
+                    found.append(module.of(task))
+                elif hasattr(module, "shared"):
+                    found.append(module.shared)
+        return found
+
+    def copy_to(self, task: int, source: int | None) -> None:
+        """Copies the state of ``source`` (None: without a task) into the copies of ``task``, where shapes agree."""
+        with torch.no_grad():
+            for module in self.indexed():
+                chosen = module if source is None else module.tasks[source]
+                values = {k: v for k, v in chosen.state_dict(keep_vars=True).items() if not k.startswith("tasks.")}
+                for key, mine in module.tasks[task].state_dict(keep_vars=True).items():
+                    if key in values and values[key].shape == mine.shape:
+                        mine.copy_(values[key])
+            for module in self.module.modules():
+                if isinstance(module, TaskIndexedParameter):
+                    value = module.of(source) if source is not None else getattr(module, "shared", None)
+                    if value is not None:
+                        module.of(task).copy_(value)
+
+
+class Converted(Network):
+    """The same for a HAT model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @property
+    def maskers(self) -> dict[str, Masker]:
+        return self.module.maskers
+
+    @property
+    def tasks(self) -> int:
+        return self.module.config.num_tasks
+
+    @property
+    def finished(self) -> set[int]:
+        return self.module.finished_tasks
+
+    def mark(self, task: int, finished: bool) -> None:
+        status = self.module.room.status
+        (status.finished.add if finished else status.finished.discard)(task)
+        super().mark(task, finished)
+
+    def locks(self, tasks: Iterable[int]) -> dict[str, Tensor]:
+        return self.module.locks(tasks)
+
+    def copies(self, task: int | None) -> list[Tensor]:
+        return [t for plain, of in self.module.task_copies() for t in (plain if task is None else of(task))]
+
+    def copy_to(self, task: int, source: int | None) -> None:
+        if source is None:
+            self.module.copy_to_tasks([task])
+        else:
+            super().copy_to(task, source)
+
+
+@singledispatch
+def network_of(module: nn.Module) -> Network:
+    """The view of a network that learning works on.
+
+    Raises:
+        TaskError: it has no HAT layers.
+    """
+    return Network(module)

@@ -1,0 +1,101 @@
+"""What optimizers remember, and what they must hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hatify.errors import TaskError
+from hatify.learning.protection import Protection
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """All parameters of all groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def check_holds(optimizers: Iterable[Optimizer], needed: Mapping[str, nn.Parameter]) -> None:
+    """Every parameter that a task trains is in one of the optimizers.
+
+    Raises:
+        TaskError: the first few that are missing.
+    """
+    held = {id(p) for optimizer in optimizers for p in parameters_of(optimizer)}
+    missing = [name for name, p in needed.items() if p.requires_grad and id(p) not in held]
+    if not missing:
+        return
+    none = len(missing) == sum(p.requires_grad for p in needed.values())
+    raise TaskError(
+        "the optimizer holds none of the model's parameters" if none else "the optimizer lacks parameters that the task trains",
+        where=", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else ""),
+        why="it may have been made for the model before its conversion" if none else "what it lacks would never be trained",
+        fix="torch.optim.Adam(hat.parameters()), and requires_grad_(False) for what shall not be trained",
+    )
+
+
+def forget_locked(optimizer: Optimizer, protection: Protection) -> None:
+    """Zeroes the optimizer's state (momentum, averages) at protected elements, and what spans several parameters
+    (the history of LBFGS) as a whole."""
+    locked = protection.parameters()
+    for parameter, state in list(optimizer.state.items()):
+        if not isinstance(parameter, Tensor):
+            continue
+        for value in list(state.values()):
+            if _spans(value, parameter):
+                state.clear()  # cannot be told apart by elements: it starts anew
+                break
+            entry = locked.get(id(parameter))
+            if entry is not None and isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
+                value.zero_() if entry.held is None else value.masked_fill_(entry.held, 0)
+
+
+def _spans(value: Any, parameter: Tensor) -> bool:
+    values = value if isinstance(value, list | tuple) else [value]
+    return any(isinstance(v, Tensor) and v.dim() == 1 and v.numel() > parameter.numel() for v in values)
+
+
+class Backup:
+    """Weights and optimizer state before a step, to go back to."""
+
+    def __init__(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+        self.optimizer = optimizer
+        self.parameters = [(p, p.detach().clone()) for p in parameters]
+        self.state = {p: {k: _copied(v) for k, v in s.items()} for p, s in optimizer.state.items()}
+
+    def restore(self) -> None:
+        """As it was before the step."""
+        for parameter, value in self.parameters:
+            parameter.data.copy_(value)
+        self.optimizer.state.clear()
+        self.optimizer.state.update(self.state)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return [_copied(v) for v in value] if isinstance(value, list) else value
+
+
+def largest(tensors: list[Tensor]) -> float:
+    """A bound on the largest magnitude in ``tensors`` (their largest 2-norm); infinite or NaN where an element may be."""
+    dense = [t._values() if t.is_sparse else t for t in tensors]
+    dense = [t for t in dense if t.numel() and t.is_floating_point()]
+    if not dense:
+        return 0.0
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in dense:
+        by_device.setdefault(tensor.device, []).append(tensor)
+    worst = [torch.stack([n.float() for n in torch._foreach_norm(group, 2)]).max() for group in by_device.values()]
+    return float(torch.stack([w.cpu() for w in worst]).max())
+
+
+def all_below(tensors: list[Tensor], limit: float) -> bool:
+    """Whether every element is finite and smaller than ``limit`` in magnitude."""
+    if largest(tensors) < limit:
+        return True  # the norm bounds every element; it may overflow where no element does
+    dense = [t._values() if t.is_sparse else t for t in tensors]
+    return all(bool((t.abs() < limit).all()) for t in dense if t.is_floating_point())

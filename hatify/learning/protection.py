@@ -1,0 +1,158 @@
+"""The protected values: what finished tasks need, element by element, and how it is kept as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hatify.learning.network import Network
+
+
+@dataclass(eq=False)
+class Locked:
+    """One tensor of which some elements are protected.
+
+    ``lock`` says which (bool, the tensor's shape, its device), or None for all; ``values`` are those elements as they must stay,
+    flat, so that protecting costs one more copy of what is locked. ``within`` narrows the lock for as long as a finished
+    task is trained again: ``values`` keeps all of ``lock``, to go back to.
+    """
+
+    name: str
+    tensor: Tensor
+    lock: Tensor | None
+    values: Tensor
+    within: Tensor | None = None
+    version: int = -1
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor, lock: Tensor | None) -> Locked:
+        data = tensor.detach()
+        return cls(name, tensor, lock, data.clone() if lock is None else data[lock], version=tensor._version)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every element is protected."""
+        return self.lock is None and self.within is None
+
+    @property
+    def held(self) -> Tensor | None:
+        """The elements that must not move now; None for all of them."""
+        return self.lock if self.within is None else self.within
+
+    def restore(self) -> None:
+        """Puts the protected values back. Not through the tensor itself: a new version of it would invalidate graphs
+        that wait for their backward pass, although nothing that they saved has changed."""
+        data = self.tensor.data
+        if self.within is not None:
+            whole = self._full()
+            data.copy_(torch.where(self.within, whole, data))
+        elif self.lock is None:
+            data.copy_(self.values)
+        else:
+            data.masked_scatter_(self.lock, self.values)
+        self.version = self.tensor._version
+
+    def return_to_old(self) -> None:
+        """Puts back all values, those of a task in retraining too."""
+        self.within = None
+        self.restore()
+
+    def moved(self) -> int:
+        """How many protected elements differ from their values."""
+        return int(self._different(self.tensor.detach()).sum())
+
+    def differs(self, other: Tensor) -> bool:
+        """Whether ``other``, of the same shape, has other values at protected elements."""
+        return bool(self._different(other.detach().to(self.tensor.device, self.tensor.dtype)).any())
+
+    def _different(self, other: Tensor) -> Tensor:
+        old = self._full()
+        different = old != other
+        if other.is_floating_point():
+            different &= ~(old.isnan() & other.isnan())
+        return different if self.held is None else different & self.held
+
+    def _full(self) -> Tensor:
+        if self.lock is None:
+            return self.values.reshape(self.tensor.shape)
+        return self.tensor.detach().clone().masked_scatter_(self.lock, self.values)
+
+    def mask_gradient(self, gradient: Tensor) -> Tensor:
+        """The gradient with zeros at protected elements. Chosen, not multiplied: NaN times zero is NaN."""
+        held = self.held
+        if gradient.is_sparse:
+            rows = gradient.coalesce()
+            values, at = rows._values(), rows._indices()
+            values = torch.zeros_like(values) if held is None else values.masked_fill(held[tuple(at)], 0.0)
+            return torch.sparse_coo_tensor(at, values, gradient.shape, is_coalesced=True)
+        return gradient.zero_() if held is None else gradient.masked_fill_(held, 0.0)
+
+
+@dataclass(eq=False)
+class Protection:
+    """Everything that a set of finished tasks needs of a network."""
+
+    tasks: frozenset[int] = frozenset()
+    shared: list[Locked] = field(default_factory=list)
+    own: list[Locked] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, network: Network, locking: Iterable[int], finished: Iterable[int]) -> Protection:
+        """Takes the present values as those to keep.
+
+        Args:
+            locking: tasks whose shared weights are locked.
+            finished: tasks whose copies, masks and statistics are kept; usually the same.
+        """
+        locking, finished = frozenset(locking), frozenset(finished)
+        shared, own = [], []
+        if locking:
+            for name, lock in network.locks(sorted(locking)).items():
+                if bool(lock.any()):
+                    parameter = network.module.get_parameter(name)
+                    shared.append(Locked.of(name, parameter, None if bool(lock.all()) else lock.to(parameter.device)))
+        names = {id(t): n for n, t in (*network.module.named_parameters(), *network.module.named_buffers())}
+        for task in sorted(finished):
+            for tensor in (*network.embeddings(task), *network.copies(task)):
+                own.append(Locked.of(names.get(id(tensor), f"task {task}"), tensor, None))
+        return cls(locking | finished, shared, own)
+
+    def __iter__(self):
+        return iter((*self.shared, *self.own))
+
+    def narrow(self, network: Network, locking: Iterable[int], finished: Iterable[int]) -> None:
+        """Protects less for a while, and forgets no value: a finished task is trained again."""
+        locking, finished = sorted(locking), sorted(finished)
+        locks = network.locks(locking)
+        for entry in self.shared:
+            entry.within = locks[entry.name].to(entry.tensor.device)
+        kept = {id(t) for task in finished for t in (*network.embeddings(task), *network.copies(task))}
+        for entry in self.own:
+            if id(entry.tensor) not in kept:
+                entry.within = torch.zeros(entry.tensor.shape, dtype=torch.bool, device=entry.tensor.device)
+
+    def restore(self) -> None:
+        """Puts every protected value back."""
+        for entry in self:
+            entry.restore()
+
+    def return_to_old(self) -> None:
+        """The end of a retraining that did not succeed."""
+        for entry in self:
+            entry.return_to_old()
+
+    def moved(self) -> dict[str, int]:
+        """Protected elements that differ from their values, by tensor; empty if all is well."""
+        found = {entry.name: entry.moved() for entry in self}
+        return {name: count for name, count in found.items() if count}
+
+    def versions_changed(self) -> bool:
+        """Whether torch counted a write to a protected tensor since its values were last put back."""
+        return any(entry.tensor._version != entry.version for entry in self)
+
+    def parameters(self) -> dict[int, Locked]:
+        """Protected parameters by their id."""
+        return {id(entry.tensor): entry for entry in self if isinstance(entry.tensor, nn.Parameter)}

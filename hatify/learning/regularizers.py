@@ -1,0 +1,88 @@
+"""How much of the free capacity a task takes: the term that keeps masks sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hatify.errors import TaskError
+from hatify.learning.network import network_of
+from hatify.modules.masker import soft_mask
+
+KINDS = ("layer", "network")
+
+
+def regularization(
+    network: nn.Module,
+    task: int,
+    mask_scale: float | Tensor,
+    *,
+    kind: str = "layer",
+    quota: float | Mapping[str, float] | None = None,
+    weights: Mapping[str, float] | None = None,
+) -> Tensor:
+    """What ``task`` takes of the capacity that no other finished task uses: a scalar, float32, 0 or more.
+
+    ``layer`` is equation 5: per masker, the share of free channels that the soft mask takes, above a quota, summed over the maskers.
+    ``network`` is the original one (Serrà et al., 2018): taken channels over free channels of the whole network, above a quota. A masker
+    whose channels are all used costs nothing: what is shared is free.
+
+    Args:
+        network: a HAT model, or a network written by hand.
+        task: the task in training.
+        mask_scale: ``s`` of the mask (equation 1).
+        quota: the share of free channels that costs nothing; one number, or one per masker (``layer`` only). Default: ``1 / T`` of
+            equation 5 for ``layer``, 0 for ``network``.
+        weights: factors of single maskers by name (default 1).
+
+    Raises:
+        TaskError: no such task, kind or masker.
+
+    >>> loss = cross_entropy(hat(x, task=1, mask_scale=5.0), y) + 0.1 * hatify.regularization(hat, 1, 5.0)  # doctest: +SKIP
+    """
+    view = network_of(network)
+    view.checked(task)
+    if kind not in KINDS:
+        raise TaskError(f"no regularization {kind!r}", why=f"there are {', '.join(KINDS)}", fix="kind='layer'")
+    names = list(view.maskers)
+    if not names:
+        return torch.zeros(())
+    maskers = [view.maskers[n] for n in names]
+    free = torch.cat([_free(m, task) for m in maskers])
+    embeddings = torch.cat([m.embeddings[task].float() for m in maskers])
+    config = maskers[0].config
+    taken = soft_mask(embeddings, mask_scale, config) * free
+    factor = torch.tensor(_by_name(weights, names, 1.0), device=taken.device)
+    sizes = torch.tensor([m.channels for m in maskers], device=taken.device)
+    owner = torch.repeat_interleave(torch.arange(len(names), device=taken.device), sizes, output_size=taken.numel())
+
+    def per_masker(values: Tensor) -> Tensor:
+        return torch.zeros(len(names), device=values.device).index_add(0, owner, values)
+
+    if kind == "network":
+        if isinstance(quota, Mapping):
+            raise TaskError("the network-wide regularization has one quota", fix="quota=0.1")
+        total = (free * factor[owner]).sum().clamp(min=1e-12)
+        return ((taken * factor[owner]).sum() / total - (quota or 0.0)).clamp(min=0.0)
+    default = quota if isinstance(quota, int | float) else 1 / view.tasks
+    quotas = _by_name(quota if isinstance(quota, Mapping) else None, names, default)
+    share = per_masker(taken) / per_masker(free).clamp(min=1.0)
+    return (factor * (share - torch.tensor(quotas, device=taken.device)).clamp(min=0.0)).sum()
+
+
+def _free(masker: Any, task: int) -> Tensor:
+    """1.0 where no finished task other than ``task`` is live."""
+    used = torch.zeros(masker.channels, dtype=torch.bool, device=masker.embeddings[task].device)
+    for other in masker.finished - {task}:
+        used |= masker.live(other)
+    return (~used).float()
+
+
+def _by_name(given: Mapping[str, float] | None, names: list[str], default: float) -> list[float]:
+    unknown = [n for n in given or () if n not in names]
+    if unknown:
+        raise TaskError(f"no masker {unknown[0]!r}", why=f"there are {', '.join(names[:5])}, ...", fix="list(hat.maskers)")
+    return [float((given or {}).get(n, default)) for n in names]

@@ -1,0 +1,319 @@
+"""One task's training: the scale of its masks, the regularization, and the lock at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hatify.errors import NonFiniteError, TaskError
+from hatify.learning.guard import ON_NONFINITE, Guard
+from hatify.learning.network import network_of
+from hatify.learning.optimizers import all_below, check_holds, parameters_of
+from hatify.learning.regularizers import KINDS, regularization
+from hatify.learning.schedules import SCHEDULES, Schedule, checked, mask_scale, progress_of
+
+
+class Learning:
+    """The training of one task of a network, between :meth:`begin` and :meth:`finish`; a context manager over both.
+
+    Inside, calls of a HAT model that name no task are for this one, at the scale of the step; after every optimizer step the scale
+    moves on. Leaving the block finishes the task: its masks become binary and everything that it needs is locked. Leaving it by an
+    exception leaves the task unfinished, to be begun again where it stopped; a finished task that was being retrained is then as it
+    was before.
+
+    Args:
+        network: a HAT model, or a network written by hand (its payloads take ``mask_scale=run.scale``).
+        task: the task to train. A finished one is trained again: its old version locks for all others until the end.
+        optimizer: one or several, or None where a framework makes them later.
+        schedule: the scale over an epoch, see :func:`mask_scale`.
+        steps_per_epoch: optimizer steps per epoch; not needed by ``constant``.
+        max_scale: ``s_max``; default ``config.max_mask_scale``.
+        kind: ``layer`` (equation 5) or ``network`` (the original term).
+        quota: see :func:`regularization`.
+        weight: factor of the term.
+        weights: factors of single maskers.
+        warm_start: where the task's copies (norms, heads of the same shape, raw parameters) start: ``pretrained`` (the state without a
+            task), another task's number, or None (as they are: at first, what the conversion copied).
+        locked_task_ids: the finished tasks whose shared weights stay locked; default all. The others may be overwritten, on purpose.
+        on_nonfinite: ``raise`` or ``skip`` steps that would make weights non-finite.
+
+    Attributes:
+        step: optimizer steps so far.
+        skipped: steps that were left out because they were not finite.
+
+    Raises:
+        TaskError: before anything is changed, for arguments that do not fit; see the message.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        task: int,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        *,
+        schedule: Schedule = "cosine",
+        steps_per_epoch: int | None = None,
+        max_scale: float | None = None,
+        kind: str = "layer",
+        quota: float | Mapping[str, float] | None = None,
+        weight: float = 1.0,
+        weights: Mapping[str, float] | None = None,
+        warm_start: str | int | None = None,
+        locked_task_ids: Iterable[int] | None = None,
+        on_nonfinite: str = "raise",
+    ) -> None:
+        self.network = network
+        self._view = network_of(network)
+        self.task = self._view.checked(task)
+        self.guard = guard_of(network)
+        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+        self.schedule, self.steps_per_epoch = schedule, steps_per_epoch
+        self.max_scale = self._config.max_mask_scale if max_scale is None else max_scale
+        self.kind, self.quota, self.weight, self.weights = kind, quota, weight, weights
+        self.warm_start = warm_start
+        finished = self._view.finished - {task}
+        self.locking = finished if locked_task_ids is None else set(locked_task_ids)
+        self.on_nonfinite = on_nonfinite
+        self.step = 0
+        self.open = False
+        self.retraining = False
+        self._skipped_before = 0
+        self._active_before: int | None = None
+        self._scale = torch.zeros(())
+        self._check(finished)
+
+    @property
+    def _config(self) -> Any:
+        return next(iter(self._view.maskers.values())).config if self._view.maskers else self.network.config
+
+    def _check(self, finished: set[int]) -> None:
+        function = checked(self.schedule)
+        steps = self.steps_per_epoch
+        if steps is None and function is not SCHEDULES["constant"]:
+            raise TaskError(
+                f"the schedule {self.schedule!r} needs steps_per_epoch",
+                why="the scale moves within an epoch",
+                fix="hat.learning(..., steps_per_epoch=len(loader)), or schedule='constant'",
+            )
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise TaskError(
+                f"steps_per_epoch is at least 1, not {steps!r}",
+                why="an epoch has optimizer steps",
+                fix="steps_per_epoch=len(loader)",
+            )
+        for progress in (0.0, 0.5, 1.0):
+            mask_scale(self.schedule, progress, self.max_scale)
+        if self.kind not in KINDS or self.on_nonfinite not in ON_NONFINITE:
+            raise TaskError(
+                f"kind is one of {KINDS} and on_nonfinite one of {ON_NONFINITE}, not {self.kind!r} and {self.on_nonfinite!r}",
+                fix="hat.learning(task=0, kind='layer', on_nonfinite='raise')",
+            )
+        if self.warm_start not in (None, "pretrained"):
+            self._view.checked(self.warm_start)
+        if not self.locking <= finished:
+            raise TaskError(
+                f"tasks {sorted(self.locking - finished)} are not finished, so they lock nothing",
+                why=f"finished are {sorted(finished)}",
+                fix=f"locked_task_ids={sorted(self.locking & finished)}",
+            )
+        regularization(self.network, self.task, 1.0, kind=self.kind, quota=self.quota, weights=self.weights)
+        if self.optimizers:
+            check_holds(self.optimizers, self._needed())
+
+    def _needed(self) -> dict[str, nn.Parameter]:
+        """What the task trains: shared weights, its masks and its copies."""
+        others = {id(t) for t in self._view.copies(None)}
+        for task in range(self._view.tasks):
+            if task != self.task:
+                others.update(id(t) for t in (*self._view.embeddings(task), *self._view.copies(task)))
+        return {n: p for n, p in self.network.named_parameters() if id(p) not in others}
+
+    # the life of a session
+
+    def begin(self) -> Learning:
+        """Begins the task.
+
+        Raises:
+            TaskError: another session of the network is open.
+        """
+        if self.guard.session is not None:
+            raise TaskError(
+                f"task {self.guard.session.task} is being learned", why="one session at a time", fix="hat.finish_task()"
+            )
+        finished = self._view.finished
+        self.retraining = self.task in finished
+        if self.warm_start is not None and not self.retraining:
+            self._view.copy_to(self.task, None if self.warm_start == "pretrained" else self.warm_start)
+        if self.retraining:
+            self.guard.restore()
+            self._view.mark(self.task, False)
+            self.guard.narrow(self.locking, finished - {self.task})
+        else:
+            self.guard.refresh(self.locking)
+        self.guard.session, self.open = self, True
+        self.guard.on_nonfinite, self._skipped_before = self.on_nonfinite, self.guard.skipped
+        self.guard.watch_statistics()
+        for task in set(range(self._view.tasks)) - {self.task}:
+            for tensor in (*self._view.embeddings(task), *self._view.copies(task)):
+                tensor.grad = None  # zeros of an earlier task would let weight decay and momentum move its copies
+        for optimizer in self.optimizers:
+            self.guard.protect(optimizer)
+        self._set_scale()
+        if hasattr(self.network, "active_task"):
+            self._active_before, self.network.active_task = self.network.active_task, self.task
+        return self
+
+    def finish(self) -> None:
+        """Ends the session and finishes the task: binary masks, locked weights.
+
+        Raises:
+            TaskError: the session is not open.
+            NonFiniteError: a weight or a statistic is not finite; the session stays open.
+        """
+        self._check_open()
+        self.guard.restore()
+        self._check_finite()
+        self._close()
+        self._view.mark(self.task, True)
+        self.guard.refresh()
+        for optimizer in self.optimizers:
+            self.guard.protect(optimizer)
+
+    def abandon(self) -> None:
+        """Ends the session without finishing: what was learned stays and can be gone on with, but nothing of it is locked; a task
+        in retraining is as it was before."""
+        self._check_open()
+        self.guard.restore()
+        self._close()
+        if self.retraining:
+            self.guard.release()
+            self._view.mark(self.task, True)
+        self.guard.refresh()
+
+    def _close(self) -> None:
+        self.guard.session, self.open = None, False
+        self.guard.on_nonfinite = "raise"
+        if hasattr(self.network, "active_task"):
+            self.network.active_task = self._active_before
+
+    def __enter__(self) -> Learning:
+        return self.begin()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self.open:
+            return  # finished inside the block
+        if error is None:
+            try:
+                self.finish()
+            except NonFiniteError:
+                self.abandon()
+                raise
+        else:
+            self.abandon()
+
+    def _check_open(self) -> None:
+        if not self.open:
+            raise TaskError("the session is over", fix="with hat.learning(task=0, ...) as run: ...")
+
+    def _check_finite(self) -> None:
+        owned = (*self._needed().items(), *((n, b) for n, b in self.network.named_buffers()))
+        mine = {id(t) for t in self._view.copies(self.task)}
+        wrong = [
+            name
+            for name, tensor in owned
+            if (isinstance(tensor, nn.Parameter) or id(tensor) in mine) and not all_below([tensor.detach()], float("inf"))
+        ]
+        if wrong:
+            raise NonFiniteError(
+                f"task {self.task} cannot be finished: weights or statistics are not finite",
+                where=", ".join(wrong[:4]),
+                why="0 times infinity is NaN, for every task that shares them",
+                fix="load a checkpoint of before, or hat.abandon_task()",
+            )
+
+    # in the loop
+
+    @property
+    def scale(self) -> float:
+        """The mask scale of the present step; for the forward pass before :attr:`step` counts on."""
+        progress = 1.0 if self.steps_per_epoch is None else progress_of(self.step, self.steps_per_epoch)
+        return mask_scale(self.schedule, progress, self.max_scale)
+
+    @property
+    def scale_tensor(self) -> Tensor:
+        """The same as a tensor that is written in place, so that compiled code need not be compiled again."""
+        return self._scale
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are complete; 0 in the first."""
+        return 0 if self.steps_per_epoch is None else self.step // self.steps_per_epoch
+
+    @property
+    def progress(self) -> float:
+        """How far the present epoch is, 0 to 1."""
+        return 0.0 if self.steps_per_epoch is None else self.step % self.steps_per_epoch / self.steps_per_epoch
+
+    @property
+    def skipped(self) -> int:
+        return self.guard.skipped - self._skipped_before
+
+    def regularization(self) -> Tensor:
+        """The regularization of the present step, times ``weight``: a scalar, float32, to add to the loss.
+
+        Raises:
+            TaskError: the session is over.
+        """
+        self._check_open()
+        term = regularization(self.network, self.task, self._scale, kind=self.kind, quota=self.quota, weights=self.weights)
+        return self.weight * term
+
+    def stepped(self, optimizer: Optimizer) -> None:
+        """Called by the guard after every optimizer step: the one that holds the task's masks moves the scale on."""
+        embeddings = self._view.embeddings(self.task)
+        held = {id(p) for p in parameters_of(optimizer)}
+        if embeddings and id(embeddings[0]) not in held:
+            return
+        limit = self._config.max_embedding
+        with torch.no_grad():
+            for embedding in embeddings:
+                embedding.data.clamp_(-limit, limit)
+        self.step += 1
+        self._set_scale()
+
+    def _set_scale(self) -> None:
+        self._scale.fill_(self.scale)
+
+    # state
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it takes, beside the network's and the optimizer's state, to go on in the middle: task, step and, while a finished
+        task is trained again, the old values to go back to."""
+        old = {e.name: (e.lock, e.values) for e in self.guard.protection} if self.retraining else {}
+        return {"task": self.task, "step": self.step, "retraining": self.retraining, "old": old}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where ``state`` was taken.
+
+        Raises:
+            TaskError: it is another task's.
+        """
+        if state["task"] != self.task:
+            raise TaskError(f"the state is of task {state['task']}, the session of task {self.task}", fix=f"task={state['task']}")
+        self.step = state["step"]
+        self._set_scale()
+
+
+def guard_of(network: nn.Module) -> Guard:
+    """The guard of a network; a network written by hand gets its own with its first session."""
+    guard = network.__dict__.get("_guard")
+    if guard is None:
+        guard = Guard(network)
+        network.__dict__["_guard"] = guard
+        guard.refresh()
+    return guard
