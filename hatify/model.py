@@ -16,6 +16,7 @@ from hatify.gates import evaluate, locked
 from hatify.learning import Guard, Learning
 from hatify.learning.network import Converted, network_of
 from hatify.modules import HATConfig, HATPayload, Masker, TaskContext, TaskIndexed, TaskIndexedParameter
+from hatify.original import OwnCode
 from hatify.rewrite.graph import readable
 from hatify.rewrite.scope import Scope
 
@@ -89,6 +90,22 @@ class HATModel(fx.GraphModule):
             torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)),
         ):
             return generated(self, *tensors, task)
+
+    @property
+    def runs_own_code(self) -> bool:
+        """Whether a call without a task runs the original's own code now: it asks whether gradients are on, and some are off.
+
+        A graph has one answer in it, that of a network which trains as a whole; torch's transformer layers ask, each for its own
+        weights, before they take a fused kernel.
+        """
+        return bool(self._facts.asks.get(self.training)) and not (torch.is_grad_enabled() and self._own_code.all_trainable())
+
+    @property
+    def _own_code(self) -> OwnCode:
+        made = self.__dict__.get("_own_code_made")
+        if made is None:
+            made = self.__dict__["_own_code_made"] = OwnCode(self)
+        return made
 
     def context(self, task: int | None, mask_scale: float | None = None) -> TaskContext | None:
         """The context of one forward pass; None without a task.
@@ -180,11 +197,18 @@ class HATModel(fx.GraphModule):
     @property
     def code(self) -> str:
         """The generated code; of both modes where they differ."""
-        evaluate = readable(super().code, self.graph)
-        if self.train_graph is None:
-            return evaluate
-        train = readable(self.train_graph.python_code("self").src, self.train_graph)
-        return f"# in eval mode\n{evaluate}\n# in train mode\n{train}"
+        code = readable(super().code, self.graph)
+        if self.train_graph is not None:
+            train = readable(self.train_graph.python_code("self").src, self.train_graph)
+            code = f"# in eval mode\n{code}\n# in train mode\n{train}"
+        for training, places in self._facts.asks.items():
+            if places:
+                mode = "train" if training else "eval"
+                code += (
+                    f"\n# in {mode} mode, without a task, where some gradients are off: the original's own code, which asks in\n"
+                )
+                code += "".join(f"#     {place}\n" for place in places)
+        return code
 
     # learning
 
@@ -415,8 +439,12 @@ def _forward(self: HATModel, *args: Any, task: int | None = None, mask_scale: fl
     tensors = self._facts.signature.bind(args, kwargs)
     self._facts.check_sizes(tensors)
     context = self.context(task, mask_scale if task is not None or payload is None else None)
-    structure = self._facts.train_output if self.training else self._facts.output
-    out = unflatten(list(self.run(tensors, context)), structure)
+    if context is None and self.runs_own_code:
+        args, kwargs = self._facts.signature.rebuild(tensors)
+        out = self._own_code(*args, **kwargs)
+    else:
+        structure = self._facts.train_output if self.training else self._facts.output
+        out = unflatten(list(self.run(tensors, context)), structure)
     return HATPayload(out, task_id=task, mask_scale=mask_scale) if payload is not None else out
 
 

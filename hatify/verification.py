@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hatify.capture.tree import copy_tree
 from hatify.errors import HatifyError
 from hatify.model import HATModel
 from hatify.modules import TaskContext
+from hatify.original import original_of
 
 ROUNDING = 1e-4
 """Gradients, not outputs, may differ by less than this, relative to a parameter's largest."""
@@ -34,8 +34,9 @@ class VerificationReport:
     """What was measured. Differences are the largest absolute ones; 0.0 means equal to the last bit.
 
     ``parity`` and ``parity_train``: outputs without a task against the original's own code, in eval and in train mode (same
-    seed, dropout on, statistics compared too); ``parity_train`` is None where train mode could not be captured. ``gradients``: the
-    largest relative difference of a parameter's gradient in that step. Outputs are promised to the bit; a gradient may differ by
+    seed, dropout on, statistics compared too); ``parity_no_grad``: in eval mode under ``torch.no_grad()`` and
+    ``torch.inference_mode()``, where a model may take another path (torch's transformer layers do); ``parity_train`` is None where
+    train mode could not be captured. ``gradients``: the largest relative difference of a parameter's gradient in that step. Outputs are promised to the bit; a gradient may differ by
     rounding (below 1e-4) where a library chooses another kernel while it is traced; a lost region or function shows as more.
     ``drift``: a finished task's outputs before and after all that is not locked was replaced by noise. ``control``: the same with
     the locks taken away, which must not be zero, or the check was blind (None for a model that shares no weights).
@@ -43,6 +44,7 @@ class VerificationReport:
     """
 
     parity: float
+    parity_no_grad: float
     parity_train: float | None
     gradients: float | None
     drift: float
@@ -54,7 +56,9 @@ class VerificationReport:
     @property
     def ok(self) -> bool:
         """Whether every promise held."""
-        parity = self.parity == 0.0 and self.parity_train in (0.0, None) and (self.gradients or 0.0) < ROUNDING
+        parity = (
+            self.parity == self.parity_no_grad == 0.0 and self.parity_train in (0.0, None) and (self.gradients or 0.0) < ROUNDING
+        )
         return parity and self.drift == 0.0 and self.control != 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,8 +102,9 @@ def prove(hat: HATModel, original: nn.Module | None) -> VerificationReport:
         raise VerificationError(
             "a promise does not hold for this model",
             where=type(hat._facts.reference).__name__,
-            why=f"parity {report.parity}, in train mode {report.parity_train}, gradients {report.gradients}, drift {report.drift}, "
-            f"control {report.control}" + "".join(f"; {note}" for note in report.notes),
+            why=f"parity {report.parity}, without gradients {report.parity_no_grad}, in train mode {report.parity_train}, "
+            f"gradients {report.gradients}, drift {report.drift}, control {report.control}"
+            + "".join(f"; {note}" for note in report.notes),
             fix="hatify.convert(..., verify=False) gives the model to look into; please report it",
         )
     return report
@@ -111,7 +116,9 @@ def _measure(hat: HATModel, without_locks: Sequence[str], without_masks: Sequenc
     batches = list(input_batches(hat, seed))
     original = original_of(hat)
     start = time.perf_counter()
-    parity = max((_parity_eval(hat, original, tensors, notes, seed) for tensors in batches), default=0.0)
+    with _all_trainable(hat):
+        parity = max((_parity_eval(hat, original, tensors, notes, seed) for tensors in batches), default=0.0)
+    no_grad = _parity_without_gradients(hat, batches, notes, seed)
     train, gradients = None, None
     if hat.can_train:
         train, gradients = _parity_train(hat, original, batches[0], seed)
@@ -122,21 +129,7 @@ def _measure(hat: HATModel, without_locks: Sequence[str], without_masks: Sequenc
         if drift != 0.0 or control != 0.0:  # masks may leave one channel of a narrow layer, which hides everything: draw again
             break
     seconds["drift"] = time.perf_counter() - start
-    return VerificationReport(parity, train, gradients, drift, control, [_batch(b) for b in batches], seconds, notes)
-
-
-def original_of(hat: HATModel) -> nn.Module:
-    """The original's own code on the model's weights without a task (shared, not copied)."""
-    tree = copy_tree(hat._facts.reference)
-    state = hat.original_state()
-    for name, tensor in state.items():
-        owner, _, attribute = name.rpartition(".")
-        module = tree.get_submodule(owner)
-        (module._parameters if attribute in module._parameters else module._buffers)[attribute] = tensor
-    for module in tree.modules():
-        if hasattr(module, "_flat_weights_names"):
-            module._flat_weights = [getattr(module, n, None) for n in module._flat_weights_names]
-    return tree
+    return VerificationReport(parity, no_grad, train, gradients, drift, control, [_batch(b) for b in batches], seconds, notes)
 
 
 def input_batches(hat: HATModel, seed: int = 0) -> Iterator[list[Tensor]]:
@@ -181,6 +174,33 @@ def _parity_eval(hat: HATModel, original: nn.Module, tensors: list[Tensor], note
     args, kwargs = hat.signature.rebuild([t.clone() for t in tensors])
     with _buffers_kept(hat), _seeded(seed):
         return difference(expected, _flat(hat(*args, task=None, **kwargs)))
+
+
+def _parity_without_gradients(hat: HATModel, batches: list[list[Tensor]], notes: list[str], seed: int) -> float:
+    """Eval parity on the example inputs under ``no_grad``, and on the smallest batch in inference mode.
+
+    Both sides are fresh copies of the code: what it caches on itself in inference mode cannot take part in a backward later.
+    """
+    worst = 0.0
+    for mode, tensors in ((torch.no_grad, batches[0]), (torch.inference_mode, batches[-1])):
+        hat.__dict__.pop("_own_code_made", None)
+        with mode():
+            worst = max(worst, _parity_eval(hat, original_of(hat), tensors, notes, seed))
+    hat.__dict__.pop("_own_code_made", None)
+    return worst
+
+
+@contextlib.contextmanager
+def _all_trainable(hat: HATModel) -> Iterator[None]:
+    """Where the model asks whether gradients are on, the graph is proved for a network that trains as a whole; see ``runs_own_code``."""
+    frozen = [p for p in hat.parameters() if not p.requires_grad and p.is_floating_point()] if any(hat._facts.asks.values()) else []
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _parity_train(hat: HATModel, original: nn.Module, tensors: list[Tensor], seed: int) -> tuple[float, float]:

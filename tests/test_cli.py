@@ -147,7 +147,8 @@ def test_a_failed_proof_writes_nothing(work, monkeypatch):
 
     def disproved(*args, **kwargs):
         hat = convert(*args, **{**kwargs, "verify": False})
-        proof = SimpleNamespace(ok=False, parity=0.5, parity_train=0.0, drift=0.25, control=1.0, notes=["n"], seconds={})
+        measured = dict(parity=0.5, parity_no_grad=0.0, parity_train=0.0)
+        proof = SimpleNamespace(ok=False, **measured, drift=0.25, control=1.0, notes=["n"], seconds={})
         proof.to_dict = lambda: {"ok": False}
         hat.verification = proof
         return hat

@@ -45,7 +45,8 @@ class Captured:
 
     ``node.meta`` holds ``val`` (fake tensors or integers), ``scope`` (module path) and ``line`` (source line).
     ``writes`` are buffers with the node whose value they take at the end; ``constants`` are tensors that no module holds.
-    ``eval_only`` says that train mode could not be captured, ``open_sizes`` that all sizes were left open to the exporter.
+    ``eval_only`` says that train mode could not be captured, ``open_sizes`` that all sizes were left open to the exporter. ``asks`` are
+    the places where the model's code asks whether gradients are on, by mode (True: train mode).
     """
 
     graph: fx.Graph
@@ -59,6 +60,7 @@ class Captured:
     leaves: dict[str, torch.nn.Module] = field(default_factory=dict)
     eval_only: bool = False
     open_sizes: bool = True
+    asks: dict[bool, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from hatify.calling import Signature, flatten
 from hatify.capture.captured import Captured, FixedSize, ShapeGuard
 from hatify.capture.functional import copied, make_functional, mutated
+from hatify.capture.questions import noted_questions
 from hatify.capture.regions import SWITCHES, enter_autocast, exit_autocast
 from hatify.capture.tree import LEAF, FunctionCall, arguments, clear_calls, copy_tree, forget_call, mark_functions, mark_leaves
 from hatify.errors import CaptureError
@@ -77,7 +78,8 @@ def export_mode(
     leaves = mark_leaves(root, stubs or {})
     flat = _Flat(root, signature)
     try:
-        program, opened = _export(flat, inputs, model, open_sizes)
+        with noted_questions() as asks:
+            program, opened = _export(flat, inputs, model, open_sizes)
         captured = _read(program, signature, flat.seen.structure, inputs)
         writes = make_functional(captured.graph, {n for n, _ in model.named_buffers(remove_duplicate=False)})
         if writes is None:  # writes through views: PyTorch's own functionalisation
@@ -97,6 +99,7 @@ def export_mode(
         clear_calls()
     captured.leaves = leaves
     captured.open_sizes = opened
+    captured.asks = {training: asks}
     return captured
 
 

@@ -54,12 +54,22 @@ def _both_modes(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
     except CaptureError as error:
         notes.append(f"train mode cannot be traced ({error.where}); training uses the eval graph only on request\n{error}")
         evaluated.eval_only = True
+        notes += _asking(evaluated)
         return evaluated, None, notes
+    evaluated.asks.update(trained.asks)
+    notes += _asking(evaluated)
     if _merge(evaluated, trained):
         return evaluated, None, notes
     follow_dtypes(trained, model, signature, training=True)
     notes.append("train and eval mode differ in structure: two graphs over the same modules")
     return evaluated, trained, notes
+
+
+def _asking(captured: Captured) -> list[str]:
+    places = list(dict.fromkeys(place for asks in captured.asks.values() for place in asks))
+    if not places:
+        return []
+    return [f"asks whether gradients are on: without a task, and where some are off, its own code runs\n{', '.join(places)}"]
 
 
 def _capture_open_batch(

@@ -72,6 +72,7 @@ def _proof(proof: Any) -> list[tuple[str, str | Text]]:
     return [
         ("verification", Text(verdict, style=colour)),
         ("parity, eval", _error(proof.parity)),
+        ("parity, no grad", _error(proof.parity_no_grad)),
         ("parity, train", _error(proof.parity_train)),
         ("gradients, train", _gradients(getattr(proof, "gradients", None))),
         ("drift", _error(proof.drift)),
