@@ -62,7 +62,6 @@ def convert(
         VerificationError: a promise does not hold for this model.
     """
     config, classes = _settings(model, tasks, config, heads, locking)
-    _check_names(model)
     tell, seconds = progress or (lambda step: None), {}
     args, kwargs = example_call(model, example_inputs)
 
@@ -130,19 +129,6 @@ def _dict_call(model: nn.Module, given: dict[str, Any]) -> tuple[tuple, dict[str
     if not open_ended and names and not set(given) <= set(names) and len([p for p in parameters if p.default is p.empty]) == 1:
         return (given,), {}
     return (), dict(given)
-
-
-def _check_names(model: nn.Module) -> None:
-    """Children and parameters of the model's top must not hide what a HAT model itself is made of."""
-    held = [*model._modules, *model._parameters, *model._buffers]
-    own = {*vars(HATModel), "graph", "report", "verification", "source", "train_graph"}
-    for name in held:
-        if name in own or hasattr(fx.GraphModule, name):
-            raise ConversionError(
-                f"the name {name!r} is taken by the converted model itself",
-                where=f"{type(model).__name__}.{name}",
-                fix=f"call it otherwise, or wrap the model: nn.Sequential({type(model).__name__}(...))",
-            )
 
 
 def _check_classes(analysis: Analysis) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from hatify.learning import Guard, Learning
 from hatify.learning.network import Converted, network_of
 from hatify.modules import HATConfig, HATPayload, Masker, TaskContext, TaskIndexed, TaskIndexedParameter
 from hatify.original import OwnCode
-from hatify.rewrite.graph import readable
+from hatify.rewrite.graph import readable, spelled
 from hatify.rewrite.scope import Scope
 
 
@@ -43,25 +44,65 @@ class HATModel(fx.GraphModule):
     those of the original, in any spelling; so are outputs.
 
     Without a task the weights are the shared ones: equal to the original until a task has been trained.
+
+    The original's children, parameters and buffers keep their names, whatever these are. Where one is called like an attribute of this
+    class, ``hat.config`` is the attribute; ``hat["config"]`` and ``hat.get_submodule("config")`` are the child.
     """
 
+    report = verification = source = train_graph = None
+    _active_task = _maskers = _own_code_made = None
+
     def __init__(self, root: Scope, graph: fx.Graph, train_graph: fx.Graph | None, facts: Facts) -> None:
+        super().__init__(nn.Module(), fx.Graph(), class_name="HATModel")
         self.__dict__["_facts"] = facts
-        self.__dict__["train_graph"] = train_graph
-        super().__init__(root, graph, class_name="HATModel")
         for shelf in ("_parameters", "_buffers", "_modules"):
             # fx keeps only what the graph names; unused and aliased entries belong to the state dict too, in order
             self.__dict__[shelf] = dict(root.__dict__[shelf])
         self._non_persistent_buffers_set = set(root._non_persistent_buffers_set)
         self.training = root.training
-        self._active_task: int | None = None
-        self.report = None
-        self.verification = None
-        self.source = None
         self.__dict__["_guard"] = Guard(self)
         self._register_load_state_dict_pre_hook(_before_load, with_module=True)
         self.register_load_state_dict_post_hook(_after_load)
         self.register_state_dict_pre_hook(_before_state)
+        held = (*self._modules, *self._parameters, *self._buffers)
+        hidden = [name for name in held if hasattr(type(self), name) or name in self.__dict__]
+        for code in (graph, train_graph):
+            if code is not None:
+                code.on_generate_code(lambda _: partial(spelled, hidden=hidden))
+        self.train_graph = train_graph
+        self.graph = graph
+
+    # names
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(type(self), name):  # what the class has is never a child, even if a child is called so
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __getitem__(self, key: int | str) -> nn.Module | Tensor:
+        """A child, parameter or buffer by its name, or a child by its number as in a sequential model."""
+        name = str(key)
+        for shelf in (self._modules, self._parameters, self._buffers):
+            if name in shelf:
+                return shelf[name]
+        raise KeyError(name)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """A module of the original by its path; see :meth:`torch.nn.Module.get_submodule`."""
+        name, _, below = target.partition(".")
+        child = self._modules.get(name)
+        return super().get_submodule(target) if child is None else child.get_submodule(below)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """A parameter of the original by its path."""
+        found = self._parameters.get(target)
+        return super().get_parameter(target) if found is None else found
+
+    def get_buffer(self, target: str) -> Tensor:
+        """A buffer of the original by its path."""
+        found = self._buffers.get(target)
+        return super().get_buffer(target) if found is None else found
 
     # calling
 
@@ -393,10 +434,6 @@ class HATModel(fx.GraphModule):
         """Parameters and buffers without a task, by the original's names (buffers that are not saved included)."""
         return {n: _attribute(self, n) for n in self._facts.original_names}
 
-    def __getitem__(self, key: int | str) -> nn.Module:
-        """A child by its number, as in a sequential model."""
-        return self._modules[str(key)]
-
     def __str__(self) -> str:
         return repr(self)  # fx would add the code; it is in hat.code
 
@@ -410,7 +447,7 @@ class HATModel(fx.GraphModule):
         graphs = [None if g is None else copy.deepcopy(g) for g in (self.graph, self.train_graph)]
         copied = HATModel(root, *graphs, self._facts)
         for name in ("_active_task", "report", "verification", "source"):
-            copied.__dict__[name] = self.__dict__[name]
+            setattr(copied, name, getattr(self, name))
         memo[id(self)] = copied
         copied._guard.refresh()
         return copied
@@ -523,7 +560,8 @@ def _refused(name: str, why: str, tensor: Tensor) -> CallError:
 
 def _attribute(module: nn.Module, name: str) -> Tensor:
     owner, _, attribute = name.rpartition(".")
-    return getattr(module.get_submodule(owner), attribute)
+    owner = module.get_submodule(owner)
+    return owner._parameters[attribute] if attribute in owner._parameters else owner._buffers[attribute]
 
 
 network_of.register(HATModel, Converted)

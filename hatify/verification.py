@@ -36,7 +36,8 @@ class VerificationReport:
     ``parity`` and ``parity_train``: outputs without a task against the original's own code, in eval and in train mode (same
     seed, dropout on, statistics compared too); ``parity_no_grad``: in eval mode under ``torch.no_grad()`` and
     ``torch.inference_mode()``, where a model may take another path (torch's transformer layers do); ``parity_train`` is None where
-    train mode could not be captured. ``gradients``: the largest relative difference of a parameter's gradient in that step. Outputs are promised to the bit; a gradient may differ by
+    train mode could not be captured. ``gradients``: the largest relative
+    difference of a parameter's gradient in that step. Outputs are promised to the bit; a gradient may differ by
     rounding (below 1e-4) where a library chooses another kernel while it is traced; a lost region or function shows as more.
     ``drift``: a finished task's outputs before and after all that is not locked was replaced by noise. ``control``: the same with
     the locks taken away, which must not be zero, or the check was blind (None for a model that shares no weights).

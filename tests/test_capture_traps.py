@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import hatify
+from hatify import HATModel
 from hatify.errors import CallError, ConversionError, HatifyError
 from hatify.verification import measure_drift
 
@@ -303,19 +305,34 @@ def test_an_expanded_parameter_gets_memory_per_task() -> None:
 # names
 
 
-@pytest.mark.parametrize(
-    "name", ["hat", "tasks", "task", "source", "context", "config", "graph", "maskers", "report", "live", "run"]
-)
-def test_any_name_of_a_layer_works(name: str) -> None:
-    """Or is refused by an error that names it; never lost, and never a crash of something else."""
+OWN_NAMES = [n for n in dir(HATModel) if not n.startswith("_") and not hasattr(nn.Module, n)]
+"""What a converted model has and a module has not; a child of the user's may be called so."""
+
+
+@pytest.mark.parametrize("name", ["hat", "tasks", "task", "meta", "class", "in", "was", "context", "live", "graph"])
+@pytest.mark.parametrize("kind", [traps.Named, traps.NamedBelow, traps.NamedParameter, traps.NamedBuffer])
+def test_any_name_works(kind: type[nn.Module], name: str, tmp_path: Path) -> None:
+    model = kind(name).eval()
+    hat = hatify.convert(copy.deepcopy(model), 2, example_inputs=VECTORS).eval()
+    keys = list(model.state_dict())
+    assert hat.verification.ok and [k for k in hat.state_dict() if k in keys] == keys
+    draw_masks(hat)
+    hatify.save(hat, tmp_path / "saved")
+    for other in (hat, copy.deepcopy(hat), hatify.load(tmp_path / "saved", factory=lambda: kind(name))):
+        assert torch.equal(model(VECTORS), other(VECTORS)) and torch.equal(hat(VECTORS, task=0), other(VECTORS, task=0))
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_the_converted_models_own_names_stay_its_own(name: str) -> None:
+    """All of them, also those that will be added: a child keeps its key, and the attribute its meaning."""
     model = traps.Named(name).eval()
-    try:
-        hat = converted(copy.deepcopy(model), VECTORS)
-    except ConversionError as error:
-        assert name in str(error)
-        return
-    assert torch.equal(model(VECTORS), hat(VECTORS)) and f"{name}.weight" in hat.state_dict()
-    assert hatify.verify(hat).ok
+    plain, hat = converted(traps.Named("plain"), VECTORS), converted(copy.deepcopy(model), VECTORS)
+    keys = list(model.state_dict())
+    assert torch.equal(model(VECTORS), hat(VECTORS)) and [k for k in hat.state_dict() if k in keys] == keys
+    assert type(getattr(plain, name)) is type(getattr(hat, name))
+    assert isinstance(hat[name], nn.Linear) and hat.get_submodule(name) is hat[name] is dict(hat.named_children())[name]
+    assert hat.get_parameter(f"{name}.weight") is hat[name].weight and f'self["{name}"](' in hat.code
+    assert measure_drift(hat)[0] == 0.0
 
 
 def test_names_that_differ_in_punctuation_stay_apart() -> None:

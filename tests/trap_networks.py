@@ -133,6 +133,49 @@ class Named(nn.Module):
         return self.last(torch.tanh(self._modules[self.name](x)))
 
 
+class NamedBelow(nn.Module):
+    """The same one level down."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.below, self.last = Named(name), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.below(x)))
+
+
+class NamedParameter(nn.Module):
+    """A raw parameter under a name of the user's choosing, used as a weight and as it is."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 8)
+        self._parameters[name] = nn.Parameter(torch.randn(8, 8))
+        self.last = nn.Linear(8, 3)
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self._parameters[self.name]
+        return self.last(torch.tanh(self.fc(x) @ own) * own[0])
+
+
+class NamedBuffer(nn.Module):
+    """A buffer that forward writes, under a name of the user's choosing."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.fc, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self._buffers[name] = torch.randn(8)
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self._buffers[self.name]
+        x = torch.tanh(self.fc(x) + own)
+        if self.training:
+            own.lerp_(x.detach().mean(0), 0.5)
+        return self.last(x)
+
+
 class Scale(nn.Module):
     def __init__(self, *values: float) -> None:
         super().__init__()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import keyword
 import operator
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -76,7 +78,6 @@ class _Rewriter:
         self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or n.target in EFFECTS)
         self._settle_inplace()
         self.graph.lint()
-        self.graph.on_generate_code(lambda _: indexed)
         return self.graph
 
     def _settle_inplace(self) -> None:
@@ -234,13 +235,25 @@ class _Rewriter:
         return new
 
 
-def indexed(lines: list[str]) -> list[str]:
-    """Executable code as a person would write it: ``self.layer1[0].conv1(x)``."""
+PATH = r'self(?:\.\w+|\[\d+\]|\["\w+"\])*'
+NUMBERED = re.compile(rf'getattr\(({PATH}), "(\d+)"\)')
+KEYWORD = re.compile(rf"({PATH}?)\.({'|'.join(keyword.kwlist)})\b")
+
+
+def spelled(lines: list[str], hidden: Collection[str] = ()) -> list[str]:
+    """Executable code as a person would write it: ``self.layer1[0].conv1(x)``.
+
+    Names that Python takes for words of its own, and those of ``hidden`` (children whose name the model itself has another use for),
+    are written ``self["context"](x)``.
+    """
+    own = re.compile(rf"\bself\.({'|'.join(map(re.escape, sorted(hidden)))})\b") if hidden else None
     out = []
     for line in lines:
+        if own is not None:
+            line = own.sub(r'self["\1"]', line)
         previous = None
         while previous != line:
-            previous, line = line, re.sub(r'getattr\((self(?:\.\w+|\[\d+\])*), "(\d+)"\)', r"\1[\2]", line)
+            previous, line = line, KEYWORD.sub(r'\1["\2"]', NUMBERED.sub(r"\1[\2]", line))
         out.append(line)
     return out
 

@@ -14,7 +14,7 @@ class Scope(nn.Module):
 
     def __init__(self, was: str = "") -> None:
         super().__init__()
-        self.was = was
+        self._was = was  # a child may have any name
 
     def __getitem__(self, key: int | str) -> Any:
         if isinstance(key, int) and key < 0:
@@ -28,7 +28,7 @@ class Scope(nn.Module):
         return iter(self._modules.values())
 
     def _get_name(self) -> str:
-        return self.was or "Scope"
+        return self._was or "Scope"
 
 
 def scoped(model: nn.Module) -> Scope:
