@@ -1,0 +1,173 @@
+"""What a converted network costs beside the one it came from: training step, evaluation, memory.
+
+    python benchmarks/overhead.py                             # all models below, one thread
+    python benchmarks/overhead.py resnet18@32x32 --threads 2 --rounds 15 --json
+
+Original and converted run in one process, interleaved round by round, so that a busy machine slows both; a figure is the median of the
+rounds' ratios (converted / original), with the quartiles. Two tasks with random masks, half of the channels live, are finished and
+locked before the measured one is trained.
+
+    train       forward, cross entropy, backward, optimizer step (SGD with momentum), regularization included
+    decay       the same with AdamW and weight decay, which moves locked weights and is undone every step
+    eval        forward with a finished task, no gradients
+    none        forward without a task
+    memory      highest memory that torch holds during a training step, of each
+    tasks       (--tasks 1,10,100) the same for other numbers of tasks
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hatify
+
+MODELS = {
+    "resnet50@224x8": ("resnet50", 224, 8),
+    "resnet18@32x32": ("resnet18", 32, 32),
+    "vit_small_patch16_224@224x8": ("vit_small_patch16_224", 224, 8),
+    "convnext_tiny@224x8": ("convnext_tiny", 224, 8),
+    "swin_tiny_patch4_window7_224@224x8": ("swin_tiny_patch4_window7_224", 224, 8),
+    "efficientnet_b0@224x8": ("efficientnet_b0", 224, 8),
+    "densenet121@224x8": ("densenet121", 224, 8),
+    "mixer_s32_224@224x8": ("mixer_s32_224", 224, 8),
+    "bert@128x8": ("bert", 128, 8),
+}
+"""Name: timm's name (or ``bert``: a small transformers BERT), image size or tokens, batch size."""
+CLASSES = 10
+
+
+class Classifier(nn.Module):
+    """A transformers BERT of four layers with a classifier, ids in, logits out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import BertConfig, BertForSequenceClassification
+
+        size = dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024)
+        self.bert = BertForSequenceClassification(BertConfig(**size, num_labels=CLASSES))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.bert(ids).logits
+
+
+def build(model: str, size: int, batch: int) -> tuple[nn.Module, torch.Tensor]:
+    if model == "bert":
+        return Classifier(), torch.randint(0, 30000, (batch, size))
+    import timm
+
+    return timm.create_model(model, num_classes=CLASSES), torch.randn(batch, 3, size, size)
+
+
+def prepared(model: nn.Module, inputs: torch.Tensor, tasks: int) -> hatify.HATModel:
+    """Converted, with up to two tasks finished."""
+    example = None if inputs.dtype.is_floating_point and inputs.shape[-1] == 224 else inputs[:2]
+    hat = hatify.convert(model, tasks=tasks, verify=False, example_inputs=example)
+    with torch.no_grad():
+        for masker in hat.maskers.values():
+            for embedding in masker.embeddings:
+                embedding.normal_()
+    for task in range(min(2, tasks - 1)):
+        with hat.learning(task, schedule="constant"):
+            pass
+    return hat
+
+
+def ratios(rounds: int, original: Callable[[], None], converted: Callable[[], None]) -> dict[str, float]:
+    """Median and quartiles of converted / original over interleaved rounds, after two of warming up."""
+
+    def seconds(run: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    pairs = [(seconds(original), seconds(converted)) for _ in range(rounds + 2)][2:]
+    found = [b / a for a, b in pairs]
+    low, middle, high = statistics.quantiles(found, n=4)
+    return {"ratio": middle, "low": low, "high": high, "original_ms": 1e3 * statistics.median(a for a, _ in pairs)}
+
+
+def peak_of(step: Callable[[], None]) -> int:
+    """Highest memory during a step, above what was there before, as torch's allocator counts it. Bytes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    held = highest = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            highest = max(highest, held)
+    return highest
+
+
+def measure(name: str, tasks: int, rounds: int) -> dict[str, Any]:
+    """All figures of one model."""
+    torch.manual_seed(0)
+    model, inputs = build(*MODELS[name])
+    hat = prepared(model, inputs, tasks)
+    labels = torch.randint(0, CLASSES, (len(inputs),))
+    current = min(2, tasks - 1)
+    found: dict[str, Any] = {"model": name, "tasks": tasks, "threads": torch.get_num_threads()}
+
+    def step(network: Callable, optimizer: Any, extra: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            loss = F.cross_entropy(network(inputs), labels) + extra()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return run
+
+    model.train(), hat.train()
+    optimizers = {
+        "train": lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9),
+        "decay": lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.05),
+    }
+    for key, make in optimizers.items():
+        mine = make(hat.parameters())
+        run = hat.begin_task(current, mine, steps_per_epoch=1000)
+        plain, converted = step(model, make(model.parameters()), lambda: 0.0), step(hat, mine, run.regularization)
+        found[key] = ratios(rounds, plain, converted)
+        if key == "train":
+            a, b = peak_of(plain), peak_of(converted)
+            found["memory"] = {"ratio": b / a, "original_mb": a / 2**20}
+        hat.abandon_task()
+    model.eval(), hat.eval()
+    with torch.no_grad():
+        found["eval"] = ratios(2 * rounds, lambda: model(inputs), lambda: hat(inputs, task=0))
+        found["none"] = ratios(2 * rounds, lambda: model(inputs), lambda: hat(inputs))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(MODELS), help=", ".join(MODELS))
+    parser.add_argument("--tasks", default="3")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if not given.json:
+        print(f"{'model':36} tasks  train              decay              eval               none               memory")
+    for name in given.models:
+        for tasks in (int(t) for t in given.tasks.split(",")):
+            found = measure(name, tasks, given.rounds)
+            if given.json:
+                print(json.dumps(found), flush=True)
+                continue
+            cells = [f"{found[k]['ratio']:.3f} ({found[k]['low']:.3f}-{found[k]['high']:.3f})" for k in ("train", "decay", "eval", "none")]
+            print(f"{name:36} {tasks:5}  " + "  ".join(cells) + f"  {found['memory']['ratio']:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
