@@ -165,7 +165,10 @@ def main() -> None:
             if given.json:
                 print(json.dumps(found), flush=True)
                 continue
-            cells = [f"{found[k]['ratio']:.3f} ({found[k]['low']:.3f}-{found[k]['high']:.3f})" for k in ("train", "decay", "eval", "none")]
+            cells = [
+                f"{found[k]['ratio']:.3f} ({found[k]['low']:.3f}-{found[k]['high']:.3f})"
+                for k in ("train", "decay", "eval", "none")
+            ]
             print(f"{name:36} {tasks:5}  " + "  ".join(cells) + f"  {found['memory']['ratio']:.3f}", flush=True)
 
 

@@ -311,7 +311,7 @@ class HATModel(fx.GraphModule):
         """``.to()`` and the like: the protected values move along."""
         self._guard.restore()
         super()._apply(fn, recurse)
-        self._guard.refresh()
+        self._guard.follow()
         return self
 
     # locks

@@ -55,6 +55,14 @@ class Locked:
             data.masked_scatter_(self.lock, self.values)
         self.version = self.tensor._version
 
+    def follow(self, tensor: Tensor) -> None:
+        """The network was moved or cast: the values go where its tensor is now."""
+        self.tensor = tensor
+        self.values = self.values.to(tensor.device, tensor.dtype)
+        self.lock = None if self.lock is None else self.lock.to(tensor.device)
+        self.within = None if self.within is None else self.within.to(tensor.device)
+        self.version = tensor._version
+
     def return_to_old(self) -> None:
         """Puts back all values, those of a task in retraining too."""
         self.within = None
@@ -117,7 +125,7 @@ class Protection:
         names = {id(t): n for n, t in (*network.module.named_parameters(), *network.module.named_buffers())}
         for task in sorted(finished):
             for tensor in (*network.embeddings(task), *network.copies(task)):
-                own.append(Locked.of(names.get(id(tensor), f"task {task}"), tensor, None))
+                own.append(Locked.of(names[id(tensor)], tensor, None))
         return cls(locking | finished, shared, own)
 
     def __iter__(self):
@@ -133,6 +141,12 @@ class Protection:
         for entry in self.own:
             if id(entry.tensor) not in kept:
                 entry.within = torch.zeros(entry.tensor.shape, dtype=torch.bool, device=entry.tensor.device)
+
+    def follow(self, module: nn.Module) -> None:
+        """The network was moved or cast: so are the values."""
+        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        for entry in self:
+            entry.follow(named[entry.name])
 
     def restore(self) -> None:
         """Puts every protected value back."""

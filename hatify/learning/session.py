@@ -145,12 +145,12 @@ class Learning:
             raise TaskError(
                 f"task {self.guard.session.task} is being learned", why="one session at a time", fix="hat.finish_task()"
             )
+        self.guard.restore()
         finished = self._view.finished
         self.retraining = self.task in finished
         if self.warm_start is not None and not self.retraining:
             self._view.copy_to(self.task, None if self.warm_start == "pretrained" else self.warm_start)
         if self.retraining:
-            self.guard.restore()
             self._view.mark(self.task, False)
             self.guard.narrow(self.locking, finished - {self.task})
         else:
