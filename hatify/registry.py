@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from hatify.errors import ConversionError
 from hatify.gates.layers import ChannelNorm, Elementwise, Layer, MixingNorm, Moving, Spatial, TaskIndexedLayer, Weighted
+from hatify.gates.recurrent import Recurrent
 
 Describe = Callable[[Any], "Layer"]
 
@@ -132,6 +133,16 @@ def _embedding(layer) -> Layer:
     return Weighted(bias=None, lookup=True)
 
 
+def _recurrent(blocks: int) -> Describe:
+    return lambda layer: Recurrent(
+        blocks, layer.hidden_size, layer.proj_size, layer.num_layers, 1 + layer.bidirectional, layer.bias, memory=blocks == 4
+    )
+
+
+def _recurrent_cell(blocks: int) -> Describe:
+    return lambda layer: Recurrent(blocks, layer.hidden_size, bias=layer.bias, cell=True, memory=blocks == 4)
+
+
 for _dims, _class in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), start=1):
     _DESCRIPTIONS[_class] = _conv(_dims)
 for _dims, _class in enumerate((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), start=1):
@@ -160,7 +171,9 @@ for _dims in (1, 2, 3):
 register(nn.PixelShuffle, Moving())
 register(nn.PixelUnshuffle, Moving())
 register(nn.ZeroPad2d, Moving())
-for _class in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell):
-    register(_class, TaskIndexedLayer("recurrent weights see their own output"))
+for _class, _blocks in ((nn.RNN, 1), (nn.GRU, 3), (nn.LSTM, 4)):
+    _DESCRIPTIONS[_class] = _recurrent(_blocks)
+for _class, _blocks in ((nn.RNNCell, 1), (nn.GRUCell, 3), (nn.LSTMCell, 4)):
+    _DESCRIPTIONS[_class] = _recurrent_cell(_blocks)
 register(nn.Bilinear, TaskIndexedLayer("weights of three dimensions"))
 register(nn.EmbeddingBag, TaskIndexedLayer("sums rows of its table"))

@@ -10,7 +10,7 @@ from torch import nn
 from hatify.analysis import Analysis
 from hatify.analysis.plan import FROZEN, ROW_LOCKED, RUNGS, TASK_INDEXED
 from hatify.capture import Captured
-from hatify.modules import HATLayer, LiveMask, Mask, TaskIndexed
+from hatify.modules import HATLayer, HATRecurrent, LiveMask, Mask, TaskIndexed
 
 
 @dataclass
@@ -62,7 +62,7 @@ def make_report(hat, analysis: Analysis, graphs: list[Captured], notes: list[str
     for path, plan in analysis.layers.items():
         module = hat.get_submodule(path)
         names = [f"{path}.{n}" for n, _ in module.named_parameters(remove_duplicate=False) if f"{path}.{n}" in original]
-        was = type(module).__mro__[2].__name__ if isinstance(module, HATLayer | TaskIndexed) else type(module).__name__
+        was = module.plain_class.__name__ if isinstance(module, HATLayer | HATRecurrent | TaskIndexed) else type(module).__name__
         add(path, module, names, was, type(module).__name__, plan.rung, plan.reason)
     for name, plan in analysis.parameters.items():
         became = "TaskIndexedParameter" if plan.rung == TASK_INDEXED else "HAT weight"

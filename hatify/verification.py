@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from hatify.errors import HatifyError
 from hatify.model import HATModel
-from hatify.modules import TaskContext
+from hatify.modules import HATRecurrent, TaskContext
 from hatify.original import original_of
 
 ROUNDING = 1e-4
@@ -75,7 +76,8 @@ def verify(
 
     Args:
         without_locks: parameters whose locks are left out: a negative control, which must find drift.
-        without_masks: mask nodes (names in ``hat.hat.masks``) that are left out: likewise.
+        without_masks: mask nodes (names in ``hat.hat.masks``) that are left out, or maskers of recurrent layers (names in
+            ``hat.maskers``) that are not folded into their weights: likewise.
         seed: of masks, noise and dropout.
     """
     with _kept(hat, {}):
@@ -335,13 +337,23 @@ def _seeded(seed: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _without(hat: HATModel, names: Sequence[str]) -> Iterator[None]:
     masks = hat.room.masks
-    removed = {name: masks._modules[name] for name in names}
-    for name in names:
+    removed = {name: masks._modules[name] for name in names if name in masks._modules}
+    unfolded = {name: hat.get_submodule(name.rpartition(".")[0]) for name in names if name not in removed}
+    for name in removed:
         masks._modules[name] = _Unmasked()
+    for name, layer in unfolded.items():
+        layer.__dict__["folded"] = partial(_folded_without, layer, name.rpartition(".")[2])
     try:
         yield
     finally:
         masks._modules.update(removed)
+        for layer in unfolded.values():
+            layer.__dict__.pop("folded", None)
+
+
+def _folded_without(layer: HATRecurrent, masker: str, mask_of: Callable[[str], Tensor], soft: bool) -> dict[str, Tensor]:
+    """The weights of a recurrent layer with one masker left out."""
+    return type(layer).folded(layer, lambda name: torch.ones_like(mask_of(name)) if name == masker else mask_of(name), soft)
 
 
 class _Unmasked(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hatify import HATModel
-from hatify.modules import Mask
+from hatify.modules import HATRecurrent, Mask
 from hatify.verification import measure_drift
 
 TRIES = 8
@@ -20,8 +20,9 @@ def drift_without_a_lock(hat: HATModel) -> float | None:
 
 
 def drift_without_a_mask(hat: HATModel) -> float | None:
-    """The first drift with one mask node left out, the last first; None where there is no mask."""
+    """The first drift with one mask node, or one masker of a recurrent layer, left out, the last first; None where there is none."""
     names = [n for n, m in hat.room.masks.named_children() if isinstance(m, Mask)][::-1]
+    names = [f"{p}.{n}" for p, m in hat.named_modules() if isinstance(m, HATRecurrent) for n in m.maskers] + names
     return _first_drift([{"without_masks": [n]} for n in names], hat)
 
 

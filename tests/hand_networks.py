@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hatify.modules import (
+    HATGRU,
+    HATLSTM,
     HATConfig,
     HATConv2d,
     HATConvTranspose2d,
@@ -19,19 +21,20 @@ from hatify.modules import (
     TaskIndexedBatchNorm2d,
     TaskIndexedGroupNorm,
     TaskIndexedLayerNorm,
+    hat_class,
 )
 
 CONFIG = HATConfig(num_tasks=3)
 PLAIN = SimpleNamespace(
     Linear=nn.Linear, Conv2d=nn.Conv2d, ConvTranspose2d=nn.ConvTranspose2d, Embedding=nn.Embedding,
-    BatchNorm2d=nn.BatchNorm2d, LayerNorm=nn.LayerNorm, GroupNorm=nn.GroupNorm,
+    BatchNorm2d=nn.BatchNorm2d, LayerNorm=nn.LayerNorm, GroupNorm=nn.GroupNorm, GRU=nn.GRU, LSTM=nn.LSTM, LSTMCell=nn.LSTMCell,
 )  # fmt: skip
 HAT = SimpleNamespace(
     **{
         cls.plain_class.__name__: lambda *args, _cls=cls, **kwargs: _cls(*args, **kwargs, config=CONFIG)
         for cls in (
             HATLinear, HATConv2d, HATConvTranspose2d, HATEmbedding,
-            TaskIndexedBatchNorm2d, TaskIndexedLayerNorm, TaskIndexedGroupNorm,
+            TaskIndexedBatchNorm2d, TaskIndexedLayerNorm, TaskIndexedGroupNorm, HATGRU, HATLSTM, hat_class(nn.LSTMCell),
         )
     }
 )  # fmt: skip
@@ -136,6 +139,27 @@ class Tokens(nn.Module):
         return self.head(torch.tanh(self.fc(self.table(x))).mean(1))
 
 
+class Sequences(nn.Module):
+    """Both directions stacked, states handed from layer to layer, and a cell whose steps are also read by a linear layer."""
+
+    def __init__(self, kit):
+        super().__init__()
+        self.embed = kit.Linear(5, 6)
+        self.lstm = kit.LSTM(6, 4, num_layers=2, bidirectional=True, batch_first=True)
+        self.gru = kit.GRU(8, 4, batch_first=True)
+        self.cell, self.read = kit.LSTMCell(4, 5), kit.Linear(5, 4)
+        self.head = kit.Linear(4, 3)
+
+    def forward(self, x):
+        x, (last, _) = self.lstm(torch.tanh(self.embed(x)))
+        x, last = self.gru(x, last[:1])
+        states, scores = None, self.head(last[0])
+        for step in range(3):
+            states = self.cell(x[:, step], states)
+            scores = scores + self.head(torch.tanh(self.read(states[0])))
+        return scores
+
+
 INPUTS = {
     MLP: lambda: torch.randn(7, 6),
     ConvNet: lambda: torch.randn(4, 3, 8, 8),
@@ -143,6 +167,7 @@ INPUTS = {
     Attention: lambda: torch.randn(2, 7, 5),
     Depthwise: lambda: torch.randn(3, 3, 5, 5),
     Tokens: lambda: torch.randint(0, 11, (4, 6)),
+    Sequences: lambda: torch.randn(3, 4, 5),
 }
 
 

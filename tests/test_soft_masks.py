@@ -93,7 +93,9 @@ def test_partial_functions_have_finite_gradients(name: str) -> None:
             finite(hat, VECTORS, scale)
 
 
-@pytest.mark.parametrize("name", ["softplus_log_sqrt", "layer_scale_tokens", "groupnorm_net", "channel_attention", "weight_norm"])
+@pytest.mark.parametrize(
+    "name", ["softplus_log_sqrt", "layer_scale_tokens", "groupnorm_net", "channel_attention", "weight_norm", "cells_with_readout"]
+)
 def test_networks_have_finite_gradients(name: str) -> None:
     hat, (x,), _ = small(name)
     for live, dead in MASKS.values():
@@ -176,7 +178,8 @@ def test_a_tasks_gradient_is_that_of_its_formula() -> None:
 PROVED = ["conv1d", "unet", "channel_shuffle", "depthwise", "grouped", "squeeze_excite", "dense_concat", "coord_conv", "gated",
           "multihead_attention", "channel_attention", "mixer", "layer_scale_tokens",
           "groupnorm_net", "instancenorm_net", "rmsnorm", "weight_norm", "tied_autoencoder",
-          "tied_by_attribute", "shared_layers", "functional_weights", "text_cnn", "conv_transpose1d", "pixel_shuffle"]  # fmt: skip
+          "tied_by_attribute", "shared_layers", "functional_weights", "text_cnn", "stacked_both_ways", "projected_lstm",
+          "encoder_decoder", "given_states", "cells_with_readout", "conv_transpose1d", "pixel_shuffle"]  # fmt: skip
 
 
 def gradients(hat: HATModel, args: tuple, kwargs: dict, task: int) -> dict[str, Tensor]:
@@ -212,7 +215,7 @@ def test_another_tasks_locks_do_not_cover_a_task(name: str) -> None:
     assert any(grads[p][~lock].any() for p, lock in locks.items())
 
 
-@pytest.mark.parametrize("name", ["mixer", "rmsnorm", "groupnorm_net"])
+@pytest.mark.parametrize("name", ["mixer", "rmsnorm", "groupnorm_net", "stacked_both_ways", "projected_lstm"])
 def test_locks_are_tight(name: str) -> None:
     """On networks without ReLU nearly every locked element is felt, as long as no live path ends at a dead product."""
     hat, args, kwargs = small(name, batch=8)

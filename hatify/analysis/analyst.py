@@ -32,6 +32,7 @@ from hatify.gates.layers import (
     weighted,
     weighted_uses,
 )
+from hatify.gates.recurrent import Recurrent, masker_sizes, recurrent, recurrent_uses
 from hatify.gates.rules import RULES, Call, Gates, Outcome, unknown
 from hatify.gates.rules.base import clean
 from hatify.gates.table import TOP
@@ -306,6 +307,8 @@ class Analyst:
             outcome = self._head_outcome(leaf, meaning, call)
             self._plan(LayerPlan(path, "head", TASK_INDEXED, "output layer"))
             return self._finish(node, outcome, call)
+        if isinstance(meaning, Recurrent):
+            return self._recurrent_layer(node, path, leaf, meaning, call)
         self._plan(self._other_plan(path, leaf, meaning))
         if not any(v.gated for v in call.values()):
             self.analysis.steps[node] = Step(call.args, call.kwargs, None)
@@ -352,6 +355,16 @@ class Analyst:
         self._plan(LayerPlan(path, role, ROW_LOCKED if grouped else HAT, reason, masker, outputs))
         args, kwargs = call.map(lambda v: outcome.x if v is x else clean(self, v))
         return self._finish(node, Outcome(args, kwargs, outcome.out), call)
+
+    def _recurrent_layer(self, node: fx.Node, path: str, leaf: nn.Module, meaning: Recurrent, call: Call) -> Any:
+        atoms = {name: self._masker(f"{path}.{name}", size) for name, size in masker_sizes(meaning).items()}
+        outcome = recurrent(self, meaning, call, atoms, _unmasked)
+        shapes = {n: tuple(p.shape) for n, p in leaf.named_parameters(remove_duplicate=False)}
+        for use in recurrent_uses(meaning, atoms, outcome.cols, shapes):
+            name = self.canonical[id(leaf.get_parameter(use.parameter))]
+            self.analysis.use(replace(use, parameter=name, site=path))
+        self._plan(LayerPlan(path, "recurrent", HAT, channels=meaning.hidden))
+        return self._restructured(node, self._finish(node, Outcome(outcome.args, {}, outcome.out), call))
 
     def _masker(self, name: str, channels: int) -> Tensor:
         if self.analysis.sizes.setdefault(name, channels) != channels:
@@ -475,6 +488,11 @@ def _both_modes(run: Analyst, leaf: nn.Module, call: Call, meaning: Layer) -> Ou
         outcomes.append(other_layer(run, meaning, replace(call, func=_Probe(twin))))
     worst = next((o for o in outcomes if o.out.state is State.DIRTY), outcomes[0])
     return worst
+
+
+def _unmasked(value: Value) -> Value:
+    """The pending value that one was materialised from, or itself."""
+    return value.data.value if isinstance(value.data, Masked) and not value.data.fill else value
 
 
 def _same_gates(a: Outcome, b: Outcome) -> bool:

@@ -7,6 +7,7 @@ from torch import fx, nn
 
 from hatify.capture import Captured
 from hatify.gates.layers import Elementwise, Spatial, TaskIndexedLayer, Weighted
+from hatify.gates.recurrent import Recurrent
 from hatify.registry import describe
 
 WEIGHT_SLOT = {
@@ -88,14 +89,18 @@ class Heads:
         if node.op == "call_module":
             layer = captured.leaves[node.target]
             meaning = describe(layer)
-            own = isinstance(meaning, Weighted) or isinstance(meaning, TaskIndexedLayer) and any(True for _ in layer.parameters())
+            own = (
+                isinstance(meaning, Weighted | Recurrent)
+                or isinstance(meaning, TaskIndexedLayer)
+                and any(True for _ in layer.parameters())
+            )
             return [node.target] if own else []
         return [n.target for n in weight_source(node) if n.target in self.parameters]
 
     def _lookup(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             meaning = describe(self.model.get_submodule(node.target))
-            return isinstance(meaning, TaskIndexedLayer) or meaning.lookup
+            return not isinstance(meaning, Weighted) or meaning.lookup
         return operator_name(node) == "embedding"
 
     def _count_uses(self, node: fx.Node, name: str, captured: Captured) -> None:

@@ -60,7 +60,8 @@ class LayerPlan:
     """What a layer, or a raw parameter, becomes.
 
     ``role`` is ``hat`` (a masker of its own), ``through`` (depthwise: gates pass, no masker), ``shared-head`` (no mask on the
-    output), ``head`` (task-indexed output layer), ``norm``, ``task-indexed`` or ``plain`` (nothing to protect).
+    output), ``head`` (task-indexed output layer), ``norm``, ``recurrent`` (several maskers), ``task-indexed`` or ``plain`` (nothing to
+    protect).
     """
 
     path: str

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from hatify.gates.recurrent import Recurrent
 from hatify.registry import describe
 
 _LIBRARY = torch.library.Library("hatify", "DEF")
@@ -173,6 +174,9 @@ def _leaf_on_fakes(inputs: list[Tensor], sizes: list[int], key: str) -> list[Ten
     if isinstance(call.twin, FunctionCall):
         args, _ = arguments(call, list(inputs), list(sizes))
         return _noted_results(call, _APPLY.__get__(None, call.twin.function)(*args), inputs)
+    meaning = describe(call.twin)
+    if isinstance(meaning, Recurrent) and not meaning.cell and not torch.is_autocast_enabled(inputs[0].device.type):
+        return _noted_results(call, _recurrent_results(call.twin, meaning, inputs[0]), inputs)
     named = [*call.twin.named_parameters(remove_duplicate=False), *call.twin.named_buffers(remove_duplicate=False)]
     state = {n: t if isinstance(t, FakeTensor) else mode.from_tensor(t, static_shapes=True) for n, t in named}
     args, kwargs = arguments(call, list(inputs), list(sizes))
@@ -187,6 +191,16 @@ def _leaf_on_fakes(inputs: list[Tensor], sizes: list[int], key: str) -> list[Ten
         if out is None:
             raise
     return _noted_results(call, out, inputs)
+
+
+def _recurrent_results(twin: nn.RNNBase, meaning: Recurrent, x: Tensor) -> Any:
+    """Empty results of a recurrent layer: run on fake tensors it would unroll its steps and fix the sequence's length."""
+    passed = meaning.projected or meaning.hidden
+    batch = () if x.dim() == 2 else (x.shape[0 if twin.batch_first else 1],)
+    stages, dtype = meaning.layers * meaning.directions, twin.weight_ih_l0.dtype
+    states = tuple(x.new_empty((stages, *batch, size), dtype=dtype) for size in (passed, meaning.hidden))
+    out = x.new_empty((*x.shape[:-1], meaning.directions * passed), dtype=dtype)
+    return out, states if meaning.memory else states[0]
 
 
 def _probed(call: LeafCall, inputs: list[Tensor], sizes: list[int]) -> Any:

@@ -78,7 +78,7 @@ def weighted_of_payload(layer: nn.Module, payload: Pending, args: tuple, kwargs:
     if payload.task_id is None:
         return _plainly(forward, payloads, (payload, *args), kwargs)
     meaning = describe_as(layer, layer.plain_class)
-    shapes = {n: tuple(p.shape) for n, p in layer.named_parameters(remove_duplicate=False) if not n.startswith("masker.")}
+    shapes = _shapes(layer)
     if not isinstance(meaning, Weighted) or meaning.weight not in shapes:
         reason = getattr(meaning, "reason", f"{layer.plain_class.__name__} has no parameter of its own that is its weight")
         fix = f"task_indexed_class({layer.plain_class.__name__})(..., config): one copy per task"
@@ -91,6 +91,31 @@ def weighted_of_payload(layer: nn.Module, payload: Pending, args: tuple, kwargs:
     args, kwargs = _replaced((args, kwargs), lambda p: p.data)
     out = forward(data, *args, **kwargs)
     return payload._made(out, *eager.gates_of_result(plan.out, out, type(layer).__name__))
+
+
+def recurrent_of_payload(layer: nn.Module, payload: Pending, hx: Any) -> Any:
+    """A recurrent HAT layer on a payload, with states that are payloads, tensors or None; outputs and states are payloads.
+
+    Raises:
+        TaskError: packed sequences, or weights that are used by hand elsewhere.
+    """
+    payloads = _payloads((payload, hx), {})
+    if payload.task_id is None:
+        return _plainly(partial(layer.plain_class.forward, layer), payloads, (payload, hx), {})
+    if not isinstance(payload.unmasked_data, Tensor):
+        kind = type(payload.unmasked_data).__name__
+        raise TaskError(f"a {kind} has no mask of its own", where=_named(layer), fix="a padded tensor of the same sequences")
+    # a state that something else has looked at is still pending here: its soft factor must not gather from step to step
+    operands = [payload, *(s._unsettled() if isinstance(s, Pending) else s for s in pytree.tree_leaves(hx) if s is not None)]
+    known = [(tuple(o.shape), o.dtype, *_gates_of(o)) for o in operands]
+    plan = eager.recurrent_plan(layer.meaning(), known, layer.maskers, _shapes(layer))
+    _owned(layer, plan)
+    eager.record(layer.seen, plan)
+    x, *states = [_operand(o, masks) for o, masks in zip(operands, plan.masks)]
+    given = tuple(states) if len(states) > 1 else states[0] if states else None
+    masks = {n: eager.checked_masker(m, payload.task_id)(payload.task_id, payload.mask_scale) for n, m in layer.maskers.items()}
+    out = layer.on(layer.folded(masks.__getitem__, soft=payload.mask_scale is not None), x, given)
+    return _wrapped(payload, out, plan.out, type(layer).__name__)
 
 
 def norm_of_payload(module: nn.Module, payload: Pending, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -285,6 +310,13 @@ def _refuse_shared(module: nn.Module, meaning: Layer | None) -> None:
         where=_named(module),
         fix=f"{hat} instead, called on the payload",
     )
+
+
+def _shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer's parameters but for those of its maskers."""
+    return {
+        n: tuple(p.shape) for n, p in layer.named_parameters(remove_duplicate=False) if not n.startswith(("masker.", "maskers."))
+    }
 
 
 def _named(module: nn.Module) -> str:

@@ -7,7 +7,7 @@ What a call does to gates depends on the gates, shapes and arguments of its oper
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from hatify.errors import TaskError
 from hatify.gates import TOP, GateTable, Program, State, Use, Value, compile_gates, evaluate
 from hatify.gates.layers import Weighted, weighted, weighted_uses
+from hatify.gates.recurrent import Recurrent, recurrent, recurrent_uses
 from hatify.gates.rules import Call, Gates
 from hatify.gates.rules.base import Rule
 from hatify.gates.value import ones
@@ -158,13 +159,42 @@ def weighted_plan(
     return _plans.get_or(key, make)
 
 
+@dataclass(frozen=True, eq=False)
+class RecurrentPlan:
+    """The same for a recurrent layer: masks for its input and each state, gates of each result."""
+
+    masks: tuple[tuple[tuple[bool, float], ...], ...]
+    out: tuple[Gates, ...]
+    uses: tuple[Use, ...]
+    key: tuple
+
+
+def recurrent_plan(layer: Recurrent, operands: list[tuple], maskers: Mapping[str, Masker], shapes: dict) -> RecurrentPlan:
+    """The plan of a recurrent layer; ``operands`` are ``(shape, dtype, ids, state)`` of its input and its states."""
+
+    def make() -> RecurrentPlan:
+        values = [
+            Value(shape, ids, state, data=(number, ()), dtype=dtype) for number, (shape, dtype, ids, state) in enumerate(operands)
+        ]
+        states = tuple(values[1:]) if layer.memory else values[1] if len(values) > 1 else None
+        own = {name: atoms(masker) for name, masker in maskers.items()}
+        outcome = recurrent(_Dry(), layer, Call("recurrent", None, (values[0], states or None), {}), own)
+        after = pytree.tree_leaves(outcome.args, is_leaf=lambda a: isinstance(a, Value))
+        uses = recurrent_uses(layer, own, outcome.cols, shapes)
+        return RecurrentPlan(tuple(v.data[1] for v in after), tuple(outcome.out), tuple(uses), (ids_key(outcome.cols),))
+
+    known = tuple((shape, dtype, ids_key(ids), state) for shape, dtype, ids, state in operands)
+    key = ("recurrent", layer, known, tuple(m.key for m in maskers.values()), tuple(sorted(shapes.items())))
+    return _plans.get_or(key, make)
+
+
 def atoms(masker: Masker) -> Tensor:
     """The gates of a masker's channels."""
     _SIZES[masker.key] = masker.channels
     return TABLE.atoms(masker.key, masker.channels)
 
 
-def record(seen: dict, made: WeightedPlan) -> None:
+def record(seen: dict, made: WeightedPlan | RecurrentPlan) -> None:
     """Notes how a layer was used. Past ``MOST_USES`` ways it counts as used in every way, which locks all of it."""
     if made.key in seen or "every way" in seen:
         return
@@ -214,7 +244,11 @@ def masker_of(key: str, task: int) -> Masker:
     Raises:
         TaskError: it has no such task.
     """
-    masker = MASKERS[key]
+    return checked_masker(MASKERS[key], task)
+
+
+def checked_masker(masker: Masker, task: int) -> Masker:
+    """The same for a masker at hand."""
     checked_task(task, len(masker.embeddings))
     return masker
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hatify.gates import TOP, Use, locked
 from hatify.modules.eager import TABLE, live
-from hatify.modules.layers import HATLayer
+from hatify.modules.layers import HATLayer, HATRecurrent
 from hatify.modules.masker import MASKERS, Masker
 from hatify.modules.task_indexed import TaskIndexed, TaskIndexedParameter
 
@@ -60,7 +60,7 @@ def _uses(network: nn.Module) -> dict[int, list[Use | None]]:
     found: dict[int, list[Use | None]] = {}
     copies = _copies(network)
     for layer in network.modules():
-        if not isinstance(layer, HATLayer):
+        if not isinstance(layer, HATLayer | HATRecurrent):
             continue
         current = _translation(copies, layer)
         recorded: dict[str, list[Use | None]] = {}
@@ -68,7 +68,7 @@ def _uses(network: nn.Module) -> dict[int, list[Use | None]]:
             use = replace(use, rows=_translated(use.rows, current), cols=_translated(use.cols, current))
             recorded.setdefault(use.parameter, []).append(use)
         for name, parameter in layer.named_parameters(remove_duplicate=False):
-            if not name.startswith("masker."):
+            if not name.startswith(("masker.", "maskers.")):
                 found.setdefault(id(parameter), []).extend(recorded.get(name, [None]))
     return found
 
@@ -83,12 +83,13 @@ def _copies(network: nn.Module) -> dict[str, list[str]]:
     return found
 
 
-def _translation(copies: dict[str, list[str]], layer: HATLayer) -> Callable[[str], str | None]:
+def _translation(copies: dict[str, list[str]], layer: HATLayer | HATRecurrent) -> Callable[[str], str | None]:
     """A copied layer remembers uses in the gates of what it was copied from: the masker of the same place in the copy, or None."""
 
     def current(key: str) -> str | None:
-        if layer.masker is not None and key in layer.masker.copied_from:
-            return layer.masker.key
+        for masker in layer.maskers.values() if isinstance(layer, HATRecurrent) else [layer.masker]:
+            if masker is not None and key in masker.copied_from:
+                return masker.key
         own = copies.get(key, [])
         if len(own) == 1:
             return own[0]

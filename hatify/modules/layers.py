@@ -11,6 +11,7 @@ from hatify.modules.config import HATConfig
 from hatify.modules.eager import Seen
 from hatify.modules.masker import Masker
 from hatify.modules.payload import HATPayload, weighted_of_payload
+from hatify.modules.recurrent import RECURRENT, HATRecurrent, add_maskers
 
 
 class HATLayer:
@@ -29,19 +30,24 @@ class HATLayer:
 
 @cache
 def hat_class(base: type[nn.Module]) -> type:
-    """The HAT subclass of a weighted layer class: ``HAT`` + its name."""
+    """The HAT subclass of a weighted or recurrent layer class: ``HAT`` + its name."""
 
     def __init__(self, *args: Any, config: HATConfig | None = None, **kwargs: Any) -> None:
         # The paper passes the configuration last, by position: HATLinear(64, 32, config).
         if config is None and args and isinstance(args[-1], HATConfig):
             args, config = args[:-1], args[-1]
         base.__init__(self, *args, **kwargs)
-        self.masker = Masker(_out_channels(self), config or HATConfig())
+        if recurrent:
+            add_maskers(self, config or HATConfig())
+        else:
+            self.masker = Masker(_out_channels(self), config or HATConfig())
         self.seen = Seen()
+
+    recurrent = issubclass(base, RECURRENT)
 
     doc = f"{base.__name__} with one mask per task; arguments as {base.__name__}, then ``config`` (:class:`HATConfig`)."
     members = {"__init__": __init__, "plain_class": base, "__doc__": doc, "__module__": __name__}
-    return type(f"HAT{base.__name__}", (HATLayer, base), members)
+    return type(f"HAT{base.__name__}", (HATRecurrent if recurrent else HATLayer, base), members)
 
 
 def _out_channels(layer: nn.Module) -> int:
@@ -59,3 +65,6 @@ HATConvTranspose1d = hat_class(nn.ConvTranspose1d)
 HATConvTranspose2d = hat_class(nn.ConvTranspose2d)
 HATConvTranspose3d = hat_class(nn.ConvTranspose3d)
 HATEmbedding = hat_class(nn.Embedding)
+HATRNN = hat_class(nn.RNN)
+HATGRU = hat_class(nn.GRU)
+HATLSTM = hat_class(nn.LSTM)

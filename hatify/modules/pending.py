@@ -88,6 +88,10 @@ class Pending:
     def _gates(self) -> tuple[Tensor, State]:
         return self._ids, State.CLEAN if self._settled else self._state
 
+    def _unsettled(self) -> Pending:
+        """The same tensor as no operation had asked for its masked data yet."""
+        return self._made(self._raw, self._ids, self._state)
+
     def _with(self, masks: tuple[tuple[bool, float], ...]) -> Any:
         """The data with these masks applied."""
         data = self._current()

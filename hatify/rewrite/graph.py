@@ -125,7 +125,7 @@ class _Rewriter:
         if not args and kwargs:  # raised layers take their input by position
             first = next(iter(kwargs))
             args, kwargs = (kwargs[first],), {k: v for k, v in kwargs.items() if k != first}
-        if plan.role in ("head", "norm", "task-indexed"):
+        if plan.role in ("head", "norm", "recurrent", "task-indexed"):
             kwargs = {**kwargs, "task": self.task}
             if step.live is not None:
                 kwargs["live"] = self._live(step.live, node)

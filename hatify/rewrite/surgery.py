@@ -15,6 +15,7 @@ from hatify.analysis.analyst import channels_of
 from hatify.errors import ConversionError
 from hatify.gates import Program, compile_gates
 from hatify.modules import HATConfig, HATLayer, LiveMask, Mask, Masker, TaskIndexed, TaskIndexedParameter, hat_class
+from hatify.modules.recurrent import add_maskers
 from hatify.modules.task_indexed import make_task_indexed
 from hatify.registry import describe
 from hatify.rewrite.scope import Scope
@@ -84,6 +85,11 @@ class Surgery:
             layer.masker = Masker(self.analysis.sizes[path], self.config) if plan.masker == path else None
             if plan.masker == path:
                 self.masker_paths[path] = f"{path}.masker"
+        elif plan.role == "recurrent":
+            layer.__class__ = hat_class(type(layer))
+            layer.seen = {}
+            add_maskers(layer, self.config, path)
+            self.masker_paths.update({f"{path}.{name}": f"{path}.maskers.{name}" for name in layer.maskers})
         elif plan.role in ("head", "norm", "task-indexed"):
             make_task_indexed(layer, self.config.num_tasks)
             if plan.role == "head" and self.classes is not None and path in self.analysis.class_heads:

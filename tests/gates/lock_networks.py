@@ -158,3 +158,51 @@ class TokenMixing(nn.Module):
         x = torch.tanh(self.features(x)).transpose(1, 2)
         x = torch.tanh(self.tokens(x)).transpose(1, 2)
         return self.head(torch.tanh(self.after(x)).mean(1))
+
+
+@case("recurrent", _randn(2, 4, 5))
+class Recurrent(nn.Module):
+    """Two layers in both directions; every output and the last states count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 4)
+        self.gru = nn.GRU(4, 4, num_layers=2, bidirectional=True, batch_first=True)
+        self.after, self.head = nn.Linear(8, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, last = self.gru(torch.tanh(self.embed(x)))
+        return self.head(torch.tanh(self.after(outputs)).mean(1) + last[0])
+
+
+@case("projected", _randn(2, 4, 5))
+class Projected(nn.Module):
+    """A projection of the units, then a plain one whose first state is the other's last memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(5, 6, proj_size=4, batch_first=True)
+        self.rnn = nn.RNN(4, 6, batch_first=True, bias=False)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, (_, memory) = self.lstm(x)
+        return self.head(self.rnn(outputs, memory)[0].mean(1))
+
+
+@case("cells", _randn(2, 4, 5))
+class Cells(nn.Module):
+    """Cells step after step; each state is read by the next step and by another layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lower, self.upper = nn.LSTMCell(5, 5), nn.GRUCell(5, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, top, total = None, None, 0
+        for step in range(3):
+            states = self.lower(x[:, step], states)
+            top = self.upper(states[0], top)
+            total = total + self.head(top)
+        return total
