@@ -195,3 +195,23 @@ def test_sequences_of_any_length(name: str) -> None:
         with torch.no_grad():
             assert torch.equal(hat(sequence), plain(sequence))
             assert hat(sequence, task=0).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["text_gru", "projected_lstm", "cells_with_readout"])
+def test_a_second_task_leaves_the_first_as_it_was(name: str) -> None:
+    """Trained with momentum and weight decay through the session, not only under noise."""
+    hat, args, kwargs = small(name)
+    draw_masks(hat)
+    optimizer = torch.optim.AdamW(hat.parameters(), lr=0.05, weight_decay=0.1)
+    first = None
+    for task in (0, 1):
+        hat.train()
+        with hat.learning(task=task, optimizer=optimizer, schedule="linear", steps_per_epoch=3) as run:
+            for _ in range(3):
+                optimizer.zero_grad()
+                (total(hat(*args, **kwargs)).square() + run.regularization()).backward()
+                optimizer.step()
+        hat.eval()
+        first = outputs(hat, args, kwargs, task=0) if first is None else first
+        assert same(first, outputs(hat, args, kwargs, task=0))
+    assert not same(first, outputs(hat, args, kwargs, task=1))

@@ -34,7 +34,7 @@ from hatify.modules.task_indexed import (
 
 __all__ = [
     "HATConfig", "HATConv1d", "HATConv2d", "HATConv3d", "HATConvTranspose1d", "HATConvTranspose2d", "HATConvTranspose3d",
-    "HATEmbedding", "HATGRU", "HATLSTM", "HATLayer", "HATLinear", "HATPayload", "HATRNN", "HATRecurrent",
-    "LiveMask", "Mask", "Masker", "TaskContext", "TaskIndexed", "TaskIndexedBatchNorm1d", "TaskIndexedBatchNorm2d", "TaskIndexedBatchNorm3d", "TaskIndexedGroupNorm", "TaskIndexedLayerNorm",
-    "TaskIndexedParameter", "hat_class", "task_indexed_class",
+    "HATEmbedding", "HATGRU", "HATLSTM", "HATLayer", "HATLinear", "HATPayload", "HATRNN", "HATRecurrent", "LiveMask", "Mask", "Masker",
+    "TaskContext", "TaskIndexed", "TaskIndexedBatchNorm1d", "TaskIndexedBatchNorm2d", "TaskIndexedBatchNorm3d",
+    "TaskIndexedGroupNorm", "TaskIndexedLayerNorm", "TaskIndexedParameter", "hat_class", "task_indexed_class",
 ]  # fmt: skip
