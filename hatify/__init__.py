@@ -14,6 +14,7 @@ _PUBLIC = {
     "convert": "hatify.conversion",
     "check": "hatify.checking",
     "verify": "hatify.verification",
+    "extract": "hatify.lifecycle.extraction",
     "save": "hatify.artifact",
     "load": "hatify.artifact",
     "Learning": "hatify.learning",

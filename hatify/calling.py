@@ -68,6 +68,10 @@ class Signature:
         """One readable, valid, unique identifier per tensor, in canonical order."""
         return list(self._names)
 
+    def arguments(self) -> list[tuple[inspect.Parameter, Structure]]:
+        """The parameters that the captured call passed, each with the structure of its value."""
+        return [(p, self._captured[p.name]) for p in self._parameters if p.name in self._captured]
+
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors of another call, in canonical order.
 

@@ -254,7 +254,7 @@ def _build(tensors: Any, structure: Structure) -> Any:
     parts = [_build(tensors, child) for child in structure.children]
     if structure.kind in ("tuple", "list"):
         return tuple(parts) if structure.kind == "tuple" else parts
-    cls = structure.cls or _resolve(structure)
+    cls = structure.cls or resolve(structure)
     if structure.kind == "namedtuple":
         return cls(*parts)
     if structure.kind == "sequence":
@@ -274,7 +274,7 @@ def _build(tensors: Any, structure: Structure) -> Any:
     return value
 
 
-def _resolve(structure: Structure) -> type:
+def resolve(structure: Structure) -> type:
     """The class of a structure that was read from a file."""
     if structure.type == "builtins:dict":
         return dict

@@ -1,0 +1,1 @@
+"""Life after training: what finished tasks can be turned into."""

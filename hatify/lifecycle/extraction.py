@@ -1,0 +1,185 @@
+"""``extract``: one finished task as a plain torch module."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from hatify.calling import flatten
+from hatify.errors import HatifyError, TaskError
+from hatify.lifecycle.folding import Folded, fold
+from hatify.lifecycle.lowering import module_of
+from hatify.lifecycle.picture import Picture
+from hatify.lifecycle.plain import specialise
+from hatify.model import HATModel
+from hatify.structure import unflatten
+from hatify.verification import difference, input_batches
+
+ROUNDING = 1e4
+"""How many units in the last place, relative to the largest output, an extracted network may differ by. Far more than was ever
+measured, and far less than a mask that is missing."""
+
+
+class ExtractionError(HatifyError):
+    """A task's network cannot be taken out, or does not give what the task gave."""
+
+
+def extract(hat: HATModel, task: int, slim: bool = False) -> fx.GraphModule:
+    """One finished task as a plain torch module: a graph over torch's (and the model's own) layers, with no hatify in it.
+
+    ``extract(hat, t)(x)`` equals ``hat(x, task=t)`` up to the rounding of sums in another order, at any size that ``hat`` takes.
+
+    Without ``slim`` the masks are folded into weights, biases and norms: what the task does not use becomes zero. Where every mask
+    folds the state dict is the original architecture's own, with the task's heads, so that it loads there with ``strict=True``;
+    a mask that does not fold stays as a ``where`` with a buffer. With ``slim`` dead channels are removed.
+
+    The result's ``extraction`` is a dict of plain data: ``task``, ``slim``, ``folded`` and ``stayed`` (mask nodes; those that stay
+    with the reason), ``difference`` (the largest absolute one measured on the example inputs, at several batch sizes) and
+    ``bit_equal``, ``inexact`` (the nodes where a difference begins), ``parameters`` (before, after), ``notes``.
+
+    Args:
+        hat: a converted model; not changed.
+        task: a finished task.
+        slim: remove dead channels instead of zeroing them.
+
+    Raises:
+        TaskError: no such task, or one that is not finished.
+        ExtractionError: the result differs from the task by more than rounding.
+    """
+    task = _finished(hat, task)
+    tensors = [t.cpu() for t in hat._facts.inputs]
+    plain = specialise(hat, task)
+    picture = Picture(plain, values_of(hat, tensors))
+    folded = fold(plain, picture)
+    before = sum(p.numel() for p in plain.root.parameters())
+    module = module_of(plain, picture, f"{type(hat._facts.reference).__name__}Task{task}")
+    module.to(next((p.device for p in hat.parameters()), torch.device("cpu")))
+    worst, scale = measured(hat, task, module)
+    report = {
+        "task": task,
+        "slim": slim,
+        "folded": [{"node": f.name, "where": f.scope, "how": f.how} for f in folded if f.how],
+        "stayed": [{"node": f.name, "where": f.scope, "why": f.why} for f in folded if not f.how],
+        "difference": worst,
+        "bit_equal": worst == 0.0,
+        "parameters": {"before": before, "after": sum(p.numel() for p in module.parameters())},
+        "notes": _notes(hat),
+    }
+    if not worst <= scale:
+        raise ExtractionError(
+            f"the extracted network does not give what task {task} gives",
+            where=type(hat._facts.reference).__name__,
+            why=f"outputs differ by {worst:.3g}, rounding explains {scale:.3g}",
+            fix="hatify.extract(hat, task, slim=False) instead; please report it" if slim else "please report it",
+        )
+    module.extraction = report
+    return module
+
+
+def _finished(hat: Any, task: Any) -> int:
+    if not isinstance(hat, HATModel):
+        raise HatifyError(
+            f"extract takes a converted model, not {type(hat).__name__}",
+            fix="hat = hatify.convert(model, tasks=3); hatify.extract(hat, 0)",
+        )
+    done = sorted(hat.finished_tasks)
+    if not done:
+        raise TaskError(
+            "no task is finished yet",
+            why="masks of a task in training are soft: they cannot be folded",
+            fix="with hat.learning(task=0, optimizer=optimizer) as run: ... finishes it; then hatify.extract(hat, 0)",
+        )
+    tasks = hat.config.num_tasks
+    if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < tasks:
+        raise TaskError(f"no task {task!r}", why=f"the model has the tasks 0 to {tasks - 1}", fix=f"hatify.extract(hat, {done[0]})")
+    if task not in done:
+        raise TaskError(
+            f"task {task} is not finished",
+            why=f"finished are {', '.join(map(str, done))}; masks of a task in training are soft",
+            fix=f"train it in hat.learning(task={task}, ...), or hatify.extract(hat, {done[0]})",
+        )
+    return task
+
+
+def _notes(hat: HATModel) -> list[str]:
+    notes = []
+    if hat.train_graph is not None:
+        notes.append("in train mode the original takes another path; this module follows the path of eval mode in both")
+    if not hat.can_train:
+        notes.append("train mode could not be captured: this module serves in eval mode")
+    return notes
+
+
+def values_of(hat: HATModel, tensors: Sequence[Tensor]) -> list[Any]:
+    """One value per placeholder of a plain graph."""
+    values, start = [], 0
+    for _, structure in hat.signature.arguments():
+        if structure.leaves:
+            values.append(unflatten(list(tensors[start : start + structure.leaves]), structure))
+            start += structure.leaves
+    return values
+
+
+def measured(hat: HATModel, task: int, module: torch.nn.Module) -> tuple[float, float]:
+    """The largest difference from the task's outputs at several batch sizes, and what rounding may explain of it."""
+    worst, scale = 0.0, 0.0
+    device = next((p.device for p in hat.parameters()), torch.device("cpu"))
+    with _evaluating(hat), torch.no_grad():
+        for tensors in input_batches(hat):
+            outs = []
+            for model, how in ((hat, {"task": task}), (module, {})):
+                args, kwargs = _call(hat, [t.clone().to(device) for t in tensors])
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)
+                    outs.append([t.detach().clone() for t in flatten(model(*args, **how, **kwargs))[0]])
+            worst = max(worst, difference(*outs))
+            for out in outs[0]:
+                if out.dtype.is_floating_point and out.numel():
+                    finite = out[torch.isfinite(out)]
+                    largest = float(finite.abs().max()) if finite.numel() else 0.0
+                    scale = max(scale, ROUNDING * torch.finfo(out.dtype).eps * max(largest, 1e-3))
+    return worst, scale
+
+
+def _call(hat: HATModel, tensors: list[Tensor]) -> tuple[tuple, dict]:
+    """A call without the constants that a plain module does not take."""
+    given = iter(values_of(hat, tensors))
+    args, kwargs = [], {}
+    for parameter, structure in hat.signature.arguments():
+        if not structure.leaves:
+            continue
+        value = next(given)
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            args.extend(value)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            kwargs.update(value)
+        else:
+            kwargs[parameter.name] = value
+    if args:  # what comes before *args can only be given by position
+        before = [kwargs.pop(p.name) for p, s in hat.signature.arguments() if s.leaves and p.name in kwargs and p.kind is not p.KEYWORD_ONLY]
+        args = [*before, *args]
+    return tuple(args), kwargs
+
+
+@contextlib.contextmanager
+def _evaluating(hat: HATModel) -> Iterator[None]:
+    """In eval mode; modes, buffers and tables that forward writes are as before afterwards."""
+    modes = [(m, m.training) for m in hat.modules()]
+    tables = [m.weight for m in hat.modules() if getattr(m, "max_norm", None) is not None]
+    buffers = [(b, b.clone()) for b in (*hat.buffers(), *tables)]
+    hat.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+__all__ = ["ExtractionError", "Folded", "extract"]

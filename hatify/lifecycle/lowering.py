@@ -1,0 +1,88 @@
+"""The last step to a plain module: normalisations over live channels written out, and the graph made a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from hatify.lifecycle.picture import Picture
+from hatify.lifecycle.plain import LIVE_NORMS, Plain, tidy
+from hatify.modules import live_norms
+
+
+def module_of(plain: Plain, picture: Picture, name: str = "Extracted") -> fx.GraphModule:
+    """The graph as a module, in eval mode. Nothing in it is of hatify."""
+    for node in list(plain.graph.nodes):
+        if node.target in LIVE_NORMS:
+            write_out(plain.graph, node, picture)
+    tidy(plain.graph)
+    plain.drop_unused_buffers()
+    module = fx.GraphModule(plain.root, plain.graph, class_name=name)
+    for shelf in ("_parameters", "_buffers", "_modules"):
+        # fx keeps what the graph names; the state dict keeps the original's order, unused entries included
+        module.__dict__[shelf] = dict(plain.root.__dict__[shelf])
+    module._non_persistent_buffers_set = set(plain.root._non_persistent_buffers_set)
+    return module.eval()
+
+
+def write_out(graph: fx.Graph, node: fx.Node, picture: Picture) -> None:
+    """A normalisation over live channels as plain operators, the same as :mod:`hatify.modules.live_norms`."""
+    dtype = picture[node].dtype
+    rank = len(picture[node].shape)
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+
+    def proxy(value: Any) -> Any:
+        return fx.Proxy(value, tracer) if isinstance(value, fx.Node) else value
+
+    with graph.inserting_before(node):
+        out = _RULES[node.target](*map(proxy, node.args), proxy(node.kwargs["live"]), dtype, rank)
+    out.node.meta.update(node.meta)
+    node.replace_all_uses_with(out.node)
+    graph.erase_node(node)
+
+
+def _layer_norm(x: Any, shape: tuple, weight: Any, bias: Any, eps: float, live: Any, dtype: torch.dtype, rank: int) -> Any:
+    dims = list(range(rank - len(shape), rank))
+    return _affine(_normalised(x, live, dims, eps, True, dtype), weight, bias)
+
+
+def _rms_norm(x: Any, shape: tuple, weight: Any, eps: float | None, live: Any, dtype: torch.dtype, rank: int) -> Any:
+    eps = torch.finfo(dtype).eps if eps is None else eps
+    return _affine(_normalised(x, live, list(range(rank - len(shape), rank)), eps, False, dtype), weight, None)
+
+
+def _group_norm(x: Any, groups: int, weight: Any, bias: Any, eps: float, live: Any, dtype: torch.dtype, rank: int) -> Any:
+    grouped = x.unflatten(1, (groups, -1))
+    mask = live.expand(-1, x.size(1), *[-1] * (rank - 2)).unflatten(1, (groups, -1))
+    out = _normalised(grouped, mask, list(range(2, rank + 1)), eps, True, dtype).flatten(1, 2)
+    by_channel = (-1, *[1] * (rank - 2))
+    return _affine(out, None if weight is None else weight.view(by_channel), None if bias is None else bias.view(by_channel))
+
+
+_RULES: dict[Callable, Callable] = {
+    live_norms.layer_norm: _layer_norm, live_norms.rms_norm: _rms_norm, live_norms.group_norm: _group_norm,
+}  # fmt: skip
+
+
+def _normalised(x: Any, live: Any, dims: list[int], eps: float, centred: bool, dtype: torch.dtype) -> Any:
+    half = dtype in (torch.float16, torch.bfloat16)
+    wide = x.float() if half else x
+    mask = live.to(torch.float32 if half else dtype)
+    repeats = 1
+    for dim in dims:
+        repeats = (x.size(dim) // mask.size(dim)) * repeats
+    count = mask.sum(dims, keepdim=True) * repeats
+    count = torch.where(count > 0, count, torch.ones_like(count))
+    if centred:
+        wide = torch.where(mask > 0, wide - wide.sum(dims, keepdim=True) / count, 0.0)
+    variance = (wide.square() * mask).sum(dims, keepdim=True) / count
+    out = wide * torch.rsqrt(variance + eps)
+    return out.to(dtype) if half else out
+
+
+def _affine(x: Any, weight: Any, bias: Any) -> Any:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias

@@ -1,0 +1,144 @@
+"""Extracted networks: plain modules that give what the task gave."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from extracting import finished
+from networks import NETWORKS
+
+import hatify
+from hatify import HATModel
+from hatify.calling import flatten
+from hatify.errors import TaskError
+
+ROUNDING = 1e-5
+"""Relative to the largest output."""
+TIMM = ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_byobnet", "test_mambaout"]
+
+
+def zoo(name: str, tasks: list[int] | int = 3) -> tuple[torch.nn.Module, HATModel]:
+    model = timm.create_model(name)
+    return model, hatify.convert(model, tasks, verify=False).eval()
+
+
+def outputs(model: torch.nn.Module, inputs, **how) -> list[torch.Tensor]:
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return flatten(model(*args, **how, **kwargs))[0]
+
+
+def close(expected: list[torch.Tensor], got: list[torch.Tensor]) -> bool:
+    assert [a.shape for a in expected] == [b.shape for b in got]
+    for a, b in zip(expected, got, strict=True):
+        if not torch.allclose(a, b, 0.0, ROUNDING * max(float(a.float().nan_to_num().abs().max()), 1e-3), equal_nan=True):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_baked_network_equals_the_task(name: str) -> None:
+    network = NETWORKS[name]
+    hat = hatify.convert(network.make(), 3, example_inputs=network.inputs(2), verify=False).eval()
+    finished(hat, 1)
+    before = {k: v.clone() for k, v in hat.state_dict().items()}
+    plain = hatify.extract(hat, 1)
+    assert not plain.training and not any("hatify" in type(m).__module__ for m in plain.modules())
+    assert all(torch.equal(v, before[k]) for k, v in hat.state_dict().items()), "the model was changed"
+    assert plain.extraction["task"] == 1 and not plain.extraction["slim"]
+    for batch in (2, 5):
+        inputs = network.inputs(batch)
+        assert close(outputs(hat, inputs, task=1), outputs(plain, inputs))
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_state_dict_is_the_architectures_own(name: str) -> None:
+    _, hat = zoo(name, [7, 5])
+    finished(hat, 1)
+    plain = hatify.extract(hat, 1)
+    x = torch.randn(3, *hat.example_inputs[0][0].shape[1:])
+    expected = outputs(hat, x, task=1)
+    assert expected[0].shape == (3, 5) and close(expected, outputs(plain, x))
+    if any("live" in key for key in plain.state_dict()):
+        assert any("norm" in n.name for n in plain.graph.nodes), "masks stayed without a norm over live channels"
+        return
+    fresh = timm.create_model(name, num_classes=5).eval()
+    fresh.load_state_dict(plain.state_dict(), strict=True)
+    assert close(expected, outputs(fresh, x))
+    assert not plain.extraction["stayed"]
+
+
+def test_everything_folds_in_convolutional_networks() -> None:
+    for name in ("test_resnet", "test_efficientnet"):
+        _, hat = zoo(name)
+        finished(hat, 0)
+        plain = hatify.extract(hat, 0)
+        assert not plain.extraction["stayed"] and plain.extraction["folded"]
+        assert list(plain.state_dict()) == list(timm.create_model(name).state_dict())
+
+
+def test_a_mask_that_is_left_out_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: without the zeros in the weights, taking the masks out gives other outputs."""
+    from hatify.lifecycle import folding
+
+    _, hat = zoo("test_resnet")
+    finished(hat, 0)
+    monkeypatch.setattr(folding, "zero_dead", lambda plain: None)
+    with pytest.raises(hatify.HatifyError, match="does not give what task 0 gives"):
+        hatify.extract(hat, 0)
+
+
+def test_works_without_hatify(tmp_path) -> None:
+    _, hat = zoo("test_vit")
+    finished(hat, 2)
+    plain = hatify.extract(hat, 2)
+    x = torch.randn(2, 3, 160, 160)
+    torch.save({"x": x, "y": outputs(plain, x)[0], "model": plain}, tmp_path / "plain.pt")
+    code = (
+        "import sys; sys.modules['hatify'] = None\n"
+        "import torch; torch.set_num_threads(1)\n"
+        f"held = torch.load({str(tmp_path / 'plain.pt')!r}, weights_only=False)\n"
+        "assert torch.equal(held['model'](held['x']), held['y'])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_modes_and_a_step_of_training() -> None:
+    _, hat = zoo("test_resnet")
+    finished(hat, 0)
+    hat.train()
+    plain = hatify.extract(hat, 0)
+    assert hat.training and not plain.training
+    plain.train()
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1)
+    x, y = torch.randn(4, 3, 160, 160), torch.tensor([0, 1, 2, 3])
+    losses = []
+    for _ in range(4):
+        loss = torch.nn.functional.cross_entropy(plain(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert any(p.grad is not None for p in plain.parameters()) and all(p.grad is None for p in hat.parameters())
+
+
+def test_refusals_carry_the_fix() -> None:
+    _, hat = zoo("test_resnet")
+    with pytest.raises(TaskError, match="no task is finished"):
+        hatify.extract(hat, 0)
+    finished(hat, 1)
+    with pytest.raises(TaskError, match="no task 7"):
+        hatify.extract(hat, 7)
+    with pytest.raises(TaskError, match=r"task 0 is not finished(.|\n)*hatify.extract\(hat, 1\)"):
+        hatify.extract(hat, 0)
+    with pytest.raises(hatify.HatifyError, match="a converted model, not Linear"):
+        hatify.extract(torch.nn.Linear(2, 2), 0)
