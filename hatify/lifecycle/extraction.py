@@ -51,6 +51,7 @@ def extract(hat: HATModel, task: int, slim: bool = False) -> fx.GraphModule:
         ExtractionError: the result differs from the task by more than rounding.
     """
     task = _finished(hat, task)
+    hat._guard.restore()  # what was written by hand since is none of the task's
     tensors = [t.cpu() for t in hat._facts.inputs]
     plain = specialise(hat, task)
     picture = Picture(plain, values_of(hat, tensors))
@@ -160,8 +161,8 @@ def _call(hat: HATModel, tensors: list[Tensor]) -> tuple[tuple, dict]:
         else:
             kwargs[parameter.name] = value
     if args:  # what comes before *args can only be given by position
-        before = [kwargs.pop(p.name) for p, s in hat.signature.arguments() if s.leaves and p.name in kwargs and p.kind is not p.KEYWORD_ONLY]
-        args = [*before, *args]
+        first = [p for p, _ in hat.signature.arguments() if p.name in kwargs and p.kind is not p.KEYWORD_ONLY]
+        args = [*(kwargs.pop(p.name) for p in first), *args]
     return tuple(args), kwargs
 
 

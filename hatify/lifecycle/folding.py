@@ -75,7 +75,9 @@ def zero_dead(plain: Plain) -> None:
 def _why(x: fx.Node, fill: float, zeros: Zeros) -> str:
     if fill:
         return f"dead positions have to be {fill:g}, where a function is not defined at zero"
-    return f"{x.name} is not zero at dead positions whatever the weights are, and its readers are not layers with zero weights there"
+    return (
+        f"{x.name} is not zero at dead positions whatever the weights are, and its readers are not layers with zero weights there"
+    )
 
 
 def _reads_nothing(user: fx.Node, node: fx.Node, live: torch.Tensor, zeros: Zeros) -> bool:
