@@ -44,8 +44,11 @@ def alias_groups(state: Mapping[str, Any]) -> list[list[str]]:
     """The groups of keys (two or more each) whose values are one tensor: same memory, layout and type."""
     groups: dict[Any, list[str]] = {}
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.device.type != "meta" and value.numel():
-            view = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        if isinstance(value, Tensor) and value.layout is torch.strided and value.device.type != "meta" and value.numel():
+            storage = (
+                value.untyped_storage()._cdata
+            )  # not its address: asking for that would part weights that share memory until written
+            view = (storage, value.storage_offset(), value.dtype, value.shape, value.stride())
             groups.setdefault(view, []).append(key)
     return [keys for keys in groups.values() if len(keys) > 1]
 

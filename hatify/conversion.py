@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -19,6 +18,7 @@ from hatify.errors import ConversionError
 from hatify.gates import compile_gates
 from hatify.model import Facts, HATModel, Sizes
 from hatify.modules import HATConfig
+from hatify.modules.copies import copy_module
 from hatify.report import make_report
 from hatify.rewrite import Surgery, rewrite_graph
 from hatify.rewrite.scope import scoped
@@ -180,13 +180,13 @@ def _rewrite(
 
 
 def own_copy(model: nn.Module) -> nn.Module:
-    """A deep copy, weights included, also of models that hold computed tensors."""
+    """A deep copy, weights included (memory is shared until written), also of models that hold computed tensors."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    copied = copy.deepcopy(model, memo)
+    copied = copy_module(model, memo)
     for module in copied.modules():
         for parameter in module._parameters.values():
             if parameter is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -329,6 +329,10 @@ class HATModel(fx.GraphModule):
             tasks: the tasks to protect.
             without: parameters whose locks are left out, for negative controls.
         """
+        return dict(self.each_lock(tasks, without=without))
+
+    def each_lock(self, tasks: Any, *, without: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
+        """:meth:`locks` one parameter at a time: all together take a byte per weight."""
         tasks = [self.checked_task(t) for t in tasks]
         memo: dict[tuple, Tensor] = {}
         masks = {t: {n: m.live(t).float().cpu() for n, m in self.maskers.items()} for t in tasks}
@@ -341,15 +345,13 @@ class HATModel(fx.GraphModule):
                 memo[key] = (evaluate(program, masks[task].__getitem__, evaluated[task]) > 0).reshape(ids.shape)
             return memo[key]
 
-        result = {}
         for name, uses in self._facts.uses.items():
             parameter = self.get_parameter(name)
             total = torch.zeros(parameter.numel(), dtype=torch.bool)
             if name not in without:
                 for use in uses:
                     total |= locked(use, parameter.numel(), live, tasks, self.settings["locking"] == "paper")
-            result[name] = total.view(parameter.shape)
-        return result
+            yield name, total.view(parameter.shape)
 
     # state
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hatify.errors import HatifyError
 from hatify.model import HATModel
 from hatify.modules import HATRecurrent, TaskContext
+from hatify.modules.copies import can_share, copy_of, shareable
 from hatify.original import original_of
 
 ROUNDING = 1e-4
@@ -168,7 +169,7 @@ def _parity_eval(hat: HATModel, original: nn.Module, tensors: list[Tensor], note
     hat.eval(), original.eval()
     with _own_buffers(original), _seeded(seed):
         try:
-            expected = _flat(original(*args, **kwargs))
+            expected = [o.detach() for o in _flat(original(*args, **kwargs))]  # its activations must not live on beside ours
         except Exception as error:
             if tensors[0].shape == hat._facts.inputs[0].shape:
                 raise
@@ -176,7 +177,7 @@ def _parity_eval(hat: HATModel, original: nn.Module, tensors: list[Tensor], note
             return 0.0
     args, kwargs = hat.signature.rebuild([t.clone() for t in tensors])
     with _buffers_kept(hat), _seeded(seed):
-        return difference(expected, _flat(hat(*args, task=None, **kwargs)))
+        return difference(expected, [o.detach() for o in _flat(hat(*args, task=None, **kwargs))])
 
 
 def _parity_without_gradients(hat: HATModel, batches: list[list[Tensor]], notes: list[str], seed: int) -> float:
@@ -269,36 +270,42 @@ def _gradients(out: list[Tensor], parameters: dict[str, nn.Parameter], seed: int
 
 
 def _drift(hat: HATModel, batches: list[list[Tensor]], without_locks, without_masks, seed: int, notes: list[str]):
-    """Two tasks with random binary masks; all that the first does not lock becomes noise; its outputs are compared."""
+    """Two tasks with random binary masks; all that the first does not lock becomes noise (copies of other tasks NaN, where that can be
+    put back); its outputs are compared."""
     generator = torch.Generator().manual_seed(seed)
     task, other = 0, 1 if hat.config.num_tasks > 1 else None
-    with torch.no_grad():
-        for parameter in hat.parameters():  # zero-initialised gains would hide whole branches
-            if parameter.dtype.is_floating_point:
-                parameter.add_(0.1 * _noise(parameter, generator))
+    own, unread = _of_task(hat, task), _unread(hat, task)
+    kept_out = {id(p) for p in unread}
+    written = [p for p in hat.parameters() if p.dtype.is_floating_point and id(p) not in kept_out]
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for parameter in written:  # zero-initialised gains would hide whole branches
+            parameter.add_(0.1 * _noise(parameter, generator))
         for masker in hat.maskers.values():
             for embedding in (masker.embeddings[t] for t in (task, other) if t is not None):
                 embedding.copy_(torch.randn(embedding.shape, generator=generator))
         before = _outputs(hat, batches, task, seed, without_masks)
         if not all(torch.isfinite(o).all() for o in before if o.dtype.is_floating_point):
             notes.append("outputs are not finite under random weights: drift means little")
-        locks = hat.locks([task], without=tuple(without_locks))
-        own = _of_task(hat, task)
-        aliases = {id(p): n for n, p in hat.named_parameters(remove_duplicate=False) if n in locks}
-        for parameter in hat.parameters():
-            if id(parameter) in own or not parameter.dtype.is_floating_point:
-                continue
-            noise = _noise(parameter, generator)
-            name = aliases.get(id(parameter))
-            parameter.copy_(noise if name is None else torch.where(locks[name].to(parameter.device), parameter, noise))
+        stack.enter_context(_nan(unread))  # only now: NaN before and after would look equal
+        locked: list[nn.Parameter] = []
+        sharing = False
+        for name, lock in hat.each_lock([task], without=tuple(without_locks)):
+            parameter = hat.get_parameter(name)
+            sharing = sharing or bool(lock.any())
+            locked.append(parameter)
+            if id(parameter) not in own and parameter.dtype.is_floating_point:
+                parameter.copy_(torch.where(lock.to(parameter.device), parameter, _noise(parameter, generator)))
+        done = own | {id(p) for p in locked}
+        for parameter in written:
+            if id(parameter) not in done:
+                parameter.copy_(_noise(parameter, generator))
         for buffer in _copied_buffers(hat):
             if id(buffer) not in own and buffer.dtype.is_floating_point:
                 buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
         drift = difference(before, _outputs(hat, batches, task, seed, without_masks))
-        if without_locks or without_masks or not any(bool(lock.any()) for lock in locks.values()):
+        if without_locks or without_masks or not sharing:
             return drift, None  # a control already, or nothing is shared
-        for name in locks:
-            parameter = hat.get_parameter(name)
+        for parameter in locked:
             parameter.copy_(_noise(parameter, generator))
         control = difference(before, _outputs(hat, batches, task, seed, without_masks))
     return drift, control
@@ -371,6 +378,27 @@ def _of_task(hat: HATModel, task: int) -> set[int]:
     return own
 
 
+def _unread(hat: HATModel, task: int) -> list[nn.Parameter]:
+    """Parameters that belong to other tasks alone, so that ``task`` reads none of them. (Buffers, which forward restores, and tensors
+    that share memory with others are left to the noise.)"""
+    others = [t for t in range(hat.config.num_tasks) if t != task]
+    found = [p for _, copies in hat.task_copies() for other in others for p in copies(other) if isinstance(p, nn.Parameter)]
+    return [p for p in found if p.dtype.is_floating_point and can_share(p)]
+
+
+@contextlib.contextmanager
+def _nan(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """The parameters are NaN throughout, which takes no memory and which one read would show."""
+    held = [(p, p.data) for p in parameters]
+    try:
+        for parameter, value in held:
+            parameter.data = value.new_full((), float("nan")).expand(value.shape)
+        yield
+    finally:
+        for parameter, value in held:
+            parameter.data = value
+
+
 def _copied_buffers(hat: HATModel) -> list[Tensor]:
     """Buffers of task-indexed modules: the one without a task and those of every task."""
     found: list[Tensor] = []
@@ -433,15 +461,29 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _kept(hat: HATModel, elsewhere: dict[str, Tensor]) -> Iterator[None]:
-    """Weights, statistics and modes are as before afterwards; tensors that ``elsewhere`` holds are restored from there."""
+    """Weights, statistics and modes are as before afterwards.
+
+    Tensors that may share memory until written are laid aside for a copy to work on, which costs what is written to it, and only as long as
+    it lasts. The others are written in place and restored, from ``elsewhere`` where that holds them, so that whatever
+    shares memory with them goes along.
+    """
     named = {**dict(hat.named_parameters()), **dict(hat.named_buffers())}
-    backup = {n: elsewhere[n] if n in elsewhere else t.detach().clone() for n, t in named.items()}
+    copies = [(t, copy_of(t)) for t in shareable(hat)]
+    aside = {id(t) for t, _ in copies}
+    laid_aside = [(t, t.data) for t, _ in copies]
+    backup = {n: elsewhere[n] if n in elsewhere else t.detach().clone() for n, t in named.items() if id(t) not in aside}
     modes = [(m, m.training) for m in hat.modules()]
     try:
+        while copies:
+            tensor, working = copies.pop()
+            tensor.data = working
         yield
     finally:
+        for tensor, own in laid_aside:
+            tensor.data = own
         with torch.no_grad():
             for name, tensor in named.items():
-                tensor.copy_(backup[name])
+                if name in backup:
+                    tensor.copy_(backup[name])
         for module, training in modes:
             module.training = training

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import cache
 from typing import Any
 
@@ -14,6 +13,7 @@ from hatify.modules import live_norms
 from hatify.modules.calls import copy_of_task
 from hatify.modules.config import HATConfig
 from hatify.modules.context import TaskContext
+from hatify.modules.copies import copy_module
 from hatify.modules.payload import HATPayload, norm_of_payload
 
 
@@ -59,11 +59,11 @@ def task_indexed_class(base: type[nn.Module]) -> type:
 
 
 def make_task_indexed(module: nn.Module, tasks: int) -> None:
-    """Gives ``module`` one copy of itself per task (own storage each) and the task-indexed class."""
+    """Gives ``module`` one copy of itself per task (no write to one shows in another) and the task-indexed class."""
     base = module.__class__ if not isinstance(module, TaskIndexed) else type(module).__mro__[2]
     copies = []
     for _ in range(tasks):
-        copied = copy.deepcopy(module)
+        copied = copy_module(module)
         copied.__class__ = base
         copies.append(copied)
     if not isinstance(module, TaskIndexed):

@@ -130,8 +130,8 @@ class Surgery:
         for name, tensor in self.root.named_parameters():
             if ".tasks." not in name or tensor.is_meta:
                 continue
-            key = tensor.untyped_storage().data_ptr()
-            if key and key in seen:
+            key = tensor.untyped_storage()._cdata  # the storage itself: its address would be that of a copy made for asking
+            if key in seen:
                 tensor.data = tensor.data.clone()
             seen[key] = name
 
