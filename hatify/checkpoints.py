@@ -45,10 +45,9 @@ def alias_groups(state: Mapping[str, Any]) -> list[list[str]]:
     groups: dict[Any, list[str]] = {}
     for key, value in state.items():
         if isinstance(value, Tensor) and value.layout is torch.strided and value.device.type != "meta" and value.numel():
-            storage = (
-                value.untyped_storage()._cdata
-            )  # not its address: asking for that would part weights that share memory until written
-            view = (storage, value.storage_offset(), value.dtype, value.shape, value.stride())
+            # Asking for its address would part weights that share memory until written; those are never one tensor.
+            memory = ("storage", value.untyped_storage()._cdata) if torch._C._is_cow_tensor(value) else value.data_ptr()
+            view = (value.device, memory, value.storage_offset(), value.dtype, value.shape, value.stride())
             groups.setdefault(view, []).append(key)
     return [keys for keys in groups.values() if len(keys) > 1]
 

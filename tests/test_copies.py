@@ -276,6 +276,7 @@ def test_numpy_taken_before_would_write_through():
     assert naive[0, 0] == 7
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_other_kinds_of_tensors_are_cloned():
     class Own(torch.Tensor):
         pass
