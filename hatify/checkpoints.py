@@ -46,8 +46,9 @@ def alias_groups(state: Mapping[str, Any]) -> list[list[str]]:
     for key, value in state.items():
         if isinstance(value, Tensor) and value.layout is torch.strided and value.device.type != "meta" and value.numel():
             # Asking for its address would part weights that share memory until written; those are never one tensor.
-            memory = ("storage", value.untyped_storage()._cdata) if torch._C._is_cow_tensor(value) else value.data_ptr()
-            view = (value.device, memory, value.storage_offset(), value.dtype, value.shape, value.stride())
+            shared = torch._C._is_cow_tensor(value)
+            memory = (value.untyped_storage()._cdata, value.storage_offset()) if shared else value.data_ptr()
+            view = (value.device, memory, value.dtype, value.shape, value.stride())
             groups.setdefault(view, []).append(key)
     return [keys for keys in groups.values() if len(keys) > 1]
 
