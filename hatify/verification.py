@@ -125,7 +125,7 @@ def _measure(hat: HATModel, without_locks: Sequence[str], without_masks: Sequenc
     no_grad = _parity_without_gradients(hat, batches, notes, seed)
     train, gradients = None, None
     if hat.can_train:
-        train, gradients = _parity_train(hat, original, batches[0], seed)
+        train, gradients = _parity_train(hat, original, batches[0], seed, notes)
     seconds["parity"] = time.perf_counter() - start
     start = time.perf_counter()
     for attempt in range(SEEDS):
@@ -207,11 +207,20 @@ def _all_trainable(hat: HATModel) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _parity_train(hat: HATModel, original: nn.Module, tensors: list[Tensor], seed: int) -> tuple[float, float]:
-    """Outputs and statistics of one train-mode step, and its gradients."""
+def _parity_train(
+    hat: HATModel, original: nn.Module, tensors: list[Tensor], seed: int, notes: list[str]
+) -> tuple[float, float | None]:
+    """Outputs and statistics of one train-mode step, and its gradients (None where the original itself has no backward)."""
     (expected, wanted, statistics), (got, digests, own) = (_train_step(m, hat, tensors, seed, None) for m in (original, hat))
     names = list(statistics)
     parity = max(difference(expected, got), difference([statistics[n] for n in names], [own[n] for n in names]))
+    if isinstance(wanted, Exception):
+        reason = (str(wanted).strip().splitlines() or [""])[0]
+        notes.append(f"the original's own backward fails ({type(wanted).__name__}: {reason}): gradients not compared")
+        return parity, None
+    if isinstance(digests, Exception):
+        notes.append(f"backward fails, the original's does not ({type(digests).__name__}: {digests})")
+        return parity, float("inf")
     if wanted.keys() != digests.keys():
         return parity, float("inf")
     unequal = {n for n in wanted if wanted[n] != digests[n]}
@@ -235,8 +244,11 @@ def _train_step(model: nn.Module, hat: HATModel, tensors: list[Tensor], seed: in
     return [o.detach() for o in out], gradients, statistics
 
 
-def _gradients(out: list[Tensor], parameters: dict[str, nn.Parameter], seed: int, whole: set[str] | None) -> dict[str, Any]:
-    """A digest of every gradient, freed as soon as it is there; or the gradients named in ``whole`` themselves."""
+def _gradients(
+    out: list[Tensor], parameters: dict[str, nn.Parameter], seed: int, whole: set[str] | None
+) -> dict[str, Any] | Exception:
+    """A digest of every gradient, freed as soon as it is there; or the gradients named in ``whole`` themselves; or the error of a
+    backward that fails."""
     generator = torch.Generator().manual_seed(seed)
     loss = sum((o.float() * torch.randn(o.shape, generator=generator).to(o.device)).sum() for o in out if o.requires_grad)
     found: dict[str, Any] = {}
@@ -261,6 +273,8 @@ def _gradients(out: list[Tensor], parameters: dict[str, nn.Parameter], seed: int
         parameter.grad = None
     try:
         loss.backward()
+    except Exception as error:  # whatever the user's own backward raises: the caller says whose it was
+        return error
     finally:
         for hook in hooks:
             hook.remove()
