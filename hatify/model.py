@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from hatify.calling import Signature, unflatten
 from hatify.capture import Captured
+from hatify.capture.selections import check_selections
 from hatify.errors import CallError, ConversionError, HatifyError, TaskError
 from hatify.gates import evaluate, locked
 from hatify.learning import Guard, Learning
@@ -477,6 +478,8 @@ def _forward(self: HATModel, *args: Any, task: int | None = None, mask_scale: fl
         self._guard.before_forward(task)
     tensors = self._facts.signature.bind(args, kwargs)
     self._facts.check_sizes(tensors)
+    if self._facts.selections and not torch.compiler.is_compiling():
+        check_selections(self._facts.selections, self.get_buffer)
     context = self.context(task, mask_scale if task is not None or payload is None else None)
     if context is None and self.runs_own_code:
         args, kwargs = self._facts.signature.rebuild(tensors)

@@ -273,3 +273,40 @@ def test_running_statistics_by_function_belong_to_their_task():
     hat.eval()
     assert torch.equal(hat(x, task=0), first)
     assert not torch.equal(hat(x, task=1), second), "the task that ran did not learn its statistics"
+
+
+class NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("no backward here")
+
+
+class OwnFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(NoBackward.apply(torch.tanh(self.fc(x))))
+
+
+def test_an_original_whose_backward_fails_is_compared_without_it(monkeypatch):
+    hat = hatify.convert(OwnFunction(), 2, example_inputs=torch.randn(3, 6))
+    proof = hat.verification
+    assert proof.ok and proof.parity == proof.parity_train == 0.0 and proof.gradients is None
+    assert any("the original's own backward fails (RuntimeError: no backward here)" in note for note in proof.notes)
+    run = hat.run
+    hat.run = lambda tensors, task: (run(tensors, task)[0] * 1.5,)  # the negative control: outputs are still compared
+    assert hatify.verify(hat).parity_train > 0
+
+
+def test_a_backward_that_only_the_converted_model_fails_at_is_no_parity():
+    hat = hatify.convert(small(), 2, example_inputs=torch.randn(2, 3, 8, 8), verify=False)
+    run = hat.run
+    hat.run = lambda tensors, task: (NoBackward.apply(run(tensors, task)[0]) / 2,)
+    report = hatify.verify(hat)
+    assert report.parity_train == 0.0 and report.gradients == float("inf") and not report.ok

@@ -98,6 +98,7 @@ def load(path: str | os.PathLike[str], *, factory: Callable[[], nn.Module] | Non
     with torch.random.fork_rng(devices=[]):  # the random weights of the new model are overwritten below
         model = _build(directory, source, factory)
         _take_dtypes(model, state)
+        _take_buffers(model, state)
         hat = convert(
             model,
             tasks=settings["classes"] or settings["tasks"],
@@ -192,6 +193,14 @@ def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
         stored = state.get(key)
         if isinstance(value, Tensor) and stored is not None and value.dtype != stored.dtype:
             value.data = value.data.to(stored.dtype)
+
+
+def _take_buffers(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Index tables and masks are data to the conversion: it must see those that were saved, not those of a new model."""
+    for name, buffer in model.named_buffers():
+        stored = state.get(name)
+        if stored is not None and stored.shape == buffer.shape:
+            buffer.data.copy_(stored)
 
 
 def _check_keys(directory: Path, own: dict[str, Any], state: dict[str, Tensor]) -> None:

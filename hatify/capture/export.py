@@ -19,9 +19,10 @@ from torch.utils import _pytree as pytree
 
 from hatify.calling import Signature, flatten
 from hatify.capture.captured import Captured, FixedSize, ShapeGuard
-from hatify.capture.functional import copied, make_functional, mutated
+from hatify.capture.functional import copied, make_functional, mutated, written_through_leaves
 from hatify.capture.questions import noted_questions
 from hatify.capture.regions import SWITCHES, enter_autocast, exit_autocast
+from hatify.capture.selections import known_selections
 from hatify.capture.tree import LEAF, FunctionCall, arguments, clear_calls, copy_tree, forget_call, mark_functions, mark_leaves
 from hatify.errors import CaptureError
 
@@ -73,14 +74,35 @@ def export_mode(
     Raises:
         CaptureError: with the user's source line, where tracing stops.
     """
+    through: set[str] = set()
+    while True:
+        captured, written = _export_once(model, signature, inputs, training, stubs or {}, open_sizes, through)
+        if not written - through:
+            return captured
+        through |= written  # a leaf that gives its input back (dropout in eval mode), which is then written to
+
+
+def _export_once(
+    model: nn.Module,
+    signature: Signature,
+    inputs: list[Tensor],
+    training: bool,
+    stubs: dict[str, Any],
+    open_sizes: bool,
+    through: set[str],
+) -> tuple[Captured, set[str]]:
+    """One capture, and the paths of leaves whose aliasing it lost although it matters."""
     root = copy_tree(model)
     root.train(training) if training else root.eval()
-    leaves = mark_leaves(root, stubs or {})
+    leaves = mark_leaves(root, stubs, through)
     flat = _Flat(root, signature)
     try:
-        with noted_questions() as asks:
+        with noted_questions() as asks, known_selections(root, model) as selections:
             program, opened = _export(flat, inputs, model, open_sizes)
         captured = _read(program, signature, flat.seen.structure, inputs)
+        written = written_through_leaves(captured.graph)
+        if written - through:
+            return captured, written
         writes = make_functional(captured.graph, {n for n, _ in model.named_buffers(remove_duplicate=False)})
         if writes is None:  # writes through views: PyTorch's own functionalisation
             with _quiet():
@@ -100,7 +122,8 @@ def export_mode(
     captured.leaves = leaves
     captured.open_sizes = opened
     captured.asks = {training: asks}
-    return captured
+    captured.selections = selections
+    return captured, set()
 
 
 def _export(flat: _Flat, inputs: list[Tensor], model: nn.Module, open_sizes: bool) -> tuple[ExportedProgram, bool]:
@@ -320,6 +343,7 @@ def _leaf_node(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> list[
     numbered = iter(range(len(values)))
     flat = [next(numbered) if c is Tensor else None for c in call.constants]
     new.meta["out"] = pytree.tree_unflatten(flat, call.out)
+    new.meta["aliases"] = [env[tensors[i]] for i in call.aliases]
     if isinstance(new.meta["out"], int):
         new.meta["val"] = values[0]
         return [new]

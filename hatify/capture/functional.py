@@ -17,16 +17,7 @@ def make_functional(graph: fx.Graph, buffers: set[str]) -> dict[str, fx.Node] | 
     that existed before is used afterwards. Returns the final values of the written ``buffers`` (names of ``get_attr`` nodes).
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
-    groups = _Aliases()
-    inplace = []
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        for other in node.all_input_nodes:
-            if _aliases(node, other):
-                groups.union(node, other)
-        if mutated(node) is not None:
-            inplace.append(node)
+    groups, inplace = _look(graph)
     held = {node: node.target for node in graph.nodes if node.op == "get_attr" and node.target in buffers}
     for node in inplace:
         target = mutated(node)
@@ -49,6 +40,40 @@ def make_functional(graph: fx.Graph, buffers: set[str]) -> dict[str, fx.Node] | 
             current[new] = writes_to = current[target]
             writes[writes_to] = new
     return writes
+
+
+def written_through_leaves(graph: fx.Graph) -> set[str]:
+    """Paths of leaves that give back an input's own memory (dropout in eval mode, an identity, a flatten), where that memory is
+    written to afterwards: a leaf's result stands for new memory in the graph, so these have to be traced into."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    leaves = [n for n in graph.nodes if n.op == "call_module" and n.meta.get("aliases")]
+    if not leaves:
+        return set()
+    (seen, inplace), (actual, _) = _look(graph), _look(graph)
+    for leaf in leaves:
+        for source in leaf.meta["aliases"]:
+            actual.union(leaf, source)
+    found: set[str] = set()
+    for write in inplace:
+        target = mutated(write)
+        unseen = actual.of(target) - seen.of(target)
+        if any(order[user] > order[write] for alias in unseen for user in alias.users):
+            found.update(leaf.target for leaf in leaves if leaf in actual.of(target))
+    return found
+
+
+def _look(graph: fx.Graph) -> tuple[_Aliases, list[fx.Node]]:
+    """Which nodes may share memory, and those that write."""
+    groups, inplace = _Aliases(), []
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        for other in node.all_input_nodes:
+            if _aliases(node, other):
+                groups.union(node, other)
+        if mutated(node) is not None:
+            inplace.append(node)
+    return groups, inplace
 
 
 class _Aliases:

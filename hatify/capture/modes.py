@@ -12,6 +12,7 @@ from hatify.calling import Signature
 from hatify.capture.captured import ByMode, Captured
 from hatify.capture.dtypes import follow_dtypes
 from hatify.capture.export import export_mode
+from hatify.capture.selections import words
 from hatify.errors import CaptureError
 
 NUMBERS = (bool, int, float)
@@ -54,10 +55,11 @@ def _both_modes(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
     except CaptureError as error:
         notes.append(f"train mode cannot be traced ({error.where}); training uses the eval graph only on request\n{error}")
         evaluated.eval_only = True
-        notes += _asking(evaluated)
+        notes += [*_asking(evaluated), *words(evaluated.selections)]
         return evaluated, None, notes
     evaluated.asks.update(trained.asks)
-    notes += _asking(evaluated)
+    evaluated.selections.update(trained.selections)
+    notes += [*_asking(evaluated), *words(evaluated.selections)]
     if _merge(evaluated, trained):
         return evaluated, None, notes
     follow_dtypes(trained, model, signature, training=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,7 @@ class LeafCall:
     out: Any = None
     constants: list[Any] = field(default_factory=list)
     inplace: bool = False
+    aliases: list[int] = field(default_factory=list)
 
 
 def _stub(recorded: Any) -> Callable:
@@ -83,10 +84,10 @@ def copy_tree(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def mark_leaves(root: nn.Module, stubs: dict[str, Any]) -> dict[str, nn.Module]:
+def mark_leaves(root: nn.Module, stubs: dict[str, Any], through: Collection[str] = ()) -> dict[str, nn.Module]:
     """Replaces the forward of every leaf in ``root`` (a copied tree) by a marker; returns the leaves by path.
 
-    A module of ``stubs`` gives its recorded output instead of being traced.
+    A module of ``stubs`` gives its recorded output instead of being traced; leaves at the paths of ``through`` are traced into.
     """
     leaves: dict[str, nn.Module] = {}
     seen: set[int] = set()
@@ -99,7 +100,7 @@ def mark_leaves(root: nn.Module, stubs: dict[str, Any]) -> dict[str, nn.Module]:
             path = f"{prefix}{name}"
             if path in stubs:
                 child.__dict__["forward"] = _stub(stubs[path])
-            elif describe(child) is not None:
+            elif describe(child) is not None and path not in through:
                 leaves[path] = child
                 child.__dict__["forward"] = _Marker(path, copy_tree(child))
             else:
@@ -248,5 +249,6 @@ def _noted_results(call: LeafCall, out: Any, inputs: list[Tensor]) -> list[Tenso
     call.constants = [Tensor if isinstance(t, Tensor) else t for t in flat]
     if any(isinstance(s, torch.SymInt) and s.node.expr.count_ops() > MOST_SIZE_OPERATIONS for t in inputs for s in t.shape):
         raise SizesTooLarge
-    given = {t.untyped_storage()._cdata for t in inputs}
+    given = {t.untyped_storage()._cdata: i for i, t in enumerate(inputs)}
+    call.aliases = [given[s] for t in flat if isinstance(t, Tensor) and (s := t.untyped_storage()._cdata) in given]
     return [t.clone() if t.untyped_storage()._cdata in given else t for t in flat if isinstance(t, Tensor)]
