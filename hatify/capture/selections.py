@@ -72,6 +72,7 @@ class _Reader:
 
     def __init__(self, root: nn.Module, held: dict[str, Tensor], used: dict[str, Tensor]) -> None:
         self.root, self.held, self.used = root, held, used
+        self.literals: nn.Module | None = None  # where the tracer keeps tensors that no module holds
 
     def integers(self, index: Any) -> Any:
         """``index`` with boolean tensors of known value replaced by the positions where they are true."""
@@ -94,6 +95,7 @@ class _Reader:
         slot = None if mode is None else get_proxy_slot(mask, mode.tracer, None)
         if slot is None:
             return None
+        self.literals = mode.tracer.root
         names: dict[fx.Node, str] = {}
         for name, buffer in self.root.named_buffers(remove_duplicate=False):
             own = get_proxy_slot(buffer, mode.tracer, None) if isinstance(buffer, Tensor) else None
@@ -117,8 +119,7 @@ class _Reader:
             read.add(names[node])
             done[node] = self.held[names[node]]
         elif node.op == "get_attr":
-            owner = node.graph.owning_module if node.graph.owning_module is not None else get_proxy_mode().tracer.root
-            held = getattr(owner, node.target, None)
+            held = getattr(self.literals, node.target, None)
             done[node] = held if isinstance(held, Tensor) and not isinstance(held, FakeTensor | nn.Parameter) else None
         elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             name = node.target._schema.name.split("::")[1]
