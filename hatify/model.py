@@ -16,6 +16,7 @@ from hatify.capture.selections import check_selections
 from hatify.errors import CallError, ConversionError, HatifyError, TaskError
 from hatify.gates import evaluate, locked
 from hatify.learning import Guard, Learning
+from hatify.learning.hooks import watch_state
 from hatify.learning.network import Converted, network_of
 from hatify.modules import HATConfig, HATPayload, Masker, TaskContext, TaskIndexed, TaskIndexedParameter
 from hatify.original import OwnCode
@@ -62,9 +63,7 @@ class HATModel(fx.GraphModule):
         self._non_persistent_buffers_set = set(root._non_persistent_buffers_set)
         self.training = root.training
         self.__dict__["_guard"] = Guard(self)
-        self._register_load_state_dict_pre_hook(_before_load, with_module=True)
-        self.register_load_state_dict_post_hook(_after_load)
-        self.register_state_dict_pre_hook(_before_state)
+        watch_state(self)
         held = (*self._modules, *self._parameters, *self._buffers)
         hidden = [name for name in held if hasattr(type(self), name) or name in self.__dict__]
         for code in (graph, train_graph):
@@ -302,10 +301,7 @@ class HATModel(fx.GraphModule):
     def train(self, mode: bool = True) -> HATModel:
         """As any module's; a finished task's norms and heads stay in eval mode, so that a replay leaves their statistics alone."""
         super().train(mode)
-        for module in self.modules():
-            if isinstance(module, TaskIndexed):
-                for task in self.finished_tasks:
-                    module.tasks[task].eval()
+        network_of(self).rest()
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> HATModel:
@@ -488,35 +484,6 @@ def _forward(self: HATModel, *args: Any, task: int | None = None, mask_scale: fl
         structure = self._facts.train_output if self.training else self._facts.output
         out = unflatten(list(self.run(tensors, context)), structure)
     return HATPayload(out, task_id=task, mask_scale=mask_scale) if payload is not None else out
-
-
-def _before_load(module: HATModel, state_dict: dict, prefix: str, *rest: Any) -> None:
-    """Also when a larger module that holds the model is loaded."""
-    guard = module._guard
-    if guard.is_open:
-        return
-    names = {id(t): n for n, t in (*module.named_parameters(), *module.named_buffers())}
-    changed = guard.check_load(state_dict, prefix, names)
-    marks = state_dict.get(f"{prefix}{module._facts.room}.status._extra_state")
-    lost = set() if marks is None else {t for t in module.finished_tasks if t >= len(marks) or not marks[t]}
-    if changed or lost:
-        raise TaskError(
-            f"loading would overwrite what the finished tasks {sorted(module.finished_tasks)} need"
-            if changed
-            else f"loading would leave the tasks {sorted(lost)} unfinished, and their weights unlocked",
-            where=", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "") or None,
-            fix="hat.load_state_dict(state_dict, overwrite=True) if that is what you want",
-        )
-
-
-def _after_load(module: HATModel, incompatible: Any) -> None:
-    guard = module._guard
-    if not guard.is_open:
-        guard.loaded()
-
-
-def _before_state(module: HATModel, prefix: str, keep_vars: bool) -> None:
-    module._guard.restore()
 
 
 class Sizes:

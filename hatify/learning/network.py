@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import singledispatch
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,14 @@ class Network:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        inner = next((n for n, m in module.named_modules() if network_of.dispatch(type(m)) is not Network), None)
+        if inner is not None:
+            raise TaskError(
+                f"{type(module).__name__} wraps a HAT model",
+                where=inner,
+                why="sessions belong to the model itself",
+                fix="hat.learning(...) of the model that was wrapped; calls go through the wrapper as ever",
+            )
         self.maskers: dict[str, Masker] = {}
         for name, found in module.named_modules():
             if isinstance(found, Masker):
@@ -41,6 +50,23 @@ class Network:
     @property
     def finished(self) -> set[int]:
         return set.intersection(*(m.finished for m in self.maskers.values()))
+
+    def marks(self, state_dict: Mapping[str, Any], prefix: str) -> set[int] | None:
+        """The finished tasks of a checkpoint, or None where it does not say."""
+        paths = [n for n, m in self.module.named_modules() if isinstance(m, Masker)]
+        found = [state_dict.get(f"{prefix}{path}._extra_state") for path in paths]
+        found = [{t for t, done in enumerate(marks.tolist()) if done} for marks in found if marks is not None]
+        return set.intersection(*found) if found else None
+
+    overwriting = "load into a network that was built anew"
+    """What to do where loading would overwrite finished tasks."""
+
+    def rest(self) -> None:
+        """Finished tasks' norms and heads stay in eval mode, so that a replay leaves their statistics alone."""
+        for module in self.indexed():
+            for task in self.finished:
+                if module.tasks[task].training:
+                    module.tasks[task].eval()
 
     def mark(self, task: int, finished: bool) -> None:
         """Makes the masks of ``task`` binary for good, or soft again."""
@@ -110,6 +136,12 @@ class Converted(Network):
     def finished(self) -> set[int]:
         return self.module.finished_tasks
 
+    overwriting = "hat.load_state_dict(state_dict, overwrite=True) if that is what you want"
+
+    def marks(self, state_dict: Mapping[str, Any], prefix: str) -> set[int] | None:
+        marks = state_dict.get(f"{prefix}{self.module._facts.room}.status._extra_state")
+        return None if marks is None else {t for t, done in enumerate(marks.tolist()) if done}
+
     def mark(self, task: int, finished: bool) -> None:
         status = self.module.room.status
         (status.finished.add if finished else status.finished.discard)(task)
@@ -128,11 +160,5 @@ class Converted(Network):
             super().copy_to(task, source)
 
 
-@singledispatch
-def network_of(module: nn.Module) -> Network:
-    """The view of a network that learning works on.
-
-    Raises:
-        TaskError: it has no HAT layers.
-    """
-    return Network(module)
+network_of = singledispatch(Network)
+"""The view of a network that learning works on; raises TaskError where it has no HAT layers."""

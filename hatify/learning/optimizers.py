@@ -45,7 +45,7 @@ def forget_locked(optimizer: Optimizer, protection: Protection) -> None:
         if not isinstance(parameter, Tensor):
             continue
         for value in list(state.values()):
-            if _spans(value, parameter):
+            if protection.tasks and _spans(value, parameter):
                 state.clear()  # cannot be told apart by elements: it starts anew
                 break
             entry = locked.get(id(parameter))
@@ -59,12 +59,13 @@ def _spans(value: Any, parameter: Tensor) -> bool:
 
 
 class Backup:
-    """Weights and optimizer state before a step, to go back to."""
+    """Weights and all that the optimizer remembers, in its groups too, before a step, to go back to."""
 
     def __init__(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
         self.optimizer = optimizer
         self.parameters = [(p, p.detach().clone()) for p in parameters]
         self.state = {p: {k: _copied(v) for k, v in s.items()} for p, s in optimizer.state.items()}
+        self.groups = [{k: _copied(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
 
     def restore(self) -> None:
         """As it was before the step."""
@@ -72,12 +73,20 @@ class Backup:
             parameter.data.copy_(value)
         self.optimizer.state.clear()
         self.optimizer.state.update(self.state)
+        for group, values in zip(self.optimizer.param_groups, self.groups):
+            group.update(values)
 
 
 def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     return [_copied(v) for v in value] if isinstance(value, list) else value
+
+
+def state_tensors(optimizer: Optimizer) -> list[Tensor]:
+    """All tensors that an optimizer remembers."""
+    values = [v for state in optimizer.state.values() for v in state.values()]
+    return [t for v in values for t in (v if isinstance(v, list | tuple) else [v]) if isinstance(t, Tensor)]
 
 
 def largest(tensors: list[Tensor]) -> float:

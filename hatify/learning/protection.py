@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -122,7 +122,7 @@ class Protection:
                 if bool(lock.any()):
                     parameter = network.module.get_parameter(name)
                     shared.append(Locked.of(name, parameter, None if bool(lock.all()) else lock.to(parameter.device)))
-        names = {id(t): n for n, t in (*network.module.named_parameters(), *network.module.named_buffers())}
+        names = {id(t): n for n, t in _tensors(network.module).items()}
         for task in sorted(finished):
             for tensor in (*network.embeddings(task), *network.copies(task)):
                 own.append(Locked.of(names[id(tensor)], tensor, None))
@@ -142,11 +142,28 @@ class Protection:
             if id(entry.tensor) not in kept:
                 entry.within = torch.zeros(entry.tensor.shape, dtype=torch.bool, device=entry.tensor.device)
 
+    @classmethod
+    def resumed(cls, network: Network, old: Mapping[str, tuple[Tensor | None, Tensor]], tasks: Iterable[int]) -> Protection:
+        """The protection that :meth:`state` told of, of a network that was made anew."""
+        shared = set(network.locks(()))
+        made = cls(frozenset(tasks))
+        tensors = _tensors(network.module)
+        for name, (lock, values) in old.items():
+            tensor = tensors[name]
+            lock = None if lock is None else lock.to(tensor.device)
+            values = values.to(tensor.device, tensor.dtype)
+            (made.shared if name in shared else made.own).append(Locked(name, tensor, lock, values))
+        return made
+
+    def state(self) -> dict[str, tuple[Tensor | None, Tensor]]:
+        """Locks and values by the tensor's name."""
+        return {entry.name: (entry.lock, entry.values) for entry in self}
+
     def follow(self, module: nn.Module) -> None:
-        """The network was moved or cast: so are the values."""
-        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        """The network was moved or cast, or its tensors were replaced: so are the values."""
+        tensors = _tensors(module)
         for entry in self:
-            entry.follow(named[entry.name])
+            entry.follow(tensors[entry.name])
 
     def restore(self) -> None:
         """Puts every protected value back."""
@@ -170,3 +187,8 @@ class Protection:
     def parameters(self) -> dict[int, Locked]:
         """Protected parameters by their id."""
         return {id(entry.tensor): entry for entry in self if isinstance(entry.tensor, nn.Parameter)}
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hatify.errors import TaskError
 from hatify.learning.network import network_of
-from hatify.modules.masker import soft_mask
+from hatify.modules.masker import Masker, soft_mask
 
 KINDS = ("layer", "network")
 
@@ -51,7 +50,8 @@ def regularization(
     if not names:
         return torch.zeros(())
     maskers = [view.maskers[n] for n in names]
-    free = torch.cat([_free(m, task) for m in maskers])
+    others = sorted(view.finished - {task})
+    free = torch.cat([_free(m, task, others) for m in maskers])
     embeddings = torch.cat([m.embeddings[task].float() for m in maskers])
     config = maskers[0].config
     taken = soft_mask(embeddings, mask_scale, config) * free
@@ -73,10 +73,10 @@ def regularization(
     return (factor * (share - torch.tensor(quotas, device=taken.device)).clamp(min=0.0)).sum()
 
 
-def _free(masker: Any, task: int) -> Tensor:
-    """1.0 where no finished task other than ``task`` is live."""
+def _free(masker: Masker, task: int, others: list[int]) -> Tensor:
+    """1.0 where none of the other finished tasks is live."""
     used = torch.zeros(masker.channels, dtype=torch.bool, device=masker.embeddings[task].device)
-    for other in masker.finished - {task}:
+    for other in others:
         used |= masker.live(other)
     return (~used).float()
 

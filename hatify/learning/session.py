@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hatify.errors import NonFiniteError, TaskError
-from hatify.learning.guard import ON_NONFINITE, Guard
+from hatify.learning.hooks import guard_of
 from hatify.learning.network import network_of
 from hatify.learning.optimizers import all_below, check_holds, parameters_of
+from hatify.learning.protection import Protection
 from hatify.learning.regularizers import KINDS, regularization
 from hatify.learning.schedules import SCHEDULES, Schedule, checked, mask_scale, progress_of
+from hatify.learning.steps import ON_NONFINITE
 
 
 class Learning:
@@ -29,7 +31,8 @@ class Learning:
     Args:
         network: a HAT model, or a network written by hand (its payloads take ``mask_scale=run.scale``).
         task: the task to train. A finished one is trained again: its old version locks for all others until the end.
-        optimizer: one or several, or None where a framework makes them later.
+        optimizer: one or several of ``torch.optim``, or None where a framework makes them later, or where it is none of torch's (then
+            :meth:`advance` after each step).
         schedule: the scale over an epoch, see :func:`mask_scale`.
         steps_per_epoch: optimizer steps per epoch; not needed by ``constant``.
         max_scale: ``s_max``; default ``config.max_mask_scale``.
@@ -76,8 +79,8 @@ class Learning:
         self.max_scale = self._config.max_mask_scale if max_scale is None else max_scale
         self.kind, self.quota, self.weight, self.weights = kind, quota, weight, weights
         self.warm_start = warm_start
-        finished = self._view.finished - {task}
-        self.locking = finished if locked_task_ids is None else set(locked_task_ids)
+        self._asked = None if locked_task_ids is None else set(locked_task_ids)
+        self.locking: set[int] = set()
         self.on_nonfinite = on_nonfinite
         self.step = 0
         self.open = False
@@ -85,13 +88,13 @@ class Learning:
         self._skipped_before = 0
         self._active_before: int | None = None
         self._scale = torch.zeros(())
-        self._check(finished)
+        self._check()
 
     @property
     def _config(self) -> Any:
         return next(iter(self._view.maskers.values())).config if self._view.maskers else self.network.config
 
-    def _check(self, finished: set[int]) -> None:
+    def _check(self) -> None:
         function = checked(self.schedule)
         steps = self.steps_per_epoch
         if steps is None and function is not SCHEDULES["constant"]:
@@ -106,8 +109,8 @@ class Learning:
                 why="an epoch has optimizer steps",
                 fix="steps_per_epoch=len(loader)",
             )
-        for progress in (0.0, 0.5, 1.0):
-            mask_scale(self.schedule, progress, self.max_scale)
+        for step in range(1 if steps is None else steps if callable(self.schedule) else min(steps, 2)):
+            self._scale_at(step)
         if self.kind not in KINDS or self.on_nonfinite not in ON_NONFINITE:
             raise TaskError(
                 f"kind is one of {KINDS} and on_nonfinite one of {ON_NONFINITE}, not {self.kind!r} and {self.on_nonfinite!r}",
@@ -115,15 +118,33 @@ class Learning:
             )
         if self.warm_start not in (None, "pretrained"):
             self._view.checked(self.warm_start)
-        if not self.locking <= finished:
-            raise TaskError(
-                f"tasks {sorted(self.locking - finished)} are not finished, so they lock nothing",
-                why=f"finished are {sorted(finished)}",
-                fix=f"locked_task_ids={sorted(self.locking & finished)}",
-            )
         regularization(self.network, self.task, 1.0, kind=self.kind, quota=self.quota, weights=self.weights)
+        self._check_optimizers()
+        self._to_lock()
+
+    def _check_optimizers(self) -> None:
+        for optimizer in self.optimizers:
+            if not isinstance(optimizer, Optimizer):
+                raise TaskError(
+                    f"{type(optimizer).__name__} is no torch.optim.Optimizer",
+                    why="its steps cannot be seen; weights are protected nevertheless",
+                    fix="hat.learning(task=0, optimizer=None, ...), and run.advance() after each of its steps",
+                )
         if self.optimizers:
             check_holds(self.optimizers, self._needed())
+
+    def _to_lock(self) -> set[int]:
+        """The tasks to lock, of those that are finished when the session begins."""
+        finished = self._view.finished - {self.task}
+        if self._asked is None:
+            return finished
+        if not self._asked <= finished:
+            raise TaskError(
+                f"tasks {sorted(self._asked - finished)} are not finished, so they lock nothing",
+                why=f"finished are {sorted(finished)}",
+                fix=f"locked_task_ids={sorted(self._asked & finished)}",
+            )
+        return self._asked
 
     def _needed(self) -> dict[str, nn.Parameter]:
         """What the task trains: shared weights, its masks and its copies."""
@@ -139,25 +160,27 @@ class Learning:
         """Begins the task.
 
         Raises:
-            TaskError: another session of the network is open.
+            TaskError: another session of the network is open, or the optimizer does not hold what the task trains; nothing has
+                changed then.
         """
         if self.guard.session is not None:
             raise TaskError(
                 f"task {self.guard.session.task} is being learned", why="one session at a time", fix="hat.finish_task()"
             )
-        self.guard.restore()
+        self._check_optimizers()
         finished = self._view.finished
-        self.retraining = self.task in finished
+        self.locking, self.retraining = self._to_lock(), self.task in finished
         if self.warm_start is not None and not self.retraining:
             self._view.copy_to(self.task, None if self.warm_start == "pretrained" else self.warm_start)
+        self.guard.restore()
+        self.guard.session, self.open = self, True
         if self.retraining:
             self._view.mark(self.task, False)
             self.guard.narrow(self.locking, finished - {self.task})
         else:
-            self.guard.refresh(self.locking)
-        self.guard.session, self.open = self, True
-        self.guard.on_nonfinite, self._skipped_before = self.on_nonfinite, self.guard.skipped
-        self.guard.watch_statistics()
+            self.guard.refresh()
+        self._skipped_before = self.guard.steps.skipped
+        self.guard.steps.begin(self.on_nonfinite)
         for task in set(range(self._view.tasks)) - {self.task}:
             for tensor in (*self._view.embeddings(task), *self._view.copies(task)):
                 tensor.grad = None  # zeros of an earlier task would let weight decay and momentum move its copies
@@ -177,6 +200,7 @@ class Learning:
         """
         self._check_open()
         self.guard.restore()
+        self.guard.steps.keep_statistics()
         self._check_finite()
         self._close()
         self._view.mark(self.task, True)
@@ -188,16 +212,19 @@ class Learning:
         """Ends the session without finishing: what was learned stays and can be gone on with, but nothing of it is locked; a task
         in retraining is as it was before."""
         self._check_open()
+        self.guard.steps.repair(list(self._needed().values()))  # not even an unlocked weight may be infinite: 0 times it is NaN
         self.guard.restore()
         self._close()
         if self.retraining:
             self.guard.release()
             self._view.mark(self.task, True)
         self.guard.refresh()
+        for optimizer in self.optimizers:
+            self.guard.protect(optimizer)
 
     def _close(self) -> None:
         self.guard.session, self.open = None, False
-        self.guard.on_nonfinite = "raise"
+        self.guard.steps.on_nonfinite = "raise"
         if hasattr(self.network, "active_task"):
             self.network.active_task = self._active_before
 
@@ -241,7 +268,10 @@ class Learning:
     @property
     def scale(self) -> float:
         """The mask scale of the present step; for the forward pass before :attr:`step` counts on."""
-        progress = 1.0 if self.steps_per_epoch is None else progress_of(self.step, self.steps_per_epoch)
+        return self._scale_at(self.step)
+
+    def _scale_at(self, step: int) -> float:
+        progress = 1.0 if self.steps_per_epoch is None else progress_of(step, self.steps_per_epoch, self.schedule)
         return mask_scale(self.schedule, progress, self.max_scale)
 
     @property
@@ -261,7 +291,7 @@ class Learning:
 
     @property
     def skipped(self) -> int:
-        return self.guard.skipped - self._skipped_before
+        return self.guard.steps.skipped - self._skipped_before
 
     def regularization(self) -> Tensor:
         """The regularization of the present step, times ``weight``: a scalar, float32, to add to the loss.
@@ -277,8 +307,13 @@ class Learning:
         """Called by the guard after every optimizer step: the one that holds the task's masks moves the scale on."""
         embeddings = self._view.embeddings(self.task)
         held = {id(p) for p in parameters_of(optimizer)}
-        if embeddings and id(embeddings[0]) not in held:
-            return
+        if not embeddings or id(embeddings[0]) in held:
+            self.advance()
+
+    def advance(self) -> None:
+        """Counts one step and moves the scale on. Steps of torch's optimizers call it by themselves."""
+        self._check_open()
+        embeddings = self._view.embeddings(self.task)
         limit = self._config.max_embedding
         with torch.no_grad():
             for embedding in embeddings:
@@ -294,26 +329,34 @@ class Learning:
     def state_dict(self) -> dict[str, Any]:
         """What it takes, beside the network's and the optimizer's state, to go on in the middle: task, step and, while a finished
         task is trained again, the old values to go back to."""
-        old = {e.name: (e.lock, e.values) for e in self.guard.protection} if self.retraining else {}
-        return {"task": self.task, "step": self.step, "retraining": self.retraining, "old": old}
+        return {
+            "task": self.task,
+            "step": self.step,
+            "finished": sorted(self._view.finished),
+            "locking": sorted(self.locking),
+            "retraining": self.retraining,
+            "old": self.guard.protection.state() if self.retraining else {},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where ``state`` was taken.
+        """Goes on where ``state`` was taken. Load the network's state before the session begins, the optimizer's after.
 
         Raises:
-            TaskError: it is another task's.
+            TaskError: it is another task's, or the network is in another state.
         """
+        self._check_open()
+        finished = self._view.finished
         if state["task"] != self.task:
             raise TaskError(f"the state is of task {state['task']}, the session of task {self.task}", fix=f"task={state['task']}")
-        self.step = state["step"]
+        if set(state["finished"]) != finished:
+            raise TaskError(
+                f"the state was taken with the tasks {state['finished']} finished; here it is {sorted(finished)}",
+                fix="load the network's state before the session begins",
+            )
+        self.step, self.locking, self.retraining = state["step"], set(state["locking"]), state["retraining"]
+        if self.retraining:
+            self.guard.resume(Protection.resumed(self._view, state["old"], finished))
+            self.guard.narrow(self.locking, finished)
+        else:
+            self.guard.refresh()
         self._set_scale()
-
-
-def guard_of(network: nn.Module) -> Guard:
-    """The guard of a network; a network written by hand gets its own with its first session."""
-    guard = network.__dict__.get("_guard")
-    if guard is None:
-        guard = Guard(network)
-        network.__dict__["_guard"] = guard
-        guard.refresh()
-    return guard

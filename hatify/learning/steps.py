@@ -1,0 +1,237 @@
+"""What becomes of an optimizer's step: refused where it is not finite, undone where it overflowed, and protected values put back.
+
+Torch's global step hooks see every ``torch.optim`` optimizer: also one that nobody told us of, fused, carried over from an earlier task
+or made for a copy.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from hatify.errors import NonFiniteError
+from hatify.learning.network import network_of
+from hatify.learning.optimizers import Backup, all_below, largest, parameters_of, state_tensors
+
+if TYPE_CHECKING:
+    from hatify.learning.guard import Guard
+
+ON_NONFINITE = ("raise", "skip")
+SAFE_FACTOR = 1e3
+"""A step without a backup is one whose size, estimated as learning rate x gradient x this, cannot reach the largest number."""
+
+GUARDS: weakref.WeakSet[Guard] = weakref.WeakSet()
+_HOOKS: list[Any] = []
+
+
+class Steps:
+    """The steps of all optimizers over one network.
+
+    Attributes:
+        on_nonfinite: ``raise`` or ``skip`` steps that would make weights non-finite.
+        skipped: steps that were left out, raised ones included.
+    """
+
+    def __init__(self, guard: Guard) -> None:
+        self.guard = guard
+        self.on_nonfinite = "raise"
+        self.skipped = 0
+        self._limit = math.inf
+        self._owned: set[int] | None = None
+        self._shared: list[tuple[str, nn.Parameter]] | None = None
+        self._statistics: tuple[list[Tensor], list[Tensor]] = [], []
+        self._backups: dict[int, Backup] = {}
+
+    # the network
+
+    def network_changed(self) -> None:
+        """Forgets which tensors the network has, and takes its present statistics for good."""
+        self._owned = self._shared = None
+        self.watch_statistics()
+
+    def owns(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer holds parameters of the network."""
+        return bool(self._own(optimizer))
+
+    def _own(self, optimizer: Optimizer) -> list[nn.Parameter]:
+        if self._owned is None:
+            self._owned = {id(p) for p in self.guard.module.parameters()}
+        return [p for p in parameters_of(optimizer) if id(p) in self._owned]
+
+    def _names(self, parameters: list[nn.Parameter]) -> str:
+        ids = {id(p) for p in parameters}
+        names = [n for n, p in self.guard.module.named_parameters() if id(p) in ids]
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    def begin(self, on_nonfinite: str) -> None:
+        """A session begins."""
+        self.on_nonfinite, self._limit = on_nonfinite, math.inf
+        self.watch_statistics()
+
+    def computes_in(self, dtype: torch.dtype) -> None:
+        """Autocast computes in ``dtype``: a weight must be finite there, too."""
+        self._limit = min(self._limit, torch.finfo(dtype).max)
+
+    # statistics: a batch spoils them before its step is refused, or where the caller leaves the step out
+
+    def watch_statistics(self) -> None:
+        """Remembers the running statistics that a batch may spoil: those without a task, and the session's."""
+        network, session = network_of(self.guard.module), self.guard.session
+        tasks = [None] if session is None else [None, session.task]
+        buffers = [t for task in tasks for t in network.copies(task) if not isinstance(t, nn.Parameter)]
+        self._statistics = buffers, [b.detach().clone() for b in buffers]
+
+    def keep_statistics(self) -> None:
+        """Takes the present statistics for good; those that are not finite become what they were."""
+        buffers, values = self._statistics
+        if not buffers:
+            return
+        if not all_below([b.detach() for b in buffers], math.inf):
+            for buffer, value in zip(buffers, values):
+                if not all_below([buffer.detach()], math.inf):
+                    buffer.data.copy_(value)
+        torch._foreach_copy_(values, [b.detach() for b in buffers])
+
+    # before and after
+
+    def before(self, optimizer: Optimizer, closure: Any) -> None:
+        """Refuses a step whose gradients are not finite; keeps a backup where the step itself might overflow.
+
+        Raises:
+            NonFiniteError: a gradient is not finite, and such steps are not to be skipped.
+        """
+        own = self._own(optimizer)
+        for entry in self.guard.protection.own:
+            if entry.whole:
+                entry.tensor.grad = None  # weight decay and momentum pass over what has no gradient
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return  # a gradient scaler's overflow: its fused step does nothing
+        given = [p for p in own if p.grad is not None]
+        gradients = [p.grad for p in given]
+        if closure is None and not all_below(gradients, math.inf):
+            self._refuse(optimizer, self._names([p for p in given if not all_below([p.grad], math.inf)]))
+        elif closure is not None or self._risky(optimizer, own, gradients):
+            self._backups[id(optimizer)] = Backup(optimizer, own)
+
+    def after(self, optimizer: Optimizer) -> None:
+        """Puts protected values back, and rolls back a step that left weights too large for the type they are computed in.
+
+        Raises:
+            NonFiniteError: it did, and such steps are not to be skipped.
+        """
+        own = self._own(optimizer)
+        ids = {id(p) for p in own}
+        for entry in self.guard.protection.shared:
+            if id(entry.tensor) in ids:
+                entry.restore()
+        for entry in self.guard.protection.own:
+            if entry.tensor._version != entry.version:
+                entry.restore()
+        backup = self._backups.pop(id(optimizer), None)
+        if self._representable(own) and (backup is None or all_below(state_tensors(optimizer), math.inf)):
+            self.keep_statistics()
+        else:
+            names = self._names([p for p in own if not self._representable([p])]) or "the optimizer's state"
+            if backup is None:
+                self._repair(own)
+                for parameter in own:
+                    optimizer.state.pop(parameter, None)
+            else:
+                backup.restore()
+            self._refuse(optimizer, names, repaired=backup is None)
+        if self.guard.session is not None:
+            self.guard.session.stepped(optimizer)
+
+    def check_shared(self) -> None:
+        """Shared weights must be finite for every task: a dead channel's zero times infinity is NaN.
+
+        Raises:
+            NonFiniteError: an element is not finite. It is zero now.
+        """
+        if self._shared is None:
+            network = network_of(self.guard.module)
+            owned = {id(t) for task in range(network.tasks) for t in (*network.embeddings(task), *network.copies(task))}
+            self._shared = [(n, p) for n, p in self.guard.module.named_parameters() if id(p) not in owned]
+        shared = [p for _, p in self._shared]
+        if not all_below([p.detach() for p in shared if p.dtype.is_floating_point], math.inf):
+            wrong = [p for p in shared if p.dtype.is_floating_point and not all_below([p.detach()], math.inf)]
+            self.repair(wrong)
+            self._report(self._names(wrong), repaired=True)
+
+    def repair(self, parameters: list[nn.Parameter]) -> None:
+        """Elements that are not finite become zero, and statistics what they were after the last good step."""
+        for parameter in parameters:
+            parameter.data.masked_fill_(~parameter.data.isfinite(), 0.0)
+        self.keep_statistics()
+
+    def _repair(self, own: list[nn.Parameter]) -> None:
+        for parameter in own:
+            parameter.data.masked_fill_(~(parameter.data.abs() < self._limit_of(parameter)), 0.0)
+
+    def _risky(self, optimizer: Optimizer, own: list[nn.Parameter], gradients: list[Tensor]) -> bool:
+        """Whether a step of usual optimizers could leave the numbers of the smallest type in use, in weights or in averages of
+        squared gradients."""
+        rates = [group.get("lr", math.inf) * (1 + abs(group.get("weight_decay", 0.0))) for group in optimizer.param_groups]
+        gradient, weight = largest(gradients), largest([p.detach() for p in own])
+        step = max((float(r) for r in rates), default=0.0) * max(1.0, gradient) * SAFE_FACTOR
+        least = min(torch.finfo(p.dtype).max for p in own if p.dtype.is_floating_point)
+        return not (step + weight < min(self._limit_of(p) for p in own) and gradient * gradient * SAFE_FACTOR < least)
+
+    def _limit_of(self, parameter: Tensor) -> float:
+        return min(torch.finfo(parameter.dtype).max, torch.finfo(torch.bfloat16).max, self._limit)
+
+    def _representable(self, parameters: list[nn.Parameter]) -> bool:
+        by_limit: dict[float, list[Tensor]] = {}
+        for parameter in parameters:
+            if parameter.dtype.is_floating_point:
+                by_limit.setdefault(self._limit_of(parameter), []).append(parameter.detach())
+        return all(all_below(group, limit) for limit, group in by_limit.items())
+
+    def _refuse(self, optimizer: Optimizer, names: str, repaired: bool = False) -> None:
+        """Nothing of the step remains: no gradient, and the running statistics of before the batch."""
+        for buffer, value in zip(*self._statistics):
+            buffer.data.copy_(value)
+        for parameter in parameters_of(optimizer):
+            parameter.grad = None
+        self._report(names, repaired)
+
+    def _report(self, names: str, repaired: bool) -> None:
+        self.skipped += 1
+        if self.on_nonfinite == "skip":
+            return
+        raise NonFiniteError(
+            "a step made weights non-finite" if repaired else "the step was refused: it would have made weights non-finite",
+            where=names,
+            why="a batch, the loss or the learning rate overflowed; "
+            + ("the elements are set to zero" if repaired else "weights, optimizer state and statistics are as before the step"),
+            fix="hat.learning(..., on_nonfinite='skip') leaves such steps out",
+        )
+
+
+def watch_all_optimizers() -> None:
+    """Torch's hooks for the steps of all optimizers, registered once, with the first guard."""
+    if not _HOOKS:
+        _HOOKS.append(register_optimizer_step_pre_hook(_before))
+        _HOOKS.append(register_optimizer_step_post_hook(_after))
+
+
+def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    for steps in _watching(optimizer):
+        steps.before(optimizer, closure)
+
+
+def _after(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    for steps in _watching(optimizer):
+        steps.after(optimizer)
+
+
+def _watching(optimizer: Optimizer) -> list[Steps]:
+    return [g.steps for g in list(GUARDS) if g.alive and g.active and g.steps.owns(optimizer)]
