@@ -125,13 +125,6 @@ class Guard:
             self._opened = False
             self.refresh()
 
-    def follow(self) -> None:
-        """The network was moved or cast."""
-        self.protection.follow(self.module)
-        self._owned = None
-        self._hook()
-        self.watch_statistics()
-
     @property
     def is_open(self) -> bool:
         """Whether protected values are being written on purpose."""

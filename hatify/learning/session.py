@@ -168,11 +168,11 @@ class Learning:
                 f"task {self.guard.session.task} is being learned", why="one session at a time", fix="hat.finish_task()"
             )
         self._check_optimizers()
+        self.guard.restore()
         finished = self._view.finished
         self.locking, self.retraining = self._to_lock(), self.task in finished
         if self.warm_start is not None and not self.retraining:
             self._view.copy_to(self.task, None if self.warm_start == "pretrained" else self.warm_start)
-        self.guard.restore()
         self.guard.session, self.open = self, True
         if self.retraining:
             self._view.mark(self.task, False)
