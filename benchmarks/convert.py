@@ -4,14 +4,21 @@
     python benchmarks/convert.py swin_tiny_patch4_window7_224 torchvision:resnet18 --json
 
 Each model is converted in three fresh processes, `verify=False`, `verify=True` and `inplace=True` (which
-does not verify), since a process does not give memory back reliably. Each converts a tiny network first, so
-that imports and lazily built tables are not charged to the model.
+does not verify), since a process does not give memory back reliably; a fourth runs one training step of the
+model itself (forward and backward on the example inputs), to compare the proof with. Each converts a tiny network
+first, so that imports and lazily built tables are not charged to the model: they are the column `imports`.
 
+    imports MB       resident memory after that tiny conversion: Python, torch, torch.export, sympy, timm, hatify
     peak / model     highest resident memory during `convert`, above what was resident just before it (the
-                     model included), over the bytes of the model's parameters and buffers
+                     model included), over the bytes of the model's parameters and buffers. Freed memory that
+                     the allocator has not given back to the system counts
+    kept / model     what is still resident above it afterwards, once the allocator has given back what is free:
+                     the graph, the gate table and the report are in it
     copies           bytes of the result's parameters and buffers that live in no storage of the original,
                      over the bytes of the model: task-indexed copies and masks count, shared weights do not
-    weight copies    the same, counting only tensors under a key of the original with the original's shape
+    own memory       the same, counting each piece of memory once and none that the original reads too: a copy shares
+                     memory until one side is written, and only then costs something
+    weight copies    as `own memory`, counting only tensors under a key of the original with the original's shape
 """
 
 from __future__ import annotations
@@ -36,6 +43,7 @@ VARIANTS: dict[str, dict[str, bool]] = {
     "verified": {"verify": True, "inplace": False},
     "inplace": {"verify": False, "inplace": True},
 }
+STEP = "its own step"
 STEPS = ("capture", "analyse", "rewrite", "verify")
 
 
@@ -49,9 +57,8 @@ def measure(text: str, tasks: int, verify: bool, inplace: bool) -> dict[str, Any
 
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    tiny = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
-    hatify.convert(tiny, tasks=tasks, example_inputs=torch.randn(2, 3, 8, 8), verify=verify, inplace=inplace)
-
+    _warm_up(tasks, verify, inplace)
+    imports = _resident()
     model = parse_source(text).build(pretrained=False)
     state = dict(_state(model))
     shapes = {name: tensor.shape for name, tensor in state.items()}
@@ -59,6 +66,7 @@ def measure(text: str, tasks: int, verify: bool, inplace: bool) -> dict[str, Any
     # storage can get an old one's identity. (The object is compared, not `data_ptr`, which is 0 once freed.)
     originals = [StorageWeakRef(storage) for storage in _storages(state.values())]
     shared = {original.cdata for original in originals}
+    addresses = set(_memory(state.values()))
     model_bytes = sum(storage.nbytes() for storage in _storages(state.values()))
     del state
 
@@ -70,7 +78,6 @@ def measure(text: str, tasks: int, verify: bool, inplace: bool) -> dict[str, Any
     result = dict(_state(hat))
     new = [storage for storage in _storages(result.values()) if storage._cdata not in shared]
     under_old_key = [tensor for name, tensor in result.items() if tensor.shape == shapes.get(name)]
-    copied = [storage for storage in _storages(under_old_key) if storage._cdata not in shared]
 
     seconds = {step: float(value) for step, value in hat.report.seconds.items()}
     if hat.verification is not None:
@@ -79,10 +86,53 @@ def measure(text: str, tasks: int, verify: bool, inplace: bool) -> dict[str, Any
     return {
         "seconds": {**seconds, "total": total},
         "model_bytes": model_bytes,
+        "import_bytes": imports,
         "peak_bytes": memory["peak"],
+        "kept_bytes": memory["kept"],
         "new_bytes": sum(storage.nbytes() for storage in new),
-        "copied_bytes": sum(storage.nbytes() for storage in copied),
+        "own_bytes": sum(size for address, size in _memory(result.values()).items() if address not in addresses),
+        "copied_bytes": sum(size for address, size in _memory(under_old_key).items() if address not in addresses),
     }
+
+
+def measure_step(text: str, tasks: int) -> dict[str, Any]:
+    """One forward and backward of the model itself, in train mode, on its example inputs. Bytes and seconds."""
+    import torch
+
+    from hatify.calling import flatten
+    from hatify.conversion import example_call
+    from hatify.sources import parse_source
+
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    _warm_up(tasks, False, False)
+    imports = _resident()
+    model = parse_source(text).build(pretrained=False).train()
+    model_bytes = sum(storage.nbytes() for storage in _storages(t for _, t in _state(model)))
+    args, kwargs = example_call(model, None)
+    before = time.perf_counter()
+    with _peak_memory() as memory:
+        sum(out.float().sum() for out in flatten(model(*args, **kwargs))[0] if out.requires_grad).backward()
+    seconds = {"total": time.perf_counter() - before}
+    return {"seconds": seconds, "model_bytes": model_bytes, "import_bytes": imports, **{f"{k}_bytes": v for k, v in memory.items()}}
+
+
+def _warm_up(tasks: int, verify: bool, inplace: bool) -> None:
+    """A tiny conversion: everything is imported that a conversion imports."""
+    import torch
+
+    import hatify
+
+    tiny = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
+    hatify.convert(tiny, tasks=tasks, example_inputs=torch.randn(2, 3, 8, 8), verify=verify, inplace=inplace)
+
+
+def _resident() -> int:
+    """Resident memory, with what is free given back to the system."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return _status("VmRSS")
 
 
 def _state(module: Any) -> Iterator[tuple[str, Any]]:
@@ -100,15 +150,24 @@ def _storages(tensors: Iterable[Any]) -> list[Any]:
     return list(found.values())
 
 
+def _memory(tensors: Iterable[Any]) -> dict[int, int]:
+    """Address and bytes of each distinct piece of memory. (`data_ptr()` would part what is shared until written.)"""
+    import torch
+
+    found: dict[int, int] = {}
+    for tensor in tensors:
+        whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+        found[torch._C._data_address(whole)] = whole.nbytes
+    return found
+
+
 @contextmanager
 def _peak_memory() -> Iterator[dict[str, int]]:
-    """Fill `peak` with the highest resident memory of the block above that at its start, in bytes.
+    """Fill `peak` with the highest resident memory of the block above that at its start, `kept` with what stays. Bytes.
 
     The kernel's own high-water mark is exact where it may be reset; a sampling thread covers the rest.
     """
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else freed memory of the build hides new allocations
+    _resident()  # else freed memory of the build hides new allocations
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     start, mark = _status("VmRSS"), _status("VmHWM")
@@ -122,7 +181,7 @@ def _peak_memory() -> Iterator[dict[str, int]]:
 
     sampler = threading.Thread(target=sample, daemon=True)
     sampler.start()
-    memory = {"peak": 0}
+    memory = {"peak": 0, "kept": 0}
     try:
         yield memory
     finally:
@@ -132,6 +191,7 @@ def _peak_memory() -> Iterator[dict[str, int]]:
         if resettable:
             samples.append(_status("VmHWM"))
         memory["peak"] = max(samples) - start
+        memory["kept"] = _resident() - start
 
 
 def _status(field: str) -> int:
@@ -166,9 +226,12 @@ def show(results: dict[str, dict[str, dict[str, Any]]]) -> None:
         "variant",
         *STEPS,
         "total s",
+        "imports MB",
         "model MB",
         "peak / model",
+        "kept / model",
         "copies",
+        "own memory",
         "weight copies",
     ):
         table.add_column(column, justify="left" if column in ("model", "variant") else "right")
@@ -181,10 +244,12 @@ def show(results: dict[str, dict[str, dict[str, Any]]]) -> None:
                 continue
             size, seconds = row["model_bytes"], row["seconds"]
             steps = [f"{seconds[step]:.2f}" if step in seconds else "-" for step in STEPS]
-            ratios = [f"{row[key] / size:.3f}" for key in ("peak_bytes", "new_bytes", "copied_bytes")]
-            table.add_row(text, variant, *steps, f"{seconds['total']:.2f}", f"{size / 1e6:.1f}", *ratios)
+            keys = ("peak_bytes", "kept_bytes", "new_bytes", "own_bytes", "copied_bytes")
+            ratios = [f"{row[key] / size:.3f}" if key in row else "-" for key in keys]
+            megabytes = [f"{row[key] / 1e6:.1f}" for key in ("import_bytes", "model_bytes")]
+            table.add_row(text, variant, *steps, f"{seconds['total']:.2f}", *megabytes, *ratios)
     console = Console()
-    console.width = max(console.width, 130)  # a pipe or a narrow terminal would cut the numbers
+    console.width = max(console.width, 180)  # a pipe or a narrow terminal would cut the numbers
     console.print(table)
     for error in errors:
         console.print(escape(error))
@@ -195,12 +260,13 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=MODELS, help="as in `hatify convert MODEL`")
     parser.add_argument("--tasks", type=int, default=10)
     parser.add_argument("--json", action="store_true", help="print bytes and seconds as JSON instead of a table")
-    parser.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=(*VARIANTS, STEP), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(measure(options.models[0], options.tasks, **VARIANTS[options.child])))
+        text, variant = options.models[0], VARIANTS.get(options.child)
+        print(json.dumps(measure_step(text, options.tasks) if variant is None else measure(text, options.tasks, **variant)))
         return
-    results = {text: {variant: run(text, variant, options.tasks) for variant in VARIANTS} for text in options.models}
+    results = {text: {variant: run(text, variant, options.tasks) for variant in (*VARIANTS, STEP)} for text in options.models}
     if options.json:
         print(json.dumps(results, indent=2))
     else:
