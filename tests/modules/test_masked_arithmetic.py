@@ -1,0 +1,80 @@
+"""The two hand-written derivatives: applying a mask, and normalising over live positions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from hatify.modules import live_norms
+from hatify.modules.masking import apply_mask
+
+LAYOUTS = {  # shape of the tensor, shape of the mask, reduced dimensions
+    "over features": ((2, 3, 6), (1, 1, 6), [-1]),
+    "over tokens and features": ((2, 4, 6), (1, 4, 6), [-2, -1]),
+    "groups with space": ((2, 2, 3, 4), (1, 2, 3, 1), [2, 3]),
+}
+
+
+def composed(x: Tensor, live: Tensor, dims: list[int], eps: float, centred: bool) -> Tensor:
+    """The definition, in torch's own operators."""
+    repeats = 1
+    for dim in dims:
+        repeats *= x.shape[dim] // live.shape[dim]
+    count = live.sum(dims, keepdim=True) * repeats
+    if centred:
+        x = torch.where(live > 0, x - x.sum(dims, keepdim=True) / count, torch.zeros((), dtype=x.dtype))
+    return x * torch.rsqrt((x.square() * live).sum(dims, keepdim=True) / count + eps)
+
+
+@pytest.mark.parametrize("centred", [True, False], ids=["centred", "not centred"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("soft", [True, False], ids=["soft", "binary"])
+def test_normalising_is_its_definition_with_its_gradients(layout: str, centred: bool, soft: bool) -> None:
+    shape, mask_shape, dims = LAYOUTS[layout]
+    torch.manual_seed(0)
+    live = torch.rand(mask_shape, dtype=torch.float64) * 0.8 + 0.1
+    live = torch.where(torch.rand(mask_shape) > 0.25, live, 0.0)
+    live = live if soft else (live > 0).double()
+    live.requires_grad_(soft)
+    start = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    leaves = [start, live] if soft else [start]
+    got = live_norms._normalised(start * (live.detach() > 0), live, dims, 1e-3, centred)
+    expected = composed(start * (live.detach() > 0), live, dims, 1e-3, centred)
+    torch.testing.assert_close(got, expected)
+    along = torch.randn(shape, dtype=torch.float64)
+    for a, b in zip(torch.autograd.grad(got, leaves, along), torch.autograd.grad(expected, leaves, along)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_normalising_can_be_differentiated_twice(layout: str) -> None:
+    shape, mask_shape, dims = LAYOUTS[layout]
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    live = (torch.rand(mask_shape, dtype=torch.float64) + 0.2).requires_grad_()
+    assert gradcheck(lambda x, live: live_norms._normalised(x, live, dims, 1e-2, True), (x, live))
+    assert gradgradcheck(lambda x, live: live_norms._normalised(x, live, dims, 1e-2, True), (x, live))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dead_positions_are_zero_whatever_they_held(dtype: torch.dtype) -> None:
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), -2.0, 3.0], dtype=dtype)
+    mask = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])
+    for soft in (True, False):
+        out = apply_mask(x, mask, soft=soft)
+        assert out.tolist() == [0.0, 0.0, 0.0, 0.0, 3.0] and not torch.signbit(out).any()
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(apply_mask(x, mask, soft=False), x, torch.full_like(x, float("nan")))
+    assert gradient[:4].tolist() == [0.0] * 4 and gradient[4].isnan(), "a dead position hands a NaN on"
+
+
+def test_applying_a_mask_has_all_its_derivatives() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    soft = torch.tensor([0.1, 0.5, 1.0, 0.2], dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda x, m: apply_mask(x, m, soft=True), (x, soft), check_forward_ad=True)
+    assert gradgradcheck(lambda x, m: apply_mask(x, m, soft=True), (x, soft))
+    hard = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    assert gradcheck(lambda x: apply_mask(x, hard, soft=False), (x,), check_forward_ad=True)
