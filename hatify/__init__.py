@@ -15,6 +15,8 @@ _PUBLIC = {
     "check": "hatify.checking",
     "verify": "hatify.verification",
     "extract": "hatify.lifecycle.extraction",
+    "forget_task": "hatify.lifecycle.forgetting",
+    "prune": "hatify.lifecycle.forgetting",
     "save": "hatify.artifact",
     "load": "hatify.artifact",
     "Learning": "hatify.learning",

@@ -71,7 +71,7 @@ def convert(
     with _timed("analyse", seconds, tell):
         analysis = analyse(graphs, model, heads)
         if classes is not None and any(c is not None for c in classes):
-            _check_classes(analysis)
+            check_class_heads(analysis, fix="hatify.convert(model, tasks=3) without class counts")
     with _timed("rewrite", seconds, tell):
         hat = _rewrite(model, graphs, analysis, config, classes, inplace, dict(heads=heads, locking=locking))
     hat.report = make_report(hat, analysis, graphs, notes, seconds)
@@ -95,18 +95,26 @@ def _settings(model: nn.Module, tasks: Any, config: HATConfig | None, heads: str
         raise ConversionError(
             f"heads is one of {HEADS} and locking one of {LOCKING}, not {heads!r} and {locking!r}", fix="heads='task-indexed'"
         )
+    tasks, classes = task_counts(tasks, fix="hatify.convert(model, tasks=10) or hatify.convert(model, tasks=[2, 2, 3])")
+    return replace(config or HATConfig(), num_tasks=tasks), classes
+
+
+def task_counts(tasks: Any, fix: str) -> tuple[int, list[int | None] | None]:
+    """How many tasks, and the class count of each if they were given.
+
+    Raises:
+        ConversionError: neither a positive count nor a list of positive class counts.
+    """
     classes: list[int | None] | None = None
+    count = tasks
     if isinstance(tasks, Sequence) and not isinstance(tasks, str):
         classes = list(tasks)
-        tasks = len(classes)
-    bad = isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 1
+        count = len(classes)
+    bad = isinstance(count, bool) or not isinstance(count, int) or count < 1
     bad = bad or any(c is not None and (isinstance(c, bool) or not isinstance(c, int) or c < 1) for c in classes or ())
     if bad:
-        raise ConversionError(
-            f"tasks must be a positive count or a list of positive class counts, not {classes or tasks!r}",
-            fix="hatify.convert(model, tasks=10) or hatify.convert(model, tasks=[2, 2, 3])",
-        )
-    return replace(config or HATConfig(), num_tasks=tasks), classes
+        raise ConversionError(f"tasks must be a positive count or a list of positive class counts, not {tasks!r}", fix=fix)
+    return count, classes
 
 
 def example_call(model: nn.Module, example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
@@ -131,13 +139,18 @@ def _dict_call(model: nn.Module, given: dict[str, Any]) -> tuple[tuple, dict[str
     return (), dict(given)
 
 
-def _check_classes(analysis: Analysis) -> None:
+def check_class_heads(analysis: Analysis, fix: str) -> None:
+    """Whether class counts can be given at all.
+
+    Raises:
+        ConversionError: no output layer has classes that reach the output untouched.
+    """
     heads = [p.path for p in analysis.layers.values() if p.role == "head"]
     if not any(path in analysis.class_heads for path in heads):
         raise ConversionError(
             "class counts need an output layer whose classes reach the output untouched",
             where=", ".join(heads) or "no task-indexed output layer",
-            fix="hatify.convert(model, tasks=3) without class counts",
+            fix=fix,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from hatify.rewrite.scope import Scope
 
 
 class Facts:
-    """What a HAT model knows of its making; immutable, shared by its copies.
+    """What a HAT model knows of its making; immutable (:meth:`HATModel.add_tasks` replaces it), shared by its copies.
 
     ``uses`` are the uses of every shared parameter, ``masker_paths`` where each masker lives, ``original_keys`` the keys of the
     original's state dict in order, ``reference`` the original's tree on the meta device (its code, without its weights).
@@ -297,6 +297,32 @@ class HATModel(fx.GraphModule):
         if self._guard.session is None:
             raise TaskError("no task is being learned", fix="hat.begin_task(task=0, optimizer=optimizer, steps_per_epoch=100)")
         return self._guard.session
+
+    def add_tasks(self, tasks: int | Sequence[int | None], optimizer: Any = None) -> list[int]:
+        """More tasks than were planned; those there are stay as they are, to the last bit.
+
+        New copies are made of the state without a task, new masks drawn by ``config.mask_init``, as at conversion. Other copies of the
+        model keep their own number of tasks.
+
+        Args:
+            tasks: how many more, or the class count of each (None keeps the original's).
+            optimizer: one or several, each of which gets one more param group per group that holds masks or copies of other tasks,
+                with that group's settings (a learning-rate scheduler made before does not know of it). The others have to be
+                told, or made anew.
+
+        Returns:
+            The numbers of the new tasks.
+
+        Raises:
+            ConversionError: counts that make no sense, or class counts that no head can take. Nothing is changed then.
+            TaskError: a session is open, or an optimizer holds nothing that belongs to a task.
+
+        >>> hat.add_tasks([2, 3], optimizer=optimizer)  # doctest: +SKIP
+        [5, 6]
+        """
+        from hatify.lifecycle.growth import grow  # which needs conversion, and that this module
+
+        return grow(self, tasks, optimizer)
 
     def train(self, mode: bool = True) -> HATModel:
         """As any module's; a finished task's norms and heads stay in eval mode, so that a replay leaves their statistics alone."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hatify.errors import TaskError
 from hatify.modules import Masker, TaskIndexed, TaskIndexedParameter, hand_written
+from hatify.modules.masker import FINISHED, tasks_in
 
 
 class Network:
@@ -55,7 +56,7 @@ class Network:
         """The finished tasks of a checkpoint, or None where it does not say."""
         paths = [n for n, m in self.module.named_modules() if isinstance(m, Masker)]
         found = [state_dict.get(f"{prefix}{path}._extra_state") for path in paths]
-        found = [{t for t, done in enumerate(marks.tolist()) if done} for marks in found if marks is not None]
+        found = [tasks_in(marks, FINISHED) for marks in found if marks is not None]
         return set.intersection(*found) if found else None
 
     overwriting = "load into a network that was built anew"
@@ -68,10 +69,15 @@ class Network:
                 if module.tasks[task].training:
                     module.tasks[task].eval()
 
-    def mark(self, task: int, finished: bool) -> None:
-        """Makes the masks of ``task`` binary for good, or soft again."""
+    @property
+    def begun(self) -> set[int]:
+        """Tasks that a session has begun, and none has finished."""
+        return set.union(*(m.begun for m in self.maskers.values()))
+
+    def mark(self, task: int, finished: bool, begun: bool = False) -> None:
+        """Makes the masks of ``task`` binary for good, or soft again: of a task that was ``begun``, or of one never trained."""
         for masker in self.maskers.values():
-            (masker.finished.add if finished else masker.finished.discard)(task)
+            _mark(masker, task, finished, begun)
         for module in self.indexed():
             module.tasks[task].train(self.module.training and not finished)
 
@@ -102,6 +108,15 @@ class Network:
                     found.append(module.shared)
         return found
 
+    def raw(self) -> list[tuple[TaskIndexedParameter, Tensor | None]]:
+        """Raw parameters and buffers with one copy per task, and their value without a task, if they have one."""
+        found = [m for m in self.module.modules() if isinstance(m, TaskIndexedParameter)]
+        return [(m, getattr(m, "shared", None)) for m in found]
+
+    def plain(self, path: str) -> nn.Module:
+        """The module at ``path`` with the class that its author gave it; its tensors may be on the meta device."""
+        return self.module.get_submodule(path)
+
     def copy_to(self, task: int, source: int | None) -> None:
         """Copies the state of ``source`` (None: without a task) into the copies of ``task``, where shapes agree."""
         with torch.no_grad():
@@ -116,6 +131,11 @@ class Network:
                     value = module.of(source) if source is not None else getattr(module, "shared", None)
                     if value is not None:
                         module.of(task).copy_(value)
+
+
+def _mark(holder: Any, task: int, finished: bool, begun: bool) -> None:
+    (holder.finished.add if finished else holder.finished.discard)(task)
+    (holder.begun.add if begun and not finished else holder.begun.discard)(task)
 
 
 class Converted(Network):
@@ -140,18 +160,29 @@ class Converted(Network):
 
     def marks(self, state_dict: Mapping[str, Any], prefix: str) -> set[int] | None:
         marks = state_dict.get(f"{prefix}{self.module._facts.room}.status._extra_state")
-        return None if marks is None else {t for t, done in enumerate(marks.tolist()) if done}
+        return None if marks is None else tasks_in(marks, FINISHED)
 
-    def mark(self, task: int, finished: bool) -> None:
-        status = self.module.room.status
-        (status.finished.add if finished else status.finished.discard)(task)
-        super().mark(task, finished)
+    @property
+    def begun(self) -> set[int]:
+        return self.module.room.status.begun
+
+    def mark(self, task: int, finished: bool, begun: bool = False) -> None:
+        _mark(self.module.room.status, task, finished, begun)
+        super().mark(task, finished, begun)
 
     def locks(self, tasks: Iterable[int]) -> dict[str, Tensor]:
         return self.module.locks(tasks)
 
     def copies(self, task: int | None) -> list[Tensor]:
         return [t for plain, of in self.module.task_copies() for t in (plain if task is None else of(task))]
+
+    def raw(self) -> list[tuple[TaskIndexedParameter, Tensor | None]]:
+        hat, facts = self.module, self.module._facts
+        held = [(n, hat.get_parameter(n)) for n in facts.indexed] + [(n, hat.get_buffer(n)) for n in facts.indexed_buffers]
+        return [(hat.indexed(name), value) for name, value in held]
+
+    def plain(self, path: str) -> nn.Module:
+        return self.module._facts.reference.get_submodule(path)
 
     def copy_to(self, task: int, source: int | None) -> None:
         if source is None:

@@ -174,8 +174,8 @@ class Learning:
         if self.warm_start is not None and not self.retraining:
             self._view.copy_to(self.task, None if self.warm_start == "pretrained" else self.warm_start)
         self.guard.session, self.open = self, True
+        self._view.mark(self.task, False, begun=True)
         if self.retraining:
-            self._view.mark(self.task, False)
             self.guard.narrow(self.locking, finished - {self.task})
         else:
             self.guard.refresh()

@@ -1,1 +1,1 @@
-"""Life after training: what finished tasks can be turned into."""
+"""Life after training: forgetting and pruning, more tasks, and finished tasks as plain modules."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,21 @@ from hatify.modules.config import HATConfig
 _NUMBERS = itertools.count()
 MASKERS: weakref.WeakValueDictionary[str, Masker] = weakref.WeakValueDictionary()
 """Every masker there is, by key."""
+
+
+UNTRAINED, FINISHED, BEGUN = 0, 1, 2
+
+
+def task_states(tasks: int, finished: set[int], begun: set[int]) -> Tensor:
+    """Which tasks are finished and which were begun, for a state dict: uint8, one per task."""
+    return torch.tensor(
+        [FINISHED if t in finished else BEGUN if t in begun else UNTRAINED for t in range(tasks)], dtype=torch.uint8
+    )
+
+
+def tasks_in(states: Tensor, state: int) -> set[int]:
+    """The tasks of one state, from what :func:`task_states` gave."""
+    return {task for task, found in enumerate(states.tolist()) if found == state}
 
 
 class _SoftMask(torch.autograd.Function):
@@ -54,7 +70,8 @@ class Masker(nn.Module):
     """One mask embedding per task over the output channels of a layer: ``a = sigmoid(s * e)`` (equation 1).
 
     A task's mask is soft while a scale is given and the task is not finished; otherwise it is binary, live where the embedding
-    is positive. At least one channel, the one with the largest embedding, is always live.
+    is positive. At least one channel, the one with the largest embedding, is always live. ``finished`` and ``begun`` are the tasks that
+    a session has finished, or begun and not finished.
 
     Args:
         channels: output channels of the layer.
@@ -66,6 +83,7 @@ class Masker(nn.Module):
         self.channels, self.config = channels, config
         self._registered()
         self.finished: set[int] = set()
+        self.begun: set[int] = set()
         self.embeddings = nn.ParameterList(self._drawn() for _ in range(config.num_tasks))
 
     def _registered(self, copied_from: tuple[str, ...] = ()) -> None:
@@ -79,6 +97,16 @@ class Masker(nn.Module):
             return nn.Parameter(torch.ones(self.channels))
         values = torch.randn(self.channels)
         return nn.Parameter(values if self.config.mask_init == "normal" else values - 1.2816)
+
+    def grow(self, tasks: int) -> None:
+        """Embeddings for ``tasks`` more tasks, drawn as the first ones were."""
+        last = self.embeddings[-1]
+        self.embeddings.extend(nn.Parameter(self._drawn().detach().to(last)) for _ in range(tasks))
+        self.config = replace(self.config, num_tasks=len(self.embeddings))
+
+    def initial(self) -> Tensor:
+        """What an embedding starts from (``config.mask_init``): float32, shape ``(channels,)``."""
+        return self._drawn().detach()
 
     def forward(self, task: int, scale: float | Tensor | None = None) -> Tensor:
         """The mask of ``task``: float32, shape ``(channels,)``; binary without a scale and for a finished task."""
@@ -97,7 +125,8 @@ class Masker(nn.Module):
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         nn.Module.__init__(copied)
-        copied.channels, copied.config, copied.finished = self.channels, self.config, set(self.finished)
+        copied.channels, copied.config = self.channels, self.config
+        copied.finished, copied.begun = set(self.finished), set(self.begun)
         copied._registered((*self.copied_from, self.key))
         copied.embeddings = nn.ParameterList(nn.Parameter(e.detach().clone(), e.requires_grad) for e in self.embeddings)
         copied.train(self.training)
@@ -108,10 +137,10 @@ class Masker(nn.Module):
         self._registered()  # keys of another process say nothing here
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([t in self.finished for t in range(len(self.embeddings))], dtype=torch.uint8)
+        return task_states(len(self.embeddings), self.finished, self.begun)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.finished = {t for t, done in enumerate(state.tolist()) if done}
+        self.finished, self.begun = tasks_in(state, FINISHED), tasks_in(state, BEGUN)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, tasks={len(self.embeddings)}"

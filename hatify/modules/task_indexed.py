@@ -60,16 +60,25 @@ def task_indexed_class(base: type[nn.Module]) -> type:
 
 def make_task_indexed(module: nn.Module, tasks: int) -> None:
     """Gives ``module`` one copy of itself per task (no write to one shows in another) and the task-indexed class."""
-    base = module.__class__ if not isinstance(module, TaskIndexed) else type(module).__mro__[2]
-    copies = []
-    for _ in range(tasks):
-        copied = copy_module(module)
-        copied.__class__ = base
-        copies.append(copied)
+    copies = [task_copy(module) for _ in range(tasks)]
     if not isinstance(module, TaskIndexed):
-        module.__class__ = task_indexed_class(base)
+        module.__class__ = task_indexed_class(module.__class__)
     module.tasks = nn.ModuleList(copies)
     module.tasks.training = module.training
+
+
+def task_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module as it is without a task, for one task: no write to one shows in the other; its plain class, no gradients."""
+    tasks = module._modules.pop("tasks", None) if isinstance(module, TaskIndexed) else None
+    try:
+        copied = copy_module(module)
+    finally:
+        if tasks is not None:
+            module._modules["tasks"] = tasks
+    copied.__class__ = type(module).plain_class if isinstance(module, TaskIndexed) else module.__class__
+    for parameter in copied.parameters():
+        parameter.grad = None
+    return copied
 
 
 TaskIndexedBatchNorm1d = task_indexed_class(nn.BatchNorm1d)
@@ -110,6 +119,16 @@ class TaskIndexedParameter(nn.Module):
     def of(self, task: int) -> Tensor:
         """The copy of one task."""
         return getattr(self, f"task{task}") if self.buffer else self.tasks[task]
+
+    def grow(self, tasks: int, value: Tensor) -> None:
+        """Copies of ``value`` for ``tasks`` more tasks."""
+        for task in range(self.count, self.count + tasks):
+            copied = value.detach().clone()
+            if self.buffer:
+                self.register_buffer(f"task{task}", copied)
+            else:
+                self.tasks.append(nn.Parameter(copied, value.requires_grad or not isinstance(value, nn.Parameter)))
+        self.count += tasks
 
     def forward(self, *given: Any) -> Tensor:
         """``(value without a task, context)`` in a converted network; a payload, or nothing, in a hand-written one."""

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from hatify.analysis import Analysis, LayerPlan
@@ -15,6 +14,7 @@ from hatify.analysis.analyst import channels_of
 from hatify.errors import ConversionError
 from hatify.gates import Program, compile_gates
 from hatify.modules import HATConfig, HATLayer, LiveMask, Mask, Masker, TaskIndexed, TaskIndexedParameter, hat_class
+from hatify.modules.masker import BEGUN, FINISHED, task_states, tasks_in
 from hatify.modules.recurrent import add_maskers
 from hatify.modules.task_indexed import make_task_indexed
 from hatify.registry import describe
@@ -22,18 +22,19 @@ from hatify.rewrite.scope import Scope
 
 
 class Status(nn.Module):
-    """Which tasks are finished; part of the state dict."""
+    """Which tasks are finished, and which were begun; part of the state dict."""
 
     def __init__(self, tasks: int) -> None:
         super().__init__()
         self.tasks = tasks
         self.finished: set[int] = set()
+        self.begun: set[int] = set()
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([t in self.finished for t in range(self.tasks)], dtype=torch.uint8)
+        return task_states(self.tasks, self.finished, self.begun)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.finished = {t for t, done in enumerate(state.tolist()) if done}
+        self.finished, self.begun = tasks_in(state, FINISHED), tasks_in(state, BEGUN)
 
 
 class Surgery:
@@ -97,26 +98,8 @@ class Surgery:
 
     def _class_counts(self, path: str, head: TaskIndexed) -> None:
         """Copies of a head with each task's class count; a copy of another size starts from the layer's own initialiser."""
-        meaning = describe_base(head)
-        attribute = next((a for a in ("out_features", "out_channels") if hasattr(head, a)), None)
-        _, outputs = channels_of(head, meaning)
         for copied, count in zip(head.tasks, self.classes):
-            if count is None or count == outputs:
-                continue
-            if attribute is None or meaning.groups > 1 or not hasattr(copied, "reset_parameters"):
-                raise ConversionError(
-                    f"the head {path} cannot take another class count",
-                    why=f"{type(copied).__name__} has no out_features or out_channels to change",
-                    fix="hatify.convert(model, tasks=3) without class counts",
-                )
-            setattr(copied, attribute, count)
-            weight = copied.get_parameter(meaning.weight)
-            shape = list(weight.shape)
-            shape[1 if meaning.transposed else 0] = count
-            copied.weight = nn.Parameter(weight.new_empty(shape), weight.requires_grad)
-            if getattr(copied, "bias", None) is not None:
-                copied.bias = nn.Parameter(weight.new_empty(count), weight.requires_grad)
-            copied.reset_parameters()
+            take_class_count(path, head, copied, count)
 
     def _indexed(self, name: str, buffer: bool) -> None:
         owner, _, attribute = name.rpartition(".")
@@ -163,6 +146,33 @@ class Surgery:
             unique, number = f"{safe(name)}_{number}", number + 1
         scope.add_module(unique, module)
         return f"{self.room}.{shelf}.{unique}"
+
+
+def take_class_count(path: str, head: TaskIndexed, copied: nn.Module, count: int | None) -> None:
+    """Gives a fresh copy of the head at ``path`` another number of classes; it then starts from the layer's own initialiser.
+
+    Raises:
+        ConversionError: this kind of head cannot.
+    """
+    meaning = describe_base(head)
+    attribute = next((a for a in ("out_features", "out_channels") if hasattr(head, a)), None)
+    _, outputs = channels_of(head, meaning)
+    if count is None or count == outputs:
+        return
+    if attribute is None or meaning.groups > 1 or not hasattr(copied, "reset_parameters"):
+        raise ConversionError(
+            f"the head {path} cannot take another class count",
+            why=f"{type(copied).__name__} has no out_features or out_channels to change",
+            fix="leave class counts out: hatify.convert(model, tasks=3), hat.add_tasks(3)",
+        )
+    setattr(copied, attribute, count)
+    weight = copied.get_parameter(meaning.weight)
+    shape = list(weight.shape)
+    shape[1 if meaning.transposed else 0] = count
+    copied.weight = nn.Parameter(weight.new_empty(shape), weight.requires_grad)
+    if getattr(copied, "bias", None) is not None:
+        copied.bias = nn.Parameter(weight.new_empty(count), weight.requires_grad)
+    copied.reset_parameters()
 
 
 def describe_base(layer: nn.Module):
