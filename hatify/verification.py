@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hatify.errors import HatifyError
+from hatify.gradient_proof import GradientProof, measure_gradients
 from hatify.model import HATModel
 from hatify.modules import HATRecurrent, TaskContext
 from hatify.modules.copies import can_share, copy_of, shareable
@@ -43,7 +44,8 @@ class VerificationReport:
     rounding (below 1e-4) where a library chooses another kernel while it is traced; a lost region or function shows as more.
     ``drift``: a finished task's outputs before and after all that is not locked was replaced by noise. ``control``: the same with
     the locks taken away, which must not be zero, or the check was blind (None for a model that shares no weights).
-    ``batch_sizes``: those it was tried at.
+    ``batch_sizes``: those it was tried at. ``tightness`` and ``leak``, None unless asked for: the share of locked weights that a
+    finished task feels (its gradient is not zero), and the largest gradient that it feels of an unlocked one, which must be zero.
     """
 
     parity: float
@@ -55,6 +57,8 @@ class VerificationReport:
     batch_sizes: list[int]
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    tightness: float | None = None
+    leak: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -62,27 +66,60 @@ class VerificationReport:
         parity = (
             self.parity == self.parity_no_grad == 0.0 and self.parity_train in (0.0, None) and (self.gradients or 0.0) < ROUNDING
         )
-        return parity and self.drift == 0.0 and self.control != 0.0
+        return parity and self.drift == 0.0 and self.control != 0.0 and self.leak in (0.0, None)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "ok": self.ok}
 
 
 def verify(
-    hat: HATModel, *, without_locks: Sequence[str] = (), without_masks: Sequence[str] = (), seed: int = 0
+    hat: HATModel,
+    *,
+    tightness: bool = False,
+    without_locks: Sequence[str] = (),
+    without_masks: Sequence[str] = (),
+    seed: int = 0,
 ) -> VerificationReport:
     """Runs the proof on a HAT model, whose weights, statistics and modes are as before afterwards.
 
     Parity compares with the original's code run on the model's own weights without a task, so it also holds after training.
 
     Args:
-        without_locks: parameters whose locks are left out: a negative control, which must find drift.
+        tightness: measure by gradients too how many locked weights count, and that no unlocked one does: ``report.tightness`` and
+            ``report.leak``.
+        without_locks: parameters whose locks are left out: a negative control, which must find drift (and leak).
         without_masks: mask nodes (names in ``hat.hat.masks``) that are left out, or maskers of recurrent layers (names in
             ``hat.maskers``) that are not folded into their weights: likewise.
         seed: of masks, noise and dropout.
     """
     with _kept(hat, {}):
-        return _measure(hat, without_locks, without_masks, seed)
+        report = _measure(hat, without_locks, without_masks, seed)
+    if tightness:
+        start = time.perf_counter()
+        proof = prove_by_gradients(hat, without_locks=without_locks, seed=seed)
+        report.tightness, report.leak = proof.tightness, proof.leak
+        if proof.leak is None:
+            report.notes.append("gradients are never finite under random masks: tightness and leak were not measured")
+        report.seconds["tightness"] = time.perf_counter() - start
+    return report
+
+
+def prove_by_gradients(
+    hat: HATModel, *, without_locks: Sequence[str] = (), whole: Sequence[str] = (), seed: int = 0
+) -> GradientProof:
+    """Only the part of :func:`verify` that looks at gradients; ``whole`` are parameters locked as a whole, for a control."""
+
+    @contextlib.contextmanager
+    def drawn(generator: torch.Generator, tasks: Sequence[int]) -> Iterator[None]:
+        others = [t for t in range(hat.config.num_tasks) if t not in tasks]
+        unread = {id(c) for _, copies in hat.task_copies() for t in others for c in copies(t)}
+        with _kept(hat, {}):
+            written = [p for p in hat.parameters() if p.dtype.is_floating_point and id(p) not in unread]
+            _draw(hat, written, generator, tasks)
+            yield
+
+    with _seeded(seed):
+        return measure_gradients(hat, drawn, without_locks=without_locks, whole=whole, seed=seed)
 
 
 def measure_drift(
@@ -292,11 +329,7 @@ def _drift(hat: HATModel, batches: list[list[Tensor]], without_locks, without_ma
     kept_out = {id(p) for p in unread}
     written = [p for p in hat.parameters() if p.dtype.is_floating_point and id(p) not in kept_out]
     with torch.no_grad(), contextlib.ExitStack() as stack:
-        for parameter in written:  # zero-initialised gains would hide whole branches
-            parameter.add_(0.1 * _noise(parameter, generator))
-        for masker in hat.maskers.values():
-            for embedding in (masker.embeddings[t] for t in (task, other) if t is not None):
-                embedding.copy_(torch.randn(embedding.shape, generator=generator))
+        _draw(hat, written, generator, [t for t in (task, other) if t is not None])
         before = _outputs(hat, batches, task, seed, without_masks)
         if not all(torch.isfinite(o).all() for o in before if o.dtype.is_floating_point):
             notes.append("outputs are not finite under random weights: drift means little")
@@ -323,6 +356,16 @@ def _drift(hat: HATModel, batches: list[list[Tensor]], without_locks, without_ma
             parameter.copy_(_noise(parameter, generator))
         control = difference(before, _outputs(hat, batches, task, seed, without_masks))
     return drift, control
+
+
+@torch.no_grad()
+def _draw(hat: HATModel, parameters: Sequence[Tensor], generator: torch.Generator, tasks: Sequence[int]) -> None:
+    """Noise on weights (zero-initialised gains would hide whole branches), and random masks for ``tasks``."""
+    for parameter in parameters:
+        parameter.add_(0.1 * _noise(parameter, generator))
+    for masker in hat.maskers.values():
+        for embedding in (masker.embeddings[t] for t in tasks):
+            embedding.copy_(torch.randn(embedding.shape, generator=generator))
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,142 @@
+"""Tightness and leak: what gradients say of locks, and that they can say otherwise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tasks import converted, small
+from torch import Tensor, nn
+
+import hatify
+from hatify.gradient_proof import Smooth
+from hatify.verification import prove_by_gradients
+
+TIGHT = ["conv1d", "unet", "depthwise", "groupnorm_net", "mixer", "stacked_both_ways", "projected_lstm", "text_cnn", "weight_norm"]
+"""No product of two masked values, no layer so narrow that a live path ends."""
+
+
+@pytest.mark.parametrize("name", TIGHT)
+def test_every_locked_weight_counts_and_no_other_does(name: str) -> None:
+    hat, _, _ = small(name)
+    before = {k: v.clone() for k, v in hat.state_dict().items()}
+    proof = hatify.verify(hat, tightness=True)
+    assert proof.leak == 0.0 and proof.tightness > 0.999 and proof.ok
+    assert proof.to_dict()["tightness"] == proof.tightness
+    assert all(torch.equal(v, before[k]) for k, v in hat.state_dict().items()), "the proof changed the model"
+    assert all(p.grad is None for p in hat.parameters())
+
+
+def test_it_is_not_measured_unless_asked_for() -> None:
+    hat, _, _ = small("conv1d")
+    proof = hatify.verify(hat)
+    assert proof.tightness is None and proof.leak is None and proof.ok
+
+
+@pytest.mark.parametrize("name", ["unet", "mixer", "stacked_both_ways"])
+def test_a_lock_that_is_too_wide_is_less_tight(name: str) -> None:
+    hat, _, _ = small(name)
+    exact = prove_by_gradients(hat)
+    widest = max(exact.by_parameter, key=lambda n: hat.get_parameter(n).numel())
+    wide = prove_by_gradients(hat, whole=[widest])
+    assert wide.leak == 0.0
+    assert wide.tightness < exact.tightness and wide.by_parameter[widest] < 0.9 * exact.by_parameter[widest]
+    others = [n for n in exact.by_parameter if n != widest]
+    assert all(wide.by_parameter[n] == exact.by_parameter[n] for n in others)
+
+
+def test_the_papers_locks_are_less_tight() -> None:
+    x = torch.randn(4, 6)
+    layers = [nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3)]
+    exact, paper = (prove_by_gradients(converted(nn.Sequential(*layers), x, locking=rule)) for rule in ("exact", "paper"))
+    # for one task the rules agree; of two tasks together the paper's also lock pairs that neither uses
+    assert paper.leak == exact.leak == 0.0
+    assert exact.tightness == 1.0 and paper.by_parameter["2.weight"] < 0.95
+
+
+@pytest.mark.parametrize("name", ["unet", "projected_lstm", "weight_norm"])
+def test_a_missing_lock_leaks(name: str) -> None:
+    hat, _, _ = small(name)
+    for parameter in prove_by_gradients(hat).by_parameter:
+        assert prove_by_gradients(hat, without_locks=[parameter]).leak > 0, parameter
+    assert not hatify.verify(hat, tightness=True, without_locks=[parameter]).ok
+
+
+def test_no_hook_of_a_session_is_in_the_way() -> None:
+    """A finished task's locked weights have no gradients in training; here they must."""
+    hat, args, kwargs = small("conv1d")
+    optimizer = torch.optim.SGD(hat.parameters(), lr=0.1)
+    with hat.learning(task=0, optimizer=optimizer, schedule="constant") as run:
+        optimizer.zero_grad()
+        (hat(*args, **kwargs).square().sum() + run.regularization()).backward()
+        optimizer.step()
+    proof = prove_by_gradients(hat)
+    assert proof.leak == 0.0 and proof.tightness > 0.999
+
+
+class DeadUnits(nn.Module):
+    """Every ReLU-like function of torch's, each behind biases that keep it dead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(7))
+        self.modules_of = nn.ModuleList([nn.ReLU(), nn.ReLU6(), nn.Hardswish(), nn.Hardsigmoid()])
+        self.head = nn.Linear(6, 2)
+        with torch.no_grad():
+            for layer in self.layers:
+                layer.bias.fill_(-8.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = [*self.modules_of, F.relu, lambda t: F.hardtanh(t, 0.0, 4.0), lambda t: t.clamp(min=0.0)]
+        return self.head(sum(step(layer(x)) for layer, step in zip(self.layers, steps)))
+
+
+def test_dead_units_do_not_hide_locks() -> None:
+    """Without smooth functions no weight of this network is felt at all."""
+    x = torch.randn(5, 6)
+    hat = converted(DeadUnits(), x)
+    args, _ = hat.example_inputs
+    hat(*args, task=0).sum().backward()
+    assert not any(hat.get_parameter(n).grad.any() for n in hat._facts.uses)
+    proof = prove_by_gradients(hat)
+    assert proof.leak == 0.0
+    assert all(share > 0.0 for share in proof.by_parameter.values())
+
+
+RELU_LIKE = [F.relu, F.relu6, F.hardswish, F.hardsigmoid, F.hardtanh, nn.ReLU(inplace=True), torch.ops.aten.relu.default,
+             lambda t: t.clamp(0, 6), lambda t: F.threshold(t, 0, 0)]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", RELU_LIKE)
+def test_smooth_functions_are_felt_everywhere(function) -> None:
+    x = torch.tensor([-4.0, -0.3, 0.2, 7.0], dtype=torch.float64, requires_grad=True)
+    with Smooth():
+        out = function(x * 1.0)
+        at_zero = function(torch.zeros(1, dtype=torch.float64))
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert (grad != 0).all()
+    assert torch.equal(at_zero, function(torch.zeros(1, dtype=torch.float64))), "the algebra counts on f(0)"
+    if function(torch.tensor([-1.0])) >= 0:
+        assert (out >= 0).all()
+
+
+def test_what_is_not_like_relu_stays() -> None:
+    x = torch.tensor([-4.0, 0.1, 3.0])
+    with Smooth():
+        assert torch.equal(x.clamp(min=1e-6), torch.tensor([1e-6, 0.1, 3.0]))
+        assert torch.equal(F.hardtanh(x, 0.5, 2.0), torch.tensor([0.5, 0.5, 2.0]))
+        assert torch.equal(F.threshold(x, 0.5, 9.0), torch.tensor([9.0, 9.0, 3.0]))
+
+
+def test_a_network_without_finite_gradients_is_not_judged() -> None:
+    class Infinite(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((self.fc(x) * 0.0).abs().sqrt())
+
+    hat = converted(Infinite(), torch.randn(3, 4))
+    proof = prove_by_gradients(hat)
+    assert proof.leak is None and proof.tightness is None
