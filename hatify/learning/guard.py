@@ -46,6 +46,8 @@ class Guard:
         self._hooks: list[Any] = []
         self._opened = False
         self._stale = False
+        self._stepped = False
+        self._settled: set[int] = set()
         watch_all_optimizers()
         GUARDS.add(self)
 
@@ -132,6 +134,8 @@ class Guard:
 
     def _set(self, protection: Protection) -> None:
         self.protection = protection
+        self._stepped = False
+        self._settled.clear()
         self._hook()
         self.steps.network_changed()
 
@@ -164,7 +168,11 @@ class Guard:
 
     def before_forward(self, task: int | None) -> None:
         """A finished task's outputs come from its own values, and a task in training sees what it will be finished with, whatever
-        happened to them since. Writes through ``.data`` leave no trace, so values are put back and not only looked at.
+        happened to them since.
+
+        Writes through ``.data`` leave no trace, so values are put back and not only looked at: before each forward pass with
+        gradients, and before the first one of a finished task after such a pass or a step. The forward pass that follows a
+        step of a torch optimizer finds the shared values put back already.
 
         Raises:
             NonFiniteError: somebody else than an optimizer of torch left a weight that is not finite.
@@ -174,11 +182,27 @@ class Guard:
         device = next((p.device.type for p in self.module.parameters()), "cpu")
         if torch.is_autocast_enabled(device):
             self.steps.computes_in(torch.get_autocast_dtype(device))
-        if torch.is_grad_enabled() or task in self.protection.tasks:
-            self.protection.restore()
+        training, finished = torch.is_grad_enabled(), task in self.protection.tasks
+        needed = self.protection.needed_by(task)
+        settled = task in self._settled if finished else self._stepped or not training
+        if not settled:
+            for entry in needed:
+                entry.restore()
             self.steps.check_shared()
-        elif self.protection.versions_changed():
-            self.protection.restore()
+        else:
+            for entry in needed:
+                if entry.written:
+                    entry.restore()
+        self._stepped = False
+        if training:
+            self._settled.clear()
+        elif finished:
+            self._settled.add(task)
+
+    def stepped(self) -> None:
+        """An optimizer of torch has stepped, and the shared values were put back."""
+        self._stepped = True
+        self._settled.clear()
 
     def protect(self, optimizer: Optimizer) -> None:
         """Zeroes what the optimizer remembers of protected elements."""

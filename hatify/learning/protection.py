@@ -17,7 +17,8 @@ class Locked:
 
     ``lock`` says which (bool, the tensor's shape, its device), or None for all; ``values`` are those elements as they must stay,
     flat, so that protecting costs one more copy of what is locked. ``within`` narrows the lock for as long as a finished
-    task is trained again: ``values`` keeps all of ``lock``, to go back to.
+    task is trained again: ``values`` keeps all of ``lock``, to go back to. ``task`` is the one that owns the tensor, None for
+    what tasks share.
     """
 
     name: str
@@ -26,11 +27,12 @@ class Locked:
     values: Tensor
     within: Tensor | None = None
     version: int = -1
+    task: int | None = None
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor, lock: Tensor | None) -> Locked:
+    def of(cls, name: str, tensor: Tensor, lock: Tensor | None, task: int | None = None) -> Locked:
         data = tensor.detach()
-        return cls(name, tensor, lock, data.clone() if lock is None else data[lock], version=tensor._version)
+        return cls(name, tensor, lock, data.clone() if lock is None else data[lock], version=tensor._version, task=task)
 
     @property
     def whole(self) -> bool:
@@ -67,6 +69,11 @@ class Locked:
         """Puts back all values, those of a task in retraining too."""
         self.within = None
         self.restore()
+
+    @property
+    def written(self) -> bool:
+        """Whether torch counted a write to the tensor since its values were last put back."""
+        return self.tensor._version != self.version
 
     def moved(self) -> int:
         """How many protected elements differ from their values."""
@@ -125,7 +132,7 @@ class Protection:
         names = {id(t): n for n, t in _tensors(network.module).items()}
         for task in sorted(finished):
             for tensor in (*network.embeddings(task), *network.copies(task)):
-                own.append(Locked.of(names[id(tensor)], tensor, None))
+                own.append(Locked.of(names[id(tensor)], tensor, None, task))
         return cls(locking | finished, shared, own)
 
     def __iter__(self):
@@ -148,11 +155,12 @@ class Protection:
         shared = set(network.locks(()))
         made = cls(frozenset(tasks))
         tensors = _tensors(network.module)
+        owners = {id(t): task for task in made.tasks for t in (*network.embeddings(task), *network.copies(task))}
         for name, (lock, values) in old.items():
             tensor = tensors[name]
             lock = None if lock is None else lock.to(tensor.device)
             values = values.to(tensor.device, tensor.dtype)
-            (made.shared if name in shared else made.own).append(Locked(name, tensor, lock, values))
+            (made.shared if name in shared else made.own).append(Locked(name, tensor, lock, values, task=owners.get(id(tensor))))
         return made
 
     def state(self) -> dict[str, tuple[Tensor | None, Tensor]]:
@@ -170,6 +178,10 @@ class Protection:
         for entry in self:
             entry.restore()
 
+    def needed_by(self, task: int | None) -> list[Locked]:
+        """What a forward pass of ``task`` reads."""
+        return [*self.shared, *(entry for entry in self.own if entry.task == task)]
+
     def return_to_old(self) -> None:
         """The end of a retraining that did not succeed."""
         for entry in self:
@@ -179,10 +191,6 @@ class Protection:
         """Protected elements that differ from their values, by tensor; empty if all is well."""
         found = {entry.name: entry.moved() for entry in self}
         return {name: count for name, count in found.items() if count}
-
-    def versions_changed(self) -> bool:
-        """Whether torch counted a write to a protected tensor since its values were last put back."""
-        return any(entry.tensor._version != entry.version for entry in self)
 
     def parameters(self) -> dict[int, Locked]:
         """Protected parameters by their id."""

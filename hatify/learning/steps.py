@@ -47,6 +47,7 @@ class Steps:
         self._shared: list[tuple[str, nn.Parameter]] | None = None
         self._statistics: tuple[list[Tensor], list[Tensor]] = [], []
         self._backups: dict[int, Backup] = {}
+        self._weights: weakref.WeakKeyDictionary[Optimizer, float] = weakref.WeakKeyDictionary()
 
     # the network
 
@@ -115,9 +116,10 @@ class Steps:
             return  # a gradient scaler's overflow: its fused step does nothing
         given = [p for p in own if p.grad is not None]
         gradients = [p.grad for p in given]
-        if closure is None and not all_below(gradients, math.inf):
+        size = largest(gradients)
+        if closure is None and not (size < math.inf or all_below(gradients, math.inf)):
             self._refuse(optimizer, self._names([p for p in given if not all_below([p.grad], math.inf)]))
-        elif closure is not None or self._risky(optimizer, own, gradients):
+        elif closure is not None or self._risky(optimizer, own, size):
             self._backups[id(optimizer)] = Backup(optimizer, own)
 
     def after(self, optimizer: Optimizer) -> None:
@@ -132,10 +134,14 @@ class Steps:
             if id(entry.tensor) in ids:
                 entry.restore()
         for entry in self.guard.protection.own:
-            if entry.tensor._version != entry.version:
+            if entry.written:
                 entry.restore()
+        self.guard.stepped()
         backup = self._backups.pop(id(optimizer), None)
-        if self._representable(own) and (backup is None or all_below(state_tensors(optimizer), math.inf)):
+        size = largest([p.detach() for p in own])
+        fits = size < self._least_limit(own) or self._representable(own)
+        if fits and (backup is None or all_below(state_tensors(optimizer), math.inf)):
+            self._weights[optimizer] = size
             self.keep_statistics()
         else:
             names = self._names([p for p in own if not self._representable([p])]) or "the optimizer's state"
@@ -173,25 +179,29 @@ class Steps:
 
     def _repair(self, own: list[nn.Parameter]) -> None:
         for parameter in own:
-            parameter.data.masked_fill_(~(parameter.data.abs() < self._limit_of(parameter)), 0.0)
+            parameter.data.masked_fill_(~(parameter.data.abs() < self._limit_of(parameter.dtype)), 0.0)
 
-    def _risky(self, optimizer: Optimizer, own: list[nn.Parameter], gradients: list[Tensor]) -> bool:
+    def _risky(self, optimizer: Optimizer, own: list[nn.Parameter], gradient: float) -> bool:
         """Whether a step of usual optimizers could leave the numbers of the smallest type in use, in weights or in averages of
         squared gradients."""
         rates = [group.get("lr", math.inf) * (1 + abs(group.get("weight_decay", 0.0))) for group in optimizer.param_groups]
-        gradient, weight = largest(gradients), largest([p.detach() for p in own])
+        weight = self._weights.pop(optimizer, None)  # as its last step left them
+        weight = largest([p.detach() for p in own]) if weight is None else weight
         step = max((float(r) for r in rates), default=0.0) * max(1.0, gradient) * SAFE_FACTOR
-        least = min(torch.finfo(p.dtype).max for p in own if p.dtype.is_floating_point)
-        return not (step + weight < min(self._limit_of(p) for p in own) and gradient * gradient * SAFE_FACTOR < least)
+        least = min(torch.finfo(dtype).max for dtype in {p.dtype for p in own} if dtype.is_floating_point)
+        return not (step + weight < self._least_limit(own) and gradient * gradient * SAFE_FACTOR < least)
 
-    def _limit_of(self, parameter: Tensor) -> float:
-        return min(torch.finfo(parameter.dtype).max, torch.finfo(torch.bfloat16).max, self._limit)
+    def _limit_of(self, dtype: torch.dtype) -> float:
+        return min(torch.finfo(dtype).max, torch.finfo(torch.bfloat16).max, self._limit)
+
+    def _least_limit(self, parameters: list[nn.Parameter]) -> float:
+        return min((self._limit_of(dtype) for dtype in {p.dtype for p in parameters} if dtype.is_floating_point), default=math.inf)
 
     def _representable(self, parameters: list[nn.Parameter]) -> bool:
         by_limit: dict[float, list[Tensor]] = {}
         for parameter in parameters:
             if parameter.dtype.is_floating_point:
-                by_limit.setdefault(self._limit_of(parameter), []).append(parameter.detach())
+                by_limit.setdefault(self._limit_of(parameter.dtype), []).append(parameter.detach())
         return all(all_below(group, limit) for limit, group in by_limit.items())
 
     def _refuse(self, optimizer: Optimizer, names: str, repaired: bool = False) -> None:

@@ -23,7 +23,10 @@ def apply_mask(x: Tensor, mask: Tensor, *, soft: bool, fill: float = 0.0) -> Ten
     kept = mask > (torch.finfo(x.dtype).eps if not soft and floating else 0.0)
     if fill or not floating:
         return torch.where(kept, x, torch.full((), fill, dtype=x.dtype, device=x.device))
-    out = _Kept.apply(x, -kept.to(_BITS[x.element_size()]))
+    if torch.compiler.is_compiling():  # a compiler makes one loop of it all
+        out = torch.where(kept, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    else:
+        out = _Kept.apply(x, -kept.to(_BITS[x.element_size()]))
     return out * mask.to(x.dtype) if soft else out
 
 
