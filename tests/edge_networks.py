@@ -92,6 +92,19 @@ class ConstantsUnderACommonGate(nn.Module):
         return self.head(torch.relu(self.after(torch.cat([gated @ self.mixing, gate], -1))))
 
 
+class MixesTokens(nn.Module):
+    """A layer along tokens, over a sum of two feature layers (``clean``) or over one whose mask is still pending."""
+
+    def __init__(self, clean: bool, bias: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.clean = nn.Linear(6, 8), nn.Linear(6, 8), clean
+        self.mix, self.head = nn.Linear(4, 5, bias=bias), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x) + self.b(x) if self.clean else self.a(x)
+        return self.head(torch.sin(self.mix(x.transpose(1, 2)).transpose(1, 2)).mean(1))
+
+
 class UniformAttention(nn.Module):
     """Queries and keys that are dead as a whole still attend, uniformly."""
 

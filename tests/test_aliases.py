@@ -52,6 +52,12 @@ GIVES = {
 }
 
 
+def test_leaves_in_place_share_one_graph() -> None:
+    layers = [nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 8), nn.Dropout(0.2, inplace=True), nn.Linear(8, 3)]
+    hat = hatify.convert(nn.Sequential(*layers), 2, example_inputs=VECTORS)
+    assert hat.train_graph is None and "self[3](" in hat.code
+
+
 @pytest.mark.parametrize("name", GIVES)
 def test_what_was_written_is_seen_under_both_names(name: str) -> None:
     model = ReadAgain(copy.deepcopy(GIVES[name])).eval()

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 import hatify
 from hatify import HATModel
-from hatify.errors import CallError, ConversionError, HatifyError
+from hatify.errors import CallError, CaptureError, ConversionError, HatifyError
 from hatify.verification import measure_drift
 
 VECTORS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
@@ -213,9 +213,19 @@ def test_tensors_that_do_not_fit_the_capture_are_refused(wrong: Tensor) -> None:
         converted(traps.Optional(), VECTORS)(wrong)
 
 
-def test_a_forward_that_writes_into_a_parameter_is_refused() -> None:
-    with pytest.raises(HatifyError):
-        hatify.convert(traps.ClipsItsWeight(), 2, example_inputs=VECTORS)
+@pytest.mark.parametrize(
+    ("make", "inputs", "named"),
+    [
+        (traps.ClipsItsWeight, VECTORS, "gain"),
+        (lambda: traps.Looks(torch.nn.functional.embedding), torch.arange(6).view(2, 3), "table"),
+        (lambda: traps.Looks(torch.nn.functional.embedding_bag), torch.arange(6).view(2, 3), "table"),
+    ],
+    ids=["clip", "embedding", "embedding bag"],
+)
+def test_a_forward_that_writes_into_a_parameter_is_refused(make: Any, inputs: Tensor, named: str) -> None:
+    with pytest.raises(CaptureError, match=f"writes into the parameter {named}") as refused:
+        converted(make(), inputs)
+    assert "trap_networks.py" in refused.value.where and "TaskIndexedLayer" in refused.value.fix
 
 
 # types, devices, copies

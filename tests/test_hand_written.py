@@ -10,6 +10,7 @@ import pickle
 import hand_networks
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 from hand_networks import CONFIG, HAT, INPUTS, PLAIN, Depthwise, draw_copies, draw_masks, made, maskers, outputs
 from torch import nn
@@ -270,3 +271,20 @@ def test_plans_are_kept():
     for _ in range(3):
         outputs(network, x, 1)
     assert len(eager._plans) == plans
+
+
+def test_a_layer_along_tokens_applies_the_features_factor_once() -> None:
+    """As in a converted network: the features' soft factor came in with the sum, the layer's own is added."""
+    a, b, mix = HATLinear(6, 8, CONFIG), HATLinear(6, 8, CONFIG), HATLinear(4, 5, CONFIG)
+    with torch.no_grad():
+        for layer in (a, b, mix):
+            layer.masker.embeddings[0].normal_()
+    x = torch.randn(3, 4, 6)
+    payload = HATPayload(x, task_id=0, mask_scale=3.0)
+    got = mix((a(payload) + b(payload)).transpose(1, 2)).data
+    masks = [layer.masker(0, 3.0) for layer in (a, b, mix)]
+    inner = F.linear(x, a.weight, a.bias) * masks[0] + F.linear(x, b.weight, b.bias) * masks[1]
+    torch.testing.assert_close(got, F.linear(inner.transpose(1, 2), mix.weight, mix.bias) * masks[2])
+    live = (masks[0] > 0.5) | (masks[1] > 0.5)
+    binary = mix((a(HATPayload(x, task_id=0)) + b(HATPayload(x, task_id=0))).transpose(1, 2)).data
+    assert not live.all() and torch.equal(binary[:, ~live], torch.zeros_like(binary[:, ~live]))

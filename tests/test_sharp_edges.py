@@ -109,6 +109,25 @@ def test_a_soft_factor_is_applied_once() -> None:
         torch.testing.assert_close(hat(VECTORS, task=0, mask_scale=3.0), wanted)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("clean", [True, False])
+def test_a_soft_factor_of_another_dimension_is_applied_once(clean: bool, bias: bool) -> None:
+    """Tokens are mixed and features keep their gates, whose factor came in with a sum (materialised) or is still pending."""
+    hat = holds(edges.MixesTokens(clean, bias), TOKENS)
+    draw_masks(hat, seed=2)
+    for scale in (3.0, None):
+        a, b, mix = (hat.maskers[name](0, scale) for name in ("a", "b" if clean else "a", "mix"))
+        features = torch.maximum(a, b) if clean else a
+        x = hat.a(TOKENS) * a + hat.b(TOKENS) * b if clean else hat.a(TOKENS)
+        x = hat.mix(x.transpose(1, 2)).transpose(1, 2)
+        if clean:
+            x = torch.sin(torch.where(features > 0, x * mix[:, None], 0.0))
+        else:
+            x = torch.sin(x) * torch.minimum(mix[:, None], features)
+        wanted = hat.head.tasks[0](x.mean(1))
+        torch.testing.assert_close(hat(TOKENS, task=0, mask_scale=scale), wanted)
+
+
 # zero-preserving is a property of the arguments
 
 SHIFTS = {

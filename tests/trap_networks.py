@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -100,6 +102,18 @@ class ClipsItsWeight(nn.Module):
         with torch.no_grad():
             self.gain.clamp_(min=0.1)
         return self.head(torch.tanh(self.fc(x)) * self.gain)
+
+
+class Looks(nn.Module):
+    """A table whose rows are renormalised by the function that looks them up."""
+
+    def __init__(self, lookup: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 5))
+        self.head, self.lookup = nn.Linear(5, 3), lookup
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.lookup(tokens, self.table, max_norm=0.5))
 
 
 class Typed(nn.Module):

@@ -245,7 +245,11 @@ class Analyst:
                     where=node.meta.get("line") or node.name,
                 )
             state = gates.state if bool((ids > TOP).any()) else State.CLEAN
-            results.append(self._value(node, ids, state, one))
+            value = self._value(node, ids, state, one)
+            if gates.factor is not None:
+                own = self.masked(self._value(node, gates.factor, State.PENDING, one), soft=True, fill=0.0)
+                value = replace(own, ids=ids, state=state)
+            results.append(value)
         return self._widened(results[0]) if isinstance(val, Tensor) else results
 
     def _widened(self, value: Value) -> Value:

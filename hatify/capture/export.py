@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from hatify.calling import Signature, flatten
 from hatify.capture.captured import Captured, FixedSize, ShapeGuard
-from hatify.capture.functional import copied, make_functional, mutated, written_through_leaves
+from hatify.capture.functional import copied, line_of_write, make_functional, mutated, written_through_leaves
 from hatify.capture.questions import noted_questions
 from hatify.capture.regions import SWITCHES, enter_autocast, exit_autocast
 from hatify.capture.selections import known_selections
@@ -92,6 +92,7 @@ def _export_once(
     through: set[str],
 ) -> tuple[Captured, set[str]]:
     """One capture, and the paths of leaves whose aliasing it lost although it matters."""
+    parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     root = copy_tree(model)
     root.train(training) if training else root.eval()
     leaves = mark_leaves(root, stubs, through)
@@ -103,12 +104,15 @@ def _export_once(
         written = written_through_leaves(captured.graph)
         if written - through:
             return captured, written
-        writes = make_functional(captured.graph, {n for n, _ in model.named_buffers(remove_duplicate=False)})
+        writes = make_functional(captured.graph, {n for n, _ in model.named_buffers(remove_duplicate=False)}, parameters)
         if writes is None:  # writes through views: PyTorch's own functionalisation
             with _quiet():
                 program = program.run_decompositions({})
+            if program.graph_signature.parameters_to_mutate:
+                names = list(program.graph_signature.parameters_to_mutate.values())
+                raise _writes_parameter(names, line_of_write(captured.graph, parameters))
             captured = _read(program, signature, flat.seen.structure, inputs)
-            writes = make_functional(captured.graph, set())
+            writes = make_functional(captured.graph, set(), parameters)
             if writes is None:
                 raise CaptureError(
                     f"{type(model).__name__} writes into tensors in a way that cannot be made functional",
@@ -258,6 +262,17 @@ def _read(program: ExportedProgram, signature: Signature, structure: Any, inputs
     captured.fixed_sizes = _fixed_sizes(signature, placeholders)
     captured.guards = _guards(placeholders)
     return captured
+
+
+def _writes_parameter(names: list[str], line: str | None) -> CaptureError:
+    """The refusal of a forward that writes into parameters."""
+    return CaptureError(
+        f"forward writes into the parameter {', '.join(n.removeprefix('root.') for n in dict.fromkeys(names))}",
+        where=line,
+        why="all tasks share it; only a module that is kept whole can have one copy of it per task",
+        fix="nn.Embedding(..., max_norm=...) or nn.EmbeddingBag(..., max_norm=...) instead of the function; otherwise keep the module "
+        "whole: hatify.register(ThatModule, hatify.TaskIndexedLayer())",
+    )
 
 
 class _Env(dict):

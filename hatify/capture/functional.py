@@ -10,8 +10,9 @@ _MAYBE_ALIAS = {"reshape", "flatten", "contiguous", "to", "dropout", "type_as", 
                 "alpha_dropout", "numpy_T", "mT", "matrix_H", "hsplit", "vsplit", "swapaxes", "swapdims", "einsum", "getitem"}  # fmt: skip
 
 
-def make_functional(graph: fx.Graph, buffers: set[str]) -> dict[str, fx.Node] | None:
-    """Replaces the in-place operators of ``graph``; None (and nothing changed) where views make a renaming unsound.
+def make_functional(graph: fx.Graph, buffers: set[str], parameters: set[str]) -> dict[str, fx.Node] | None:
+    """Replaces the in-place operators of ``graph``; None (and nothing changed) where views make a renaming unsound, or
+    one of ``parameters`` (names too) is written.
 
     An operator ``x.op_()`` may become ``y = op(x)``, with later uses of ``x`` reading ``y``, if no other name of the same memory
     that existed before is used afterwards. Returns the final values of the written ``buffers`` (names of ``get_attr`` nodes).
@@ -23,7 +24,8 @@ def make_functional(graph: fx.Graph, buffers: set[str]) -> dict[str, fx.Node] | 
         target = mutated(node)
         before = [a for a in groups.of(target) if a is not target and order[a] < order[node]]
         used_after = any(order[user] > order[node] for alias in before for user in alias.users if user is not node)
-        if used_after or any(alias in held for alias in before) or _functional_overload(node) is None:
+        parameter = any(a.op == "get_attr" and a.target in parameters for a in groups.of(target))
+        if used_after or parameter or any(alias in held for alias in before) or _functional_overload(node) is None:
             return None
     writes: dict[str, fx.Node] = {}
     current = dict(held)  # node -> the buffer whose newest value it is
@@ -74,6 +76,13 @@ def _look(graph: fx.Graph) -> tuple[_Aliases, list[fx.Node]]:
         if mutated(node) is not None:
             inplace.append(node)
     return groups, inplace
+
+
+def line_of_write(graph: fx.Graph, parameters: set[str]) -> str | None:
+    """The source line that first writes into memory of a parameter."""
+    groups, inplace = _look(graph)
+    held = {n for n in graph.nodes if n.op == "get_attr" and n.target in parameters}
+    return next((n.meta.get("line") for n in inplace if groups.of(mutated(n)) & held), None)
 
 
 class _Aliases:

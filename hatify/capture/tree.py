@@ -250,5 +250,8 @@ def _noted_results(call: LeafCall, out: Any, inputs: list[Tensor]) -> list[Tenso
     if any(isinstance(s, torch.SymInt) and s.node.expr.count_ops() > MOST_SIZE_OPERATIONS for t in inputs for s in t.shape):
         raise SizesTooLarge
     given = {t.untyped_storage()._cdata: i for i, t in enumerate(inputs)}
-    call.aliases = [given[s] for t in flat if isinstance(t, Tensor) and (s := t.untyped_storage()._cdata) in given]
+    # what works in place writes its result back, which is seen; see _Marker
+    call.aliases = (
+        [] if call.inplace else [given[s] for t in flat if isinstance(t, Tensor) and (s := t.untyped_storage()._cdata) in given]
+    )
     return [t.clone() if t.untyped_storage()._cdata in given else t for t in flat if isinstance(t, Tensor)]

@@ -135,7 +135,8 @@ class WeightedOutcome:
 def weighted(
     run: Interpreter, x: Value, layer: Weighted, atoms: Tensor | None, inputs: int, outputs: int, bias: bool
 ) -> WeightedOutcome:
-    """The rule of a linear map: the input is materialised, the layer's own mask is left pending.
+    """The rule of a linear map: the input is materialised, the layer's own mask is left pending (applied at once where the result
+    also keeps gates of other dimensions, whose soft factor came in with the input).
 
     ``atoms`` are the gates of the layer's masker, shape ``(outputs,)``, or None for a layer without one (a depthwise layer on gated
     channels, or an output layer).
@@ -163,8 +164,12 @@ def weighted(
     if atoms is None:
         state = State.CLEAN if not gated else State.PENDING if x.state is State.PENDING else State.DIRTY
         return WeightedOutcome(x, Gates(own, state), torch.full((1,), TOP), cols)
-    shape = [outputs if d == dim else 1 for d in range(x.rank)]
-    return WeightedOutcome(x, Gates(run.table.combine("and", atoms.reshape(shape), own), State.PENDING), atoms, cols)
+    atoms_there = atoms.reshape([outputs if d == dim else 1 for d in range(x.rank)])
+    both = run.table.combine("and", atoms_there, own)
+    if not gated or x.state is State.PENDING:
+        return WeightedOutcome(x, Gates(both, State.PENDING), atoms, cols)
+    state = after_shift(x.state) if bias else x.state
+    return WeightedOutcome(x, Gates(both, state, factor=atoms_there), atoms, cols)
 
 
 def weighted_uses(

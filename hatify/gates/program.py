@@ -51,8 +51,9 @@ class _Compiler:
 
     def _compile(self, ids: tuple[int, ...]) -> Program:
         groups: dict[tuple, list[int]] = {}
+        of = {gate: groups.setdefault(self._group(gate), []) for gate in dict.fromkeys(ids)}
         for position, gate in enumerate(ids):
-            groups.setdefault(self._group(gate), []).append(position)
+            of[gate].append(position)
         if len(groups) > 1:
             parts = tuple(self.compile(tuple(ids[p] for p in positions)) for positions in groups.values())
             order = [p for positions in groups.values() for p in positions]

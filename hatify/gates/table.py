@@ -100,6 +100,13 @@ class GateTable:
 
     def _join(self, op: str, a: int, b: int) -> int:
         other = "and" if op == "or" else "or"
+        (first, *inside_a), (second, *inside_b) = self.keys[a], self.keys[b]
+        if first == second == "atom":
+            return self._intern((op, frozenset((a, b))), (a, b))
+        if second == other and not inside_b[0].isdisjoint(self._members(op, a)):  # a | (a & c) = a
+            return a
+        if first == other and not inside_a[0].isdisjoint(self._members(op, b)):
+            return b
         members = self._members(op, a) | self._members(op, b)
         kept = frozenset(m for m in members if not (self.keys[m][0] == other and self.keys[m][1] & members))
         if len(kept) == 1:

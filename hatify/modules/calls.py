@@ -90,6 +90,8 @@ def weighted_of_payload(layer: nn.Module, payload: Pending, args: tuple, kwargs:
     data = payload._with(plan.masks)
     args, kwargs = _replaced((args, kwargs), lambda p: p.data)
     out = forward(data, *args, **kwargs)
+    if plan.out.factor is not None:
+        out = payload._made(out, plan.out.factor, State.PENDING).data
     return payload._made(out, *eager.gates_of_result(plan.out, out, type(layer).__name__))
 
 

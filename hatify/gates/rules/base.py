@@ -42,10 +42,15 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Gates:
-    """The gates of one result; ``ids`` None means TOP."""
+    """The gates of one result; ``ids`` None means TOP.
+
+    ``factor`` are gates whose mask is applied to the result at once, where the soft factor of the others is in already: a second
+    product would give it twice. ``state`` is that of ``ids`` afterwards.
+    """
 
     ids: Tensor | None
     state: State = State.CLEAN
+    factor: Tensor | None = None
 
 
 @dataclass(frozen=True)
