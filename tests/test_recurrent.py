@@ -8,7 +8,7 @@ import pytest
 import torch
 from hand_networks import CONFIG
 from networks import NETWORKS
-from tasks import converted, draw_masks, maskers, outputs, same, small, total
+from tasks import converted, draw_masks, finish, maskers, outputs, same, small, total
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
@@ -215,3 +215,17 @@ def test_a_second_task_leaves_the_first_as_it_was(name: str) -> None:
         first = outputs(hat, args, kwargs, task=0) if first is None else first
         assert same(first, outputs(hat, args, kwargs, task=0))
     assert not same(first, outputs(hat, args, kwargs, task=1))
+
+
+@pytest.mark.parametrize("name", ["text_gru", "stacked_both_ways", "projected_lstm", "cells_with_readout"])
+def test_what_is_extracted_is_plain(name: str) -> None:
+    """Masks folded into the plain layer's weights for good, and no trace of hatify."""
+    hat, args, kwargs = small(name)
+    draw_masks(hat)
+    finish(hat, 0)
+    plain = hatify.extract(hat, 0).eval()
+    assert not any("hatify" in type(m).__module__ for m in plain.modules())
+    with torch.no_grad():
+        torch.testing.assert_close([plain(*args, **kwargs)], outputs(hat, args, kwargs, task=0), rtol=1e-5, atol=1e-6)
+    layer = next(m for m in plain.modules() if isinstance(m, nn.RNNBase | nn.RNNCellBase))
+    assert any((p == 0).any() for p in layer.parameters()) and not any("masker" in n for n, _ in layer.named_parameters())

@@ -17,7 +17,7 @@ from hatify.capture.regions import enter_autocast, exit_autocast
 from hatify.gates import evaluate
 from hatify.lifecycle.calls import placeholders, put_together
 from hatify.model import HATModel
-from hatify.modules import HATLayer, LiveMask, Mask, TaskIndexed, TaskIndexedParameter, live_norms
+from hatify.modules import HATLayer, HATRecurrent, LiveMask, Mask, TaskIndexed, TaskIndexedParameter, live_norms
 from hatify.modules.task_indexed import write_buffer
 from hatify.rewrite.graph import by_mode
 from hatify.rewrite.scope import Scope
@@ -121,11 +121,11 @@ def _tree(hat: HATModel, module: nn.Module, task: int, path: str, memo: dict, le
 def _leaf(module: nn.Module, task: int, memo: dict) -> nn.Module:
     if isinstance(module, TaskIndexed):
         return copy.deepcopy(module.tasks[task], memo)
-    if not isinstance(module, HATLayer):
+    if not isinstance(module, HATLayer | HATRecurrent):
         return copy.deepcopy(module, memo)
-    own = {k: v for k, v in module.__dict__.items() if k != "seen"}
+    own = {k: v for k, v in module.__dict__.items() if k not in ("seen", "masker_path")}
     bare = module.plain_class.__new__(module.plain_class)
-    bare.__dict__ = {**own, "_modules": {n: m for n, m in module._modules.items() if n != "masker"}}
+    bare.__dict__ = {**own, "_modules": {n: m for n, m in module._modules.items() if n not in ("masker", "maskers")}}
     return copy.deepcopy(bare, memo)
 
 
