@@ -17,6 +17,7 @@ _PUBLIC = {
     "extract": "hatify.lifecycle.extraction",
     "forget_task": "hatify.lifecycle.forgetting",
     "prune": "hatify.lifecycle.forgetting",
+    "usage": "hatify.lifecycle.capacity",
     "save": "hatify.artifact",
     "load": "hatify.artifact",
     "Learning": "hatify.learning",
