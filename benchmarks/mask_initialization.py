@@ -99,8 +99,12 @@ def main() -> None:
         done = [n for n in needed if n is not None]
         found.append({"init": init, "schedule": schedule, "regularized": regularized, "batches": needed})
         middle = f"{statistics.mean(done):.1f} | {statistics.median(done):.0f}" if done else "- | -"
+        failed = len(needed) - len(done)
         start = "N(0, 1)" if init == "normal" else "ones"
-        print(f"| {'yes' if regularized else 'no'} | {start} | {schedule} | {middle} | {len(needed) - len(done)} | {reported} |", flush=True)
+        print(
+            f"| {'yes' if regularized else 'no'} | {start} | {schedule} | {middle} | {failed} | {reported} |",
+            flush=True,
+        )
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -498,6 +498,7 @@ def _forward(self: HATModel, *args: Any, task: int | None = None, mask_scale: fl
         task = self._active_task
     if not torch.compiler.is_compiling():
         self._guard.before_forward(task)
+        self._guard.remember(task, args, {**kwargs, "task": task})
     tensors = self._facts.signature.bind(args, kwargs)
     self._facts.check_sizes(tensors)
     if self._facts.selections and not torch.compiler.is_compiling():

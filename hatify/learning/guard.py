@@ -204,6 +204,11 @@ class Guard:
         self._stepped = True
         self._settled.clear()
 
+    def remember(self, task: int | None, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Shows the session the inputs of a call that trains its task."""
+        if self.session is not None and self.session.task == task and self.module.training and torch.is_grad_enabled():
+            self.session.statistics.remember(args, kwargs)
+
     def protect(self, optimizer: Optimizer) -> None:
         """Zeroes what the optimizer remembers of protected elements."""
         if not self.steps.owns(optimizer):

@@ -50,7 +50,9 @@ def before_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     guard = guard_of(module)
     if module.training:
         network_of(module).rest()
-    guard.before_forward(None if payload is None else payload.task_id)
+    task = None if payload is None else payload.task_id
+    guard.before_forward(task)
+    guard.remember(task, args, kwargs)
 
 
 def before_load(module: nn.Module, state_dict: dict, prefix: str, *rest: Any) -> None:

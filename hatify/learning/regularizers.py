@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from hatify.errors import TaskError
-from hatify.learning.network import network_of
+from hatify.learning.network import Network, network_of
 from hatify.modules.masker import Masker, soft_mask
 
 KINDS = ("layer", "network")
@@ -51,7 +51,7 @@ def regularization(
         return torch.zeros(())
     maskers = [view.maskers[n] for n in names]
     others = sorted(view.finished - {task})
-    free = torch.cat([_free(m, task, others) for m in maskers])
+    free = torch.cat([free_channels(m, task, others) for m in maskers])
     embeddings = torch.cat([m.embeddings[task].float() for m in maskers])
     config = maskers[0].config
     taken = soft_mask(embeddings, mask_scale, config) * free
@@ -67,14 +67,18 @@ def regularization(
             raise TaskError("the network-wide regularization has one quota", fix="quota=0.1")
         total = (free * factor[owner]).sum().clamp(min=1e-12)
         return ((taken * factor[owner]).sum() / total - (quota or 0.0)).clamp(min=0.0)
-    default = quota if isinstance(quota, int | float) else 1 / view.tasks
-    quotas = _by_name(quota if isinstance(quota, Mapping) else None, names, default)
     share = per_masker(taken) / per_masker(free).clamp(min=1.0)
-    return (factor * (share - torch.tensor(quotas, device=taken.device)).clamp(min=0.0)).sum()
+    return (factor * (share - torch.tensor(quotas(view, kind, quota), device=taken.device)).clamp(min=0.0)).sum()
 
 
-def _free(masker: Masker, task: int, others: list[int]) -> Tensor:
-    """1.0 where none of the other finished tasks is live."""
+def quotas(view: Network, kind: str, quota: float | Mapping[str, float] | None) -> list[float]:
+    """The share of its free channels that costs nothing, for every masker in order."""
+    number = quota if isinstance(quota, int | float) else 1 / view.tasks if kind == "layer" else 0.0
+    return _by_name(quota if isinstance(quota, Mapping) else None, list(view.maskers), number)
+
+
+def free_channels(masker: Masker, task: int, others: Iterable[int]) -> Tensor:
+    """1.0 where none of the other finished tasks is live: float32, shape ``(channels,)``."""
     used = torch.zeros(masker.channels, dtype=torch.bool, device=masker.embeddings[task].device)
     for other in others:
         used |= masker.live(other)

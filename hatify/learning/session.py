@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
@@ -12,11 +13,13 @@ from torch.optim import Optimizer
 
 from hatify.errors import NonFiniteError, TaskError
 from hatify.learning.hooks import guard_of
+from hatify.learning.masks import MaskSteps, kept_shares, step_factor
 from hatify.learning.network import network_of
 from hatify.learning.optimizers import all_below, check_holds, parameters_of
 from hatify.learning.protection import Protection
 from hatify.learning.regularizers import KINDS, regularization
 from hatify.learning.schedules import SCHEDULES, Schedule, checked, mask_scale, progress_of
+from hatify.learning.statistics import Statistics, as_call
 from hatify.learning.steps import ON_NONFINITE
 
 
@@ -37,9 +40,16 @@ class Learning:
         steps_per_epoch: optimizer steps per epoch; not needed by ``constant``.
         max_scale: ``s_max``; default ``config.max_mask_scale``.
         kind: ``layer`` (equation 5) or ``network`` (the original term).
-        quota: see :func:`regularization`.
+        quota: see :func:`regularization`; no step takes a masker below this share of its free channels, by default below an equal share of
+            what is left, ``1 / (T - finished)``.
         weight: factor of the term.
         weights: factors of single maskers.
+        mask_rate: what the steps of mask embeddings are multiplied by. Default: ``max_scale`` for optimizers whose steps do not grow
+            with the gradient (Adam and its like), so that the factor of equation 3 is not lost; 1 for SGD, and where a parameter
+            group holds mask embeddings alone.
+        refresh: the running statistics of the task's norms are gathered again, under binary masks, on the inputs of the last
+            ``refresh`` training calls, when the task is finished; 0 leaves them. Calls of compiled code are not remembered: see
+            :meth:`refresh_statistics`.
         warm_start: where the task's copies (norms, heads of the same shape, raw parameters) start: ``pretrained`` (the state without a
             task), another task's number, or None (as they are: at first, what the conversion copied).
         locked_task_ids: the finished tasks whose shared weights stay locked; default all. The others may be overwritten, on purpose.
@@ -66,6 +76,8 @@ class Learning:
         quota: float | Mapping[str, float] | None = None,
         weight: float = 1.0,
         weights: Mapping[str, float] | None = None,
+        mask_rate: float | None = None,
+        refresh: int = 8,
         warm_start: str | int | None = None,
         locked_task_ids: Iterable[int] | None = None,
         on_nonfinite: str = "raise",
@@ -78,6 +90,7 @@ class Learning:
         self.schedule, self.steps_per_epoch = schedule, steps_per_epoch
         self.max_scale = self._config.max_mask_scale if max_scale is None else max_scale
         self.kind, self.quota, self.weight, self.weights = kind, quota, weight, weights
+        self.mask_rate, self.refresh = mask_rate, refresh
         self.warm_start = warm_start
         self._asked = None if locked_task_ids is None else set(locked_task_ids)
         self.locking: set[int] = set()
@@ -111,6 +124,15 @@ class Learning:
             )
         for step in range(1 if steps is None else steps if callable(self.schedule) else min(steps, 2)):
             self._scale_at(step)
+        if (
+            not (self.mask_rate is None or 0 <= self.mask_rate < math.inf)
+            or isinstance(self.refresh, bool)
+            or not self.refresh >= 0
+        ):
+            raise TaskError(
+                f"mask_rate is a factor and refresh a number of batches, not {self.mask_rate!r} and {self.refresh!r}",
+                fix="hat.learning(task=0, mask_rate=100.0, refresh=8)",
+            )
         if self.kind not in KINDS or self.on_nonfinite not in ON_NONFINITE:
             raise TaskError(
                 f"kind is one of {KINDS} and on_nonfinite one of {ON_NONFINITE}, not {self.kind!r} and {self.on_nonfinite!r}",
@@ -186,6 +208,8 @@ class Learning:
                 tensor.grad = None  # zeros of an earlier task would let weight decay and momentum move its copies
         for optimizer in self.optimizers:
             self.guard.protect(optimizer)
+        self._masks = MaskSteps(self._view, self.task, kept_shares(self._view, self.task, self.kind, self.quota))
+        self.statistics = Statistics(self.network, self.task, self.refresh)
         self._set_scale()
         if hasattr(self.network, "active_task"):
             self._active_before, self.network.active_task = self.network.active_task, self.task
@@ -200,6 +224,7 @@ class Learning:
         """
         self._check_open()
         self.guard.restore()
+        self.statistics.gather(self.statistics.seen)
         self.guard.steps.keep_statistics()
         self._check_finite()
         self._close()
@@ -303,11 +328,32 @@ class Learning:
         term = regularization(self.network, self.task, self._scale, kind=self.kind, quota=self.quota, weights=self.weights)
         return self.weight * term
 
+    def refresh_statistics(self, batches: Iterable[Any]) -> None:
+        """Gathers the running statistics of the task's norms again, under binary masks, instead of what :meth:`finish` would do
+        with the remembered calls.
+
+        Args:
+            batches: inputs as the network takes them: a tensor or payload, a tuple of positional arguments, or a dict of keywords.
+
+        Raises:
+            TaskError: the session is over.
+        """
+        self._check_open()
+        self.statistics.seen.clear()
+        self.statistics.norms_seen()
+        self.statistics.gather(as_call(b) for b in batches)
+
+    def before_step(self) -> None:
+        """Called by the guard before every optimizer step."""
+        self._masks.before()
+
     def stepped(self, optimizer: Optimizer) -> None:
         """Called by the guard after every optimizer step: the one that holds the task's masks moves the scale on."""
         embeddings = self._view.embeddings(self.task)
         held = {id(p) for p in parameters_of(optimizer)}
         if not embeddings or id(embeddings[0]) in held:
+            factor = step_factor(optimizer, embeddings, self.max_scale) if self.mask_rate is None else self.mask_rate
+            self._masks.after(factor)
             self.advance()
 
     def advance(self) -> None:

@@ -108,6 +108,8 @@ class Steps:
             NonFiniteError: a gradient is not finite, and such steps are not to be skipped.
         """
         own = self._own(optimizer)
+        if self.guard.session is not None:
+            self.guard.session.before_step()
         for entry in self.guard.protection.own:
             if entry.whole:
                 entry.tensor.grad = None  # weight decay and momentum pass over what has no gradient

@@ -1,0 +1,93 @@
+"""How mask embeddings move: as fast under every optimizer, and not below what is free of charge.
+
+Measured with ``benchmarks/split_digits.py`` (a narrow ResNet, 65 steps of Adam at 1e-3 a task): embeddings that start at 1 and
+move by 1e-3 a step never reach 0, so the first task keeps and locks everything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.optim import ASGD, LBFGS, SGD, Optimizer
+
+from hatify.learning.network import Network
+from hatify.learning.regularizers import free_channels, quotas
+from hatify.modules import Masker
+
+PROPORTIONAL = (SGD, ASGD, LBFGS)
+"""Optimizers whose steps grow with the gradient. Those of others (Adam, RMSprop, ...) do not depend on its size."""
+
+
+def step_factor(optimizer: Optimizer, embeddings: list[Tensor], max_scale: float) -> float:
+    """What the steps of mask embeddings are multiplied by.
+
+    Equation 3 makes their gradients ``s_max`` times larger than those of a mask ``sigmoid(e)``. An optimizer that divides a
+    gradient by its own size loses that factor; it gets it back here. Steps that grow with the gradient have it already, and a
+    parameter group that holds mask embeddings alone has been given a learning rate for them.
+    """
+    if isinstance(optimizer, PROPORTIONAL):
+        return 1.0
+    ids = {id(e) for e in embeddings}
+    groups = [[id(p) in ids for p in group["params"]] for group in optimizer.param_groups]
+    return 1.0 if any(masks and all(masks) for masks in groups) else max_scale
+
+
+def kept_shares(network: Network, task: int, kind: str, quota: float | Mapping[str, float] | None) -> list[float]:
+    """By masker, the share of its free channels that a step does not go below: the quota, if one is given.
+
+    By default an equal share of what is left, ``1 / (T - finished)``. The quota ``1 / T`` of equation 5 is a share of what is left, too,
+    so that each task would keep less than the one before, and the last channels would never be used.
+    """
+    if quota is None and kind == "layer":
+        quota = 1 / (network.tasks - len(network.finished - {task}))
+    return quotas(network, kind, quota)
+
+
+class MaskSteps:
+    """The embeddings of one task around one optimizer step.
+
+    Args:
+        network: whose masks.
+        task: the task in training.
+        shares: by masker, the share of free channels that a step does not go below.
+    """
+
+    def __init__(self, network: Network, task: int, shares: Iterable[float]) -> None:
+        self.network = network
+        self.maskers = list(network.maskers.values())
+        self.embeddings = [m.embeddings[task] for m in self.maskers]
+        self.task, self.shares = task, list(shares)
+        self._before: list[Tensor] | None = None
+
+    def before(self) -> None:
+        """Remembers where the embeddings are."""
+        self._before = [e.detach().clone() for e in self.embeddings]
+
+    @torch.no_grad()
+    def after(self, factor: float) -> None:
+        """Multiplies the step by ``factor``, and takes back what goes below the share."""
+        before, self._before = self._before, None
+        if before is None:
+            return
+        if factor != 1.0:
+            for old, embedding in zip(before, self.embeddings):
+                embedding.data.copy_(old + factor * (embedding.data - old))
+        died = [(old > 0) & (e.data <= 0) for old, e in zip(before, self.embeddings)]
+        if bool(torch.cat(died).any()):
+            for masker, share, old, gone in zip(self.maskers, self.shares, before, died):
+                self._keep(masker, share, old, gone)
+
+    def _keep(self, masker: Masker, share: float, old: Tensor, gone: Tensor) -> None:
+        """Regularization lowers every free channel, and under soft masks (sigmoid(0) = 1/2 whatever the embedding) it cannot tell that
+        the quota is reached; momentum goes on where it ends. Those that the step would kill last stay where they were."""
+        embedding = masker.embeddings[self.task].data
+        free = free_channels(masker, self.task, self.network.finished - {self.task}) > 0
+        gone = gone & free
+        missing = math.ceil(share * int(free.sum()) - 1e-6) - int(((embedding > 0) & free).sum())
+        count = min(missing, int(gone.sum()))
+        if count > 0:
+            order = embedding.masked_fill(~gone, -math.inf).topk(count).indices
+            embedding[order] = old[order]
