@@ -79,7 +79,7 @@ class Network:
         for masker in self.maskers.values():
             _mark(masker, task, finished, begun)
         for module in self.indexed():
-            module.tasks[task].train(self.module.training and not finished)
+            module.tasks[task].train(module.training and not finished)
 
     def indexed(self) -> list[TaskIndexed]:
         """Task-indexed modules."""
