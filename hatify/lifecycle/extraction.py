@@ -15,6 +15,7 @@ from hatify.lifecycle.folding import Folded, fold
 from hatify.lifecycle.lowering import module_of
 from hatify.lifecycle.picture import Picture
 from hatify.lifecycle.plain import specialise
+from hatify.lifecycle.slimming import slim_down
 from hatify.model import HATModel
 from hatify.structure import unflatten
 from hatify.verification import difference, input_batches
@@ -57,6 +58,7 @@ def extract(hat: HATModel, task: int, slim: bool = False) -> fx.GraphModule:
     picture = Picture(plain, values_of(hat, tensors))
     folded = fold(plain, picture)
     before = sum(p.numel() for p in plain.root.parameters())
+    slimmed = slim_down(plain, picture) if slim else []
     module = module_of(plain, picture, f"{type(hat._facts.reference).__name__}Task{task}")
     module.to(next((p.device for p in hat.parameters()), torch.device("cpu")))
     worst, scale = measured(hat, task, module)
@@ -65,6 +67,8 @@ def extract(hat: HATModel, task: int, slim: bool = False) -> fx.GraphModule:
         "slim": slim,
         "folded": [{"node": f.name, "where": f.scope, "how": f.how} for f in folded if f.how],
         "stayed": [{"node": f.name, "where": f.scope, "why": f.why} for f in folded if not f.how],
+        "slimmed": [{"node": s.name, "where": s.scope, "kept": s.kept, "of": s.size} for s in slimmed if not s.why],
+        "whole": [{"node": s.name, "where": s.scope, "why": s.why} for s in slimmed if s.why],
         "difference": worst,
         "bit_equal": worst == 0.0,
         "parameters": {"before": before, "after": sum(p.numel() for p in module.parameters())},

@@ -1,0 +1,219 @@
+"""Where each value is cut, checked: the operators that move elements, run on the labels of the smaller values, have to agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from hatify.gates.rules.movement import VIEWS
+from hatify.gates.value import compress
+from hatify.lifecycle.labels import Labelled, Labels
+from hatify.lifecycle.picture import Picture, operator_of
+
+aten = torch.ops.aten
+JOINS = ("cat", "concat", "concatenate", "stack")
+
+
+class Refused(Exception):
+    """A node that has to get its operands whole."""
+
+    def __init__(self, node: fx.Node, why: str) -> None:
+        super().__init__(why)
+        self.node, self.why = node, why
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A value is cut along ``dim``: ``index`` has its rank and says which position each of the kept ones had, of size 1 along
+    dimensions where that is the same."""
+
+    dim: int
+    size: int
+    index: Tensor
+
+    @property
+    def kept(self) -> int:
+        return self.index.shape[self.dim]
+
+    @property
+    def uniform(self) -> bool:
+        return self.index.numel() == self.kept
+
+    @property
+    def channels(self) -> Tensor:
+        """The kept positions, where they are the same everywhere."""
+        return self.index.reshape(-1)
+
+
+class Cuts:
+    """``cuts[node]``: a :class:`Cut`, None for a whole value, or a list of these. ``moved[node]`` are the target of a movement
+    on the smaller value, and what follows its first argument (None: as it is).
+
+    Raises:
+        Refused: where a movement does not work on the smaller value.
+    """
+
+    def __init__(self, graph: fx.Graph, picture: Picture, labels: Labels) -> None:
+        self.picture, self.labels = picture, labels
+        self.found: dict[fx.Node, Any] = {}
+        self.moved: dict[fx.Node, tuple] = {}
+        for node in graph.nodes:
+            held = labels.of[node]
+            if isinstance(held, list):
+                parts = self.picture[node].parts
+                self.found[node] = [None if h is None else self._cut(node, h, p.shape) for h, p in zip(held, parts)]
+            else:
+                self.found[node] = None if held is None else self._cut(node, held, self.picture[node].shape)
+        for node in graph.nodes:
+            if labels.zeros.kinds[node].family == "movement" and node not in labels.dense:
+                self._movement(node)
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        return self.found[node]
+
+    def _cut(self, node: fx.Node, held: Labelled, shape: tuple[int, ...]) -> Cut | None:
+        if held.cut is None:
+            return None
+        keep = self.labels.keeps(held.ids)
+        rows = keep.movedim(held.cut, -1)
+        counts = rows.sum(-1)
+        if bool((counts != counts.reshape(-1)[0]).any()):
+            raise Refused(node, "parts that have to be equal keep unequal numbers of channels")
+        if bool(keep.all()):
+            return None
+        index = rows.nonzero()[:, -1].reshape(*rows.shape[:-1], -1).movedim(-1, held.cut)
+        return Cut(held.cut, shape[held.cut], compress_other(index, held.cut))
+
+    # movement
+
+    def _labels(self, node: fx.Node, part: int | None = None) -> Tensor:
+        """The labels of the smaller value, of its full shape (float64, as movement runs on)."""
+        held, cut, shape = self.labels.of[node], self.found[node], self.picture[node].shape
+        if part is not None:
+            held, cut, shape = held[part], cut[part], self.picture[node].parts[part].shape
+        ids = held.ids.to(torch.float64)
+        if cut is not None:
+            size = [max(a, b) if d != cut.dim else cut.size for d, (a, b) in enumerate(zip(ids.shape, cut.index.shape))]
+            target = [s if d != cut.dim else cut.kept for d, s in enumerate(size)]
+            ids = torch.gather(ids.expand(size), cut.dim, cut.index.expand(target))
+            shape = tuple(cut.kept if d == cut.dim else s for d, s in enumerate(shape))
+        return ids.expand(shape)
+
+    def _movement(self, node: fx.Node) -> None:
+        operands = [n for n in node.all_input_nodes if self.picture[n].shape is not None]
+        found = self.found[node]
+        out = found if isinstance(found, list) else [found]
+        cut_in = [n for n in operands if self.found[n] is not None]
+        if not cut_in and not any(o is not None for o in out):
+            return
+        constants = [n for n in operands if self.picture[n].constant and self.picture[n].dtype.is_floating_point]
+        name = operator_of(node)
+        if constants and name not in JOINS:
+            raise Refused(node, "it moves channels among constants")
+        target, tail = self._rewritten(node, name, out)
+        args, kwargs = (node.args, node.kwargs) if tail is None else ((node.args[0], *tail), {})
+
+        def operand(n: fx.Node) -> Any:
+            if self.picture[n].shape is None:
+                return self.picture[n].size if self.picture[n].size is not None else self.picture[n].other
+            if n in constants:
+                shape = list(self.picture[n].shape)
+                cut = out[0]
+                if cut is not None and name != "stack" and not self._joins_along(node, cut.dim):
+                    shape[cut.dim] = cut.kept
+                return torch.zeros(shape, dtype=torch.float64)
+            if n not in operands or not self.picture[n].dtype.is_floating_point and self.picture[n].constant:
+                return self.picture[n].known
+            return self._labels(n)
+
+        run_args, run_kwargs = fx.map_arg((args, kwargs), operand)
+        func = torch.reshape if name in VIEWS else target
+        try:
+            results = func(*run_args, **run_kwargs)
+        except (RuntimeError, IndexError) as error:  # the operator itself says that the smaller value does not fit
+            raise Refused(node, str(error).splitlines()[0]) from error
+        results = list(results) if isinstance(results, list | tuple) else [results]
+        for i, (result, cut) in enumerate(zip(results, out)):
+            expected = self._labels(node, i if isinstance(found, list) else None)
+            if not _same(result, expected):
+                raise Refused(node, "it would put the remaining channels in another order")
+        self.moved[node] = target, tail
+
+    def _joins_along(self, node: fx.Node, dim: int) -> bool:
+        own = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        return own % len(self.picture[node].shape) == dim
+
+    def _rewritten(self, node: fx.Node, name: str, out: list[Cut | None]) -> tuple:
+        """The node's target, and what follows its first argument on the smaller value (None: as it is)."""
+        target, tail = node.target, None
+        args = node.args
+        source = next(n for n in node.all_input_nodes if self.picture[n].shape is not None)
+        cut, made = self.found[source], out[0]
+        if name in (*VIEWS, "reshape", "expand") and made is not None:
+            tail = (self._sizes(node, args[1], made, 0),)
+        elif name == "unflatten" and made is not None:
+            first = args[1] % len(self.picture[source].shape)
+            tail = (args[1], self._sizes(node, args[2], made, first))
+        elif name in ("split", "split_with_sizes", "chunk") and cut is not None and self._dim(node, 2) == cut.dim:
+            sizes = [p.shape[cut.dim] for p in self.picture[node].parts]
+            target, tail = aten.split_with_sizes.default, (self._counts(node, cut, sizes), cut.dim)
+        elif name == "slice" and cut is not None and self._dim(node, 1) == cut.dim:
+            start, end = (self._place(node, cut, args[i] if len(args) > i else d) for i, d in ((2, 0), (3, cut.size)))
+            if len(args) > 4 and args[4] != 1:
+                raise Refused(node, "it takes every other channel")
+            tail = (cut.dim, start, end)
+        elif name in ("select", "narrow", "index_select") and cut is not None and self._dim(node, 1) == cut.dim:
+            raise Refused(node, "it takes channels by their number")
+        return target, tail
+
+    def _dim(self, node: fx.Node, position: int) -> int:
+        dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
+        return dim % len(self.picture[node.args[0]].shape)
+
+    def _sizes(self, node: fx.Node, sizes: Any, cut: Cut, first: int) -> list:
+        sizes, at = list(sizes), cut.dim - first
+        if not 0 <= at < len(sizes):
+            return sizes
+        if isinstance(sizes[at], fx.Node):
+            raise Refused(node, "the number of channels is computed")
+        if sizes[at] != -1:
+            sizes[at] = cut.kept
+        return sizes
+
+    def _counts(self, node: fx.Node, cut: Cut, sizes: list[int]) -> list[int]:
+        ends = torch.tensor(sizes).cumsum(0)
+        return [
+            self._place(node, cut, int(e)) - self._place(node, cut, int(e) - s) for e, s in zip(ends, sizes)
+        ]
+
+    def _place(self, node: fx.Node, cut: Cut, position: Any) -> int:
+        """How many kept channels come before ``position``."""
+        if not isinstance(position, int):
+            raise Refused(node, "where it begins or ends is computed")
+        position = min(position if position >= 0 else position + cut.size, cut.size)
+        counts = (cut.index < position).sum(cut.dim)
+        if bool((counts != counts.reshape(-1)[0]).any()):
+            raise Refused(node, "parts that have to be equal keep unequal numbers of channels")
+        return int(counts.reshape(-1)[0])
+
+
+def compress_other(index: Tensor, dim: int) -> Tensor:
+    """``index`` with size 1 along the dimensions, other than ``dim``, where all are alike."""
+    for d in range(index.dim()):
+        if d != dim and index.shape[d] > 1 and bool((index == index.narrow(d, 0, 1)).all()):
+            index = index.narrow(d, 0, 1)
+    return index.contiguous()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal labels; a constant goes with anything."""
+    if a.shape != b.shape:
+        return False
+    a, b = compress(a)[0], compress(b)[0]
+    return bool(((a == b) | (a == 0) | (b == 0)).all())
+
+
+__all__ = ["Cut", "Cuts", "Refused"]

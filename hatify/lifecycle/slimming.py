@@ -1,0 +1,342 @@
+"""Dead channels removed: smaller weights, smaller norms, and the constants of shapes rewritten."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from hatify.gates.layers import Weighted
+from hatify.lifecycle.cuts import JOINS, Cut, Cuts, Refused
+from hatify.lifecycle.kinds import Site
+from hatify.lifecycle.labels import Labels
+from hatify.lifecycle.needs import Needs
+from hatify.lifecycle.picture import Picture, operator_of
+from hatify.lifecycle.plain import Plain, tidy
+from hatify.lifecycle.smaller import smaller_layer, smaller_norm
+from hatify.lifecycle.zeros import Zeros
+from hatify.modules import live_norms
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Slimmed:
+    """What became of a value: ``kept`` of ``size`` channels, or the reason ``why`` its operands had to stay whole."""
+
+    name: str
+    scope: str
+    kept: int = 0
+    size: int = 0
+    why: str = ""
+
+
+def slim_down(plain: Plain, picture: Picture) -> list[Slimmed]:
+    """Removes dead channels from a folded graph, in place. Where an operator cannot work on fewer channels its operands are made
+    whole again, with zeros where channels were removed."""
+    zeros = Zeros(plain, picture)
+    needs = Needs(plain, picture, zeros)
+    dense: dict[fx.Node, str] = {}
+    while True:
+        known = len(dense)
+        labels = Labels(plain, picture, zeros, needs, dense)
+        try:
+            cuts = Cuts(plain.graph, picture, labels)
+        except Refused as refused:
+            if refused.node in dense:
+                raise
+            dense[refused.node] = refused.why
+            continue
+        if len(dense) == known or labels.dense is dense:
+            break
+    return _Slimmer(plain, picture, labels, cuts).run()
+
+
+class _Slimmer:
+    def __init__(self, plain: Plain, picture: Picture, labels: Labels, cuts: Cuts) -> None:
+        self.plain, self.picture, self.labels, self.cuts = plain, picture, labels, cuts
+        self.graph = plain.graph
+        self.kinds = labels.zeros.kinds
+        self.whole: dict[fx.Node, fx.Node] = {}
+        self.report: list[Slimmed] = []
+
+    def run(self) -> list[Slimmed]:
+        for node in list(self.graph.nodes):
+            family = self.kinds[node].family
+            handler = getattr(self, "_" + family.replace(" ", "_"), None)
+            if node in self.labels.dense or (handler is None and family not in ("source", "pick")):
+                self._restore(node)
+            elif handler is not None:
+                handler(node)
+            if isinstance(self.cuts[node], Cut) and family == "weighted":
+                cut = self.cuts[node]
+                self.report.append(Slimmed(node.name, node.meta.get("scope", ""), cut.kept, cut.size))
+        tidy(self.graph)
+        return self.report
+
+    def cut(self, node: Any) -> Cut | None:
+        found = self.cuts.found.get(node)
+        return found if isinstance(found, Cut) else None
+
+    # whole values
+
+    def _restore(self, node: fx.Node) -> None:
+        """The operands of a node that needs them whole."""
+        for operand in node.all_input_nodes:
+            if self.cut(operand) is None:
+                continue
+            if node.op == "call_function" and operator_of(node) == "sym_size":
+                if node.args[1] % len(self.picture[operand].shape) != self.cut(operand).dim:
+                    continue  # counts something else than channels
+            elif self.kinds[node].family == "unknown" and self.picture[node].other is not None:
+                continue  # its type or device
+            node.replace_input_with(operand, self._whole(operand))
+            why = self.labels.dense.get(node) or {
+                "output": "an output keeps its shape",
+            }.get(self.kinds[node].family, f"no rule says how {operator_of(node)} works on fewer channels")
+            self.report.append(Slimmed(node.name, node.meta.get("scope", ""), why=why))
+
+    def _whole(self, operand: fx.Node) -> fx.Node:
+        """The value with zeros where channels were removed."""
+        if operand in self.whole:
+            return self.whole[operand]
+        cut = self.cut(operand)
+        rank = len(self.picture[operand].shape)
+        places = torch.full(cut.index.shape[: cut.dim] + (cut.size,) + cut.index.shape[cut.dim + 1 :], cut.kept)
+        order = torch.arange(cut.kept).reshape([-1 if d == cut.dim else 1 for d in range(rank)]).expand(cut.index.shape)
+        places.scatter_(cut.dim, cut.index, order)
+        name = self.plain.add_buffer(f"{operand.name}_places", places.reshape(-1) if cut.uniform else places, persistent=True)
+        after = operand
+        while after.next.op == "placeholder":
+            after = after.next
+        with self.graph.inserting_after(after):
+            index = self.graph.create_node("get_attr", name)
+        with self.graph.inserting_after(index):
+            pad = [0] * (2 * (rank - 1 - cut.dim)) + [0, 1]
+            padded = self.graph.call_function(aten.constant_pad_nd.default, (operand, pad))
+        with self.graph.inserting_after(padded):
+            if cut.uniform:
+                whole = self.graph.call_function(aten.index_select.default, (padded, cut.dim, index))
+            else:
+                whole = self.graph.call_function(torch.take_along_dim, (padded, index, cut.dim))
+        whole.meta.update(operand.meta)
+        self.whole[operand] = whole
+        return whole
+
+    # constants
+
+    def _taken(self, constant: fx.Node, user: fx.Node, cut: Cut) -> fx.Node:
+        """A constant operand that is broadcast to a value cut by ``cut``, with the kept channels only."""
+        shape, rank = self.picture[constant].shape, len(self.picture[user].shape)
+        dim = cut.dim - (rank - len(shape))
+        if dim < 0 or shape[dim] == 1:
+            return constant
+        return self._chosen(constant, user, dim, cut.index.reshape(cut.index.shape[rank - len(shape) :]) if not cut.uniform else cut.channels)
+
+    def _chosen(self, constant: fx.Node, user: fx.Node, dim: int, index: Tensor) -> fx.Node:
+        """A constant with the positions ``index`` along ``dim``: a smaller tensor where it is read only here."""
+        if index.dim() == 1 and constant.op == "get_attr" and len(constant.users) == 1 and self._read_once(constant):
+            owner, _, attribute = constant.target.rpartition(".")
+            holder = self.plain.root.get_submodule(owner)
+            value = self.plain.tensor(constant.target)
+            small = value.detach().index_select(dim, index)
+            if attribute in holder._parameters:
+                holder._parameters[attribute] = nn.Parameter(small, value.requires_grad)
+            else:
+                holder._buffers[attribute] = small
+            return constant
+        name = self.plain.add_buffer(f"{constant.name}_chosen", index, persistent=True)
+        with self.graph.inserting_before(user):
+            read = self.graph.create_node("get_attr", name)
+            if index.dim() == 1:
+                return self.graph.call_function(aten.index_select.default, (constant, dim, read))
+            return self.graph.call_function(torch.take_along_dim, (constant, read, dim))
+
+    def _read_once(self, constant: fx.Node) -> bool:
+        readers = [n for n in self.graph.nodes if n.op == "get_attr" and n.target == constant.target]
+        owners = {constant.target.rpartition(".")[0]}
+        called = {n.target for n in self.graph.nodes if n.op == "call_module"}
+        named = [n for n, p in self.plain.root.named_parameters(remove_duplicate=False) if p is self.plain.tensor(constant.target)]
+        return len(readers) == 1 and not owners & called and len(named) <= 1
+
+    # one family each
+
+    def _mask(self, node: fx.Node) -> None:
+        cut = self.cut(node)
+        live, x, fill = node.args
+        if cut is not None:
+            mask = self.picture[live].known
+            rank = len(self.picture[node].shape)
+            small = _take(mask.reshape((1,) * (rank - mask.dim()) + tuple(mask.shape)), cut)
+            if bool(small.all()):
+                node.replace_all_uses_with(x)
+                self.graph.erase_node(node)
+                return
+            with self.graph.inserting_before(node):
+                name = self.plain.add_buffer(f"{x.name}_live", small, persistent=True)
+                node.args = (self.graph.create_node("get_attr", name), x, fill)
+
+    def _weighted(self, node: fx.Node) -> None:
+        site = self.kinds[node].site
+        rank = len(self.picture[node].shape)
+        dim = site.channel_dim(rank)
+        x, out = self.cut(site.x) if not site.meaning.lookup else None, self.cut(node)
+        inputs = x.channels if x is not None and x.dim == dim else None
+        outputs = out.channels if out is not None and out.dim == dim else None
+        if inputs is None and outputs is None:
+            return
+        if site.path is None:
+            self._functional(node, site, inputs, outputs)
+            return
+        leaf = self.plain.leaves[site.path]
+        rows = torch.arange(site.outputs) if outputs is None else outputs
+        columns = torch.arange(site.inputs) if inputs is None else inputs
+        self._put(site.path, smaller_layer(leaf, site.meaning, columns, rows, (site.inputs, site.outputs)))
+
+    def _functional(self, node: fx.Node, site: Site, inputs: Tensor | None, outputs: Tensor | None) -> None:
+        meaning: Weighted = site.meaning
+        groups = meaning.groups
+        first, second = (inputs, outputs) if (meaning.transposed or site.flip) else (outputs, inputs)
+        if meaning.lookup:
+            first, second = None, outputs
+        weight = site.weight
+        if groups > 1:
+            first, second = (first if groups != site.inputs else (inputs if meaning.transposed else outputs)), None
+            node.args = (*node.args[:6], len(inputs) if inputs is not None else groups)
+        for dim, index in ((0, first), (1, second)):
+            if index is not None:
+                new = self._chosen(weight, node, dim, index)
+                if new is not weight:
+                    node.replace_input_with(weight, new)
+                    self.picture.seen[new] = self.picture[weight]
+                weight = new
+        if site.bias is not None and outputs is not None:
+            shape = self.picture[site.bias].shape
+            new = self._chosen(site.bias, node, len(shape) - 1, outputs)
+            node.replace_input_with(site.bias, new)
+
+    def _put(self, path: str, layer: nn.Module) -> None:
+        """A layer at every path that the old one had."""
+        old = self.plain.leaves[path]
+        for other in [p for p, leaf in self.plain.leaves.items() if leaf is old]:
+            owner, _, name = other.rpartition(".")
+            self.plain.root.get_submodule(owner)._modules[name] = layer
+            self.plain.leaves[other] = layer
+
+    def _channel_norm(self, node: fx.Node) -> None:
+        cut = self.cut(node)
+        if cut is not None:
+            self._put(node.target, smaller_norm(self.plain.leaves[node.target], cut.channels))
+
+    def _live_norm(self, node: fx.Node) -> None:
+        cut = self.cut(node)
+        live = self.picture[node.kwargs["live"]].known
+        rank = len(self.picture[node].shape)
+        live = live.reshape((1,) * (rank - live.dim()) + tuple(live.shape))
+        args = list(node.args)
+        if cut is not None:
+            live = _take(live, cut)
+            if node.target is live_norms.group_norm:
+                first = 1
+            else:
+                first = rank - len(args[1])
+                if cut.dim >= first:
+                    args[1] = [cut.kept if first + i == cut.dim else s for i, s in enumerate(args[1])]
+            for i, constant in enumerate(args[2:4], start=2):
+                if isinstance(constant, fx.Node) and cut.dim >= first:
+                    args[i] = self._chosen(constant, node, cut.dim - first, cut.channels)
+        if bool(live.all()):
+            self._ordinary_norm(node, args)
+        elif cut is not None:
+            with self.graph.inserting_before(node):
+                name = self.plain.add_buffer(f"{node.name}_live", live, persistent=True)
+                read = self.graph.create_node("get_attr", name)
+            self.picture.seen[read] = self.picture[node.kwargs["live"]]
+            node.args, node.kwargs = tuple(args), {"live": read}
+
+    def _ordinary_norm(self, node: fx.Node, args: list) -> None:
+        """Only live channels are left: the task's norm is an ordinary one."""
+        path = node.meta.get("norm")
+        if path is not None and isinstance(self.plain.leaves[path], nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
+            leaf = self.plain.leaves[path]
+            if isinstance(leaf, nn.GroupNorm):
+                leaf.num_channels = leaf.weight.numel() if leaf.weight is not None else self.cuts[node].kept
+            else:
+                leaf.normalized_shape = tuple(args[1])
+            with self.graph.inserting_before(node):
+                new = self.graph.create_node("call_module", path, (args[0],))
+        else:
+            func = {live_norms.layer_norm: F.layer_norm, live_norms.rms_norm: F.rms_norm, live_norms.group_norm: F.group_norm}
+            with self.graph.inserting_before(node):
+                new = self.graph.call_function(func[node.target], tuple(args))
+        new.meta.update(node.meta)
+        self.cuts.found[new], self.picture.seen[new] = self.cuts[node], self.picture[node]
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
+
+    def _elementwise(self, node: fx.Node) -> None:
+        cut = self.cut(node)
+        if cut is None:
+            return
+        if node.op == "call_module" and any(True for _ in self.plain.leaves[node.target].parameters()):
+            self._put(node.target, smaller_norm(self.plain.leaves[node.target], cut.channels))
+            return
+        for operand in node.all_input_nodes:
+            seen = self.picture.seen.get(operand)
+            if seen is not None and seen.shape is not None and seen.constant:
+                new = self._taken(operand, node, cut)
+                if new is not operand:
+                    node.replace_input_with(operand, new)
+
+    def _prelu(self, node: fx.Node) -> None:
+        """Not cut."""
+
+    def _norm(self, node: fx.Node) -> None:
+        """Not cut along what it normalises."""
+
+    _reduction = _mixing = _spatial = _norm
+
+    def _movement(self, node: fx.Node) -> None:
+        if node not in self.cuts.moved:
+            return
+        node.target, tail = self.cuts.moved[node]
+        if tail is not None:
+            node.args, node.kwargs = (node.args[0], *tail), {}
+        cut = self.cut(node)
+        if operator_of(node) in JOINS and cut is not None and not self.cuts._joins_along(node, cut.dim):
+            for operand in node.all_input_nodes:
+                seen = self.picture.seen.get(operand)
+                if seen is not None and seen.shape is not None and seen.constant:
+                    node.replace_input_with(operand, self._taken(operand, node, cut))
+
+    def _contraction(self, node: fx.Node) -> None:
+        for (side, letters), (other, theirs) in ((s, o) for s in self.kinds[node].sides for o in self.kinds[node].sides if s is not o):
+            cut = self.cut(other)
+            if cut is None or not self.picture[side].constant:
+                continue
+            letter = theirs[cut.dim]
+            if letter in letters and self.picture[side].shape[letters.index(letter)] > 1:
+                if not cut.uniform:
+                    raise AssertionError("a constant beside parts that keep different channels")
+                node.replace_input_with(side, self._chosen(side, node, letters.index(letter), cut.channels))
+
+    def _attention(self, node: fx.Node) -> None:
+        """Scores are scaled by the size that a head had."""
+        cut = self.cut(node.args[0])
+        if cut is not None and node.kwargs.get("scale") is None:
+            node.kwargs = {**node.kwargs, "scale": float(self.picture[node.args[0]].shape[-1]) ** -0.5}
+
+
+def _take(mask: Tensor, cut: Cut) -> Tensor:
+    if mask.shape[cut.dim] == 1:
+        return mask
+    shape = [max(a, b) for a, b in zip(mask.shape, cut.index.shape)]
+    source = [cut.size if d == cut.dim else s for d, s in enumerate(shape)]
+    target = [cut.kept if d == cut.dim else s for d, s in enumerate(shape)]
+    return torch.gather(mask.expand(source), cut.dim, cut.index.expand(target)).clone()
+
+
+__all__ = ["Slimmed", "slim_down"]
