@@ -11,6 +11,7 @@ import timm
 import torch
 from extracting import finished
 from networks import NETWORKS
+from torch.utils.flop_counter import FlopCounterMode
 
 import hatify
 from hatify import HATModel
@@ -60,6 +61,97 @@ def test_baked_network_equals_the_task(name: str) -> None:
         assert close(outputs(hat, inputs, task=1), outputs(plain, inputs))
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_slim_network_equals_the_task(name: str) -> None:
+    network = NETWORKS[name]
+    hat = hatify.convert(network.make(), 3, example_inputs=network.inputs(2), verify=False).eval()
+    finished(hat, 1, live=0.5)
+    plain = hatify.extract(hat, 1, slim=True)
+    told = plain.extraction
+    assert told["parameters"]["after"] <= told["parameters"]["before"]
+    assert all(layer["live"] <= layer["kept"] <= layer["of"] or layer["kept"] == 1 for layer in told["slimmed"])
+    assert all(entry["why"] for entry in told["whole"])
+    for batch in (2, 5):
+        inputs = network.inputs(batch)
+        assert close(outputs(hat, inputs, task=1), outputs(plain, inputs))
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_slim_is_smaller(name: str) -> None:
+    """Parameters and operations of a task that uses half of every layer, against the task's own whole network."""
+    _, hat = zoo(name)
+    finished(hat, 0, live=0.5)
+    baked, plain = hatify.extract(hat, 0), hatify.extract(hat, 0, slim=True)
+    x = torch.randn(2, *hat.example_inputs[0][0].shape[1:])
+    assert close(outputs(hat, x, task=0), outputs(plain, x))
+    assert count(plain) < 0.75 * count(baked)
+    assert flops(plain, x) < 0.65 * flops(baked, x)
+    if name == "test_resnet":
+        assert not plain.extraction["whole"] and flops(plain, x) < 0.45 * flops(baked, x)
+
+
+def count(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def flops(model: torch.nn.Module, x: torch.Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    return counter.get_total_flops()
+
+
+def test_norms_over_live_channels_become_ordinary_ones() -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 32),
+        torch.nn.LayerNorm(32),
+        torch.nn.GELU(),
+        torch.nn.Linear(32, 24),
+        torch.nn.RMSNorm(24),
+        torch.nn.Linear(24, 5),
+    )
+    hat = hatify.convert(model, 1, example_inputs=torch.randn(4, 6), verify=False).eval()
+    finished(hat, 0, live=0.25)
+    plain = hatify.extract(hat, 0, slim=True)
+    kinds = {name: (type(plain.get_submodule(name)), plain.get_submodule(name).normalized_shape) for name in ("1", "4")}
+    assert kinds == {"1": (torch.nn.LayerNorm, (8,)), "4": (torch.nn.RMSNorm, (6,))}
+    assert [n.target for n in plain.graph.nodes if n.op == "call_module"] == ["0", "1", "2", "3", "4", "5"]
+    assert not plain.extraction["whole"] and not any("live" in key for key in plain.state_dict())
+
+
+def test_heads_are_padded_to_the_widest() -> None:
+    """Attention heads keep equal widths, as wide as the widest; scores are scaled as before."""
+    network = NETWORKS["multihead_attention"]
+    hat = hatify.convert(network.make(), 1, example_inputs=network.inputs(2), verify=False).eval()
+    finished(hat, 0, live=0.5, seed=3)
+    plain = hatify.extract(hat, 0, slim=True)
+    assert any(0 < s["live"] < s["kept"] < s["of"] for s in plain.extraction["slimmed"])
+    inputs = network.inputs(4)
+    assert close(outputs(hat, inputs, task=0), outputs(plain, inputs))
+
+
+@pytest.mark.parametrize("slim", [False, True])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
+def test_exports(name: str, slim: bool, tmp_path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    _, hat = zoo(name)
+    finished(hat, 0, live=0.5)
+    plain = hatify.extract(hat, 0, slim=slim)
+    x = torch.randn(3, *hat.example_inputs[0][0].shape[1:])
+    expected = outputs(hat, x, task=0)[0]
+    batch = {0: torch.export.Dim("batch", min=2)}
+    exported = torch.export.export(plain, (x,), dynamic_shapes=(batch,))
+    assert close([expected], outputs(exported.module(), x))
+    path = tmp_path / "task.onnx"
+    torch.onnx.export(plain, (x,), path, dynamo=True, dynamic_shapes=(batch,), verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    for given in (x, torch.randn(5, *x.shape[1:])):
+        got = session.run(None, {session.get_inputs()[0].name: given.numpy()})[0]
+        wanted = outputs(hat, given, task=0)[0]
+        # another library's kernels: their own rounding
+        assert torch.allclose(wanted, torch.from_numpy(got), 1e-3, 1e-4 * max(1.0, float(wanted.abs().max())))
+
+
 @pytest.mark.parametrize("name", TIMM)
 def test_state_dict_is_the_architectures_own(name: str) -> None:
     _, hat = zoo(name, [7, 5])
@@ -99,10 +191,40 @@ def test_a_mask_that_is_left_out_is_found(monkeypatch: pytest.MonkeyPatch) -> No
         hatify.extract(hat, 0)
 
 
-def test_works_without_hatify(tmp_path) -> None:
+def test_a_live_channel_that_is_removed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: one live channel of a hidden layer too few. Dead rectifiers may hide one, not all."""
+    from hatify.lifecycle import labels
+
+    network = NETWORKS["conv1d"]
+    hat = hatify.convert(network.make(), 1, example_inputs=network.inputs(2), verify=False).eval()
+    finished(hat, 0)
+    solved = labels.Labels._solved
+    caught = []
+    for number in range(4):
+
+        def one_less(self, number: int = number) -> list[bool]:
+            kept = solved(self)
+            hidden = next(own for node, own in self.own.items() if node.name == "conv1")
+            kept[[label for label in hidden.tolist() if kept[label]][number]] = False
+            return kept
+
+        def keeps(self, ids: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([self.kept[i] for i in ids.reshape(-1).tolist()]).reshape(ids.shape)
+
+        monkeypatch.setattr(labels.Labels, "_solved", one_less)
+        monkeypatch.setattr(labels.Labels, "keeps", keeps)
+        try:
+            hatify.extract(hat, 0, slim=True)
+        except hatify.HatifyError as error:
+            caught.append("does not give what task 0 gives" in str(error))
+    assert caught and all(caught)
+
+
+@pytest.mark.parametrize("slim", [False, True])
+def test_works_without_hatify(slim: bool, tmp_path) -> None:
     _, hat = zoo("test_vit")
     finished(hat, 2)
-    plain = hatify.extract(hat, 2)
+    plain = hatify.extract(hat, 2, slim)
     x = torch.randn(2, 3, 160, 160)
     torch.save({"x": x, "y": outputs(plain, x)[0], "model": plain}, tmp_path / "plain.pt")
     code = (

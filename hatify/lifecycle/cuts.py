@@ -136,7 +136,7 @@ class Cuts:
         except (RuntimeError, IndexError) as error:  # the operator itself says that the smaller value does not fit
             raise Refused(node, str(error).splitlines()[0]) from error
         results = list(results) if isinstance(results, list | tuple) else [results]
-        for i, (result, cut) in enumerate(zip(results, out)):
+        for i, result in enumerate(results):
             expected = self._labels(node, i if isinstance(found, list) else None)
             if not _same(result, expected):
                 raise Refused(node, "it would put the remaining channels in another order")
@@ -185,9 +185,7 @@ class Cuts:
 
     def _counts(self, node: fx.Node, cut: Cut, sizes: list[int]) -> list[int]:
         ends = torch.tensor(sizes).cumsum(0)
-        return [
-            self._place(node, cut, int(e)) - self._place(node, cut, int(e) - s) for e, s in zip(ends, sizes)
-        ]
+        return [self._place(node, cut, int(e)) - self._place(node, cut, int(e) - s) for e, s in zip(ends, sizes)]
 
     def _place(self, node: fx.Node, cut: Cut, position: Any) -> int:
         """How many kept channels come before ``position``."""

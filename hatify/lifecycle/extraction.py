@@ -20,7 +20,7 @@ from hatify.model import HATModel
 from hatify.structure import unflatten
 from hatify.verification import difference, input_batches
 
-ROUNDING = 1e4
+ROUNDING = 1e3
 """How many units in the last place, relative to the largest output, an extracted network may differ by. Far more than was ever
 measured, and far less than a mask that is missing."""
 
@@ -67,7 +67,7 @@ def extract(hat: HATModel, task: int, slim: bool = False) -> fx.GraphModule:
         "slim": slim,
         "folded": [{"node": f.name, "where": f.scope, "how": f.how} for f in folded if f.how],
         "stayed": [{"node": f.name, "where": f.scope, "why": f.why} for f in folded if not f.how],
-        "slimmed": [{"node": s.name, "where": s.scope, "kept": s.kept, "of": s.size} for s in slimmed if not s.why],
+        "slimmed": [{"node": s.name, "where": s.scope, "kept": s.kept, "live": s.live, "of": s.size} for s in slimmed if not s.why],
         "whole": [{"node": s.name, "where": s.scope, "why": s.why} for s in slimmed if s.why],
         "difference": worst,
         "bit_equal": worst == 0.0,

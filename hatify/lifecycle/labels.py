@@ -43,15 +43,9 @@ class Labels:
         self.families: list[Tensor] = []
         self.own: dict[fx.Node, Tensor] = {}
         self.of: dict[fx.Node, Any] = {}
-        uses: dict[str, int] = {}
-        for node in plain.graph.nodes:
-            if node.op == "call_module":
-                for name, _ in plain.leaves[node.target].named_parameters():
-                    key = plain.parameter_name(node.target, name)
-                    uses[key] = uses.get(key, 0) + 1
-            elif node.op == "get_attr":
-                uses[node.target] = uses.get(node.target, 0) + 1
-        self.shared = {name for name, count in uses.items() if count > 1}
+        self.rows: dict[int, Tensor] = {}
+        self.columns: dict[int, Tensor] = {}
+        self.shared = _shared(plain)
         for node in plain.graph.nodes:
             self.of[node] = self._visit(node, zeros.kinds[node])
         self.kept = self._solved()
@@ -141,6 +135,12 @@ class Labels:
     def _whole(self, shape: tuple[int, ...]) -> Labelled:
         return Labelled(torch.full((1,) * len(shape), LIVE), None)
 
+    def _alike(self, shelf: dict[int, Tensor], node: fx.Node, labels: Tensor) -> Tensor:
+        """``labels`` tied to those that another call of the same layer has."""
+        first = shelf.setdefault(id(self.plain.leaves[node.target]), labels)
+        self.tie(first, labels)
+        return labels
+
     def _uniform(self, held: Labelled) -> Tensor:
         """Labels along the cut dimension, tied over all others: shape ``(size,)``."""
         rows = held.ids.movedim(held.cut, -1).reshape(-1, held.ids.shape[held.cut])
@@ -153,7 +153,11 @@ class Labels:
 
     def _pick(self, node: fx.Node, kind: Kind) -> Any:
         held = self.of[node.args[0]]
-        return held[node.args[1]] if isinstance(held, list) and isinstance(node.args[1], int) else self._whole(self.picture[node].shape)
+        return (
+            held[node.args[1]]
+            if isinstance(held, list) and isinstance(node.args[1], int)
+            else self._whole(self.picture[node].shape)
+        )
 
     def _mask(self, node: fx.Node, kind: Kind) -> Any:
         return self.of[node.args[1]]
@@ -163,14 +167,17 @@ class Labels:
         rank = len(self.picture[node].shape)
         dim = site.channel_dim(rank)
         if site.normalised or self._is_shared(site):
-            why = "its weight is normalised before use" if site.normalised else "its weight is used more than once"
-            return self.refuse(node, why)
+            return self.refuse(
+                node, "its weight is normalised before use" if site.normalised else "its weight is used elsewhere too"
+            )
         x = self.of[site.x] if not site.meaning.lookup else None
         if x is not None and x.cut is not None and x.cut != dim:
             if x.cut > dim:
                 return self.refuse(node, "its input is cut along a dimension that it mixes")
             return self._along(self._uniform(x), rank, x.cut)
         inputs = self._uniform(x) if x is not None and x.cut is not None else None
+        if site.path is not None and not site.meaning.lookup:
+            self._alike(self.columns, node, torch.full((1,), LIVE) if inputs is None else inputs)
         groups, depthwise = site.meaning.groups, site.meaning.groups == site.inputs > 1
         if depthwise:
             if inputs is None:
@@ -181,20 +188,24 @@ class Labels:
         if site.outputs == 1:
             return self._whole(self.picture[node].shape)
         own = self.own[node] = self.fresh(site.outputs)
+        if site.path is not None:
+            self._alike(self.rows, node, own)
         self.families.append(own.reshape(groups, -1))
         return self._along(own, rank, dim)
 
     def _is_shared(self, site: Site) -> bool:
-        if site.path is not None:
-            names = [self.plain.parameter_name(site.path, n) for n, _ in self.plain.leaves[site.path].named_parameters()]
-            return any(n in self.shared for n in names)
-        return False
+        return site.path is not None and self._named_elsewhere(site.node)
 
     def _elementwise(self, node: fx.Node, kind: Kind) -> Labelled:
         if node.op == "call_module" and any(True for _ in self.plain.leaves[node.target].parameters()):
             return self._per_channel_leaf(node)
         operands = [n for n in node.all_input_nodes if self.picture[n].shape is not None]
+        if self._draws(node):
+            return self.refuse(node, "it draws a random number for every channel, in eval mode too")
         return self._joined(node, [(n, self.of[n]) for n in operands], self.picture[node].shape)
+
+    def _draws(self, node: fx.Node) -> bool:
+        return node.op == "call_function" and "dropout" in operator_of(node) and True in (*node.args[1:], *node.kwargs.values())
 
     def _joined(self, node: fx.Node, operands: list, shape: tuple[int, ...]) -> Labelled:
         rank = len(shape)
@@ -222,23 +233,29 @@ class Labels:
         """An activation with parameters: only those with one per channel are understood."""
         x = self.of[node.all_input_nodes[0]]
         if x.cut is None:
+            self._alike(self.rows, node, torch.full((1,), LIVE))
             return self._whole(self.picture[node].shape)
         leaf = self.plain.leaves[node.target]
         if type(leaf) is not torch.nn.PReLU or x.cut != 1:
             return self.refuse(node, f"{type(leaf).__name__} has parameters that no rule cuts")
-        return self._along(self._uniform(x), x.ids.dim(), 1)
+        return self._along(self._alike(self.rows, node, self._uniform(x)), x.ids.dim(), 1)
 
     def _prelu(self, node: fx.Node, kind: Kind) -> Labelled:
         x = self.of[node.args[0]]
         return x if x.cut is None else self.refuse(node, "its slope belongs to channels")
 
+    def _named_elsewhere(self, node: fx.Node) -> bool:
+        names = [self.plain.parameter_name(node.target, n) for n, _ in self.plain.leaves[node.target].named_parameters()]
+        return any(n in self.shared for n in names)
+
     def _channel_norm(self, node: fx.Node, kind: Kind) -> Labelled:
         x = self.of[node.all_input_nodes[0]]
         if x.cut is None:
+            self._alike(self.rows, node, torch.full((1,), LIVE))
             return self._whole(self.picture[node].shape)
-        if x.cut != 1:
+        if x.cut != 1 or self._named_elsewhere(node):
             return self.refuse(node, "statistics over a dimension that is cut")
-        return self._along(self._uniform(x), x.ids.dim(), 1)
+        return self._along(self._alike(self.rows, node, self._uniform(x)), x.ids.dim(), 1)
 
     def _norm(self, node: fx.Node, kind: Kind) -> Labelled:
         x = self.of[node.all_input_nodes[0]]
@@ -335,6 +352,9 @@ class Labels:
         for held in (q, k, v):
             if held.cut is not None and held.cut != rank - 1:
                 return self.refuse(node, "it is cut along another dimension than the channels of a head")
+        for other in node.all_input_nodes:
+            if other not in node.args[:3] and isinstance(self.of[other], Labelled):
+                self.tie(self.of[other].ids, torch.full((1,), LIVE))  # a bias of the scores: no head is dropped
         if any(h.cut is not None for h in (q, k)):
             rows = []
             for n, held in zip(node.args[:2], (q, k)):
@@ -423,8 +443,20 @@ class Labels:
             if own.cut is None and value.constant:
                 continue
             ids = own.ids if own.cut is not None else torch.full((1,) * value.rank, LIVE)
-            if call.name != "stack":
-                if own.cut == dim or ids.shape[dim] > 1:
-                    continue
+            if call.name != "stack" and (own.cut == dim or ids.shape[dim] > 1):
+                continue
             first = ids if first is None else first
             self.tie(first, ids)
+
+
+def _shared(plain: Plain) -> set[str]:
+    """Parameters that more than one layer, or the glue too, reads."""
+    readers: dict[str, set] = {}
+    for node in plain.graph.nodes:
+        if node.op == "call_module":
+            leaf = plain.leaves[node.target]
+            for name, _ in leaf.named_parameters():
+                readers.setdefault(plain.parameter_name(node.target, name), set()).add(id(leaf))
+        elif node.op == "get_attr" and any(user.target is not getattr for user in node.users):  # more than its type
+            readers.setdefault(plain.canonical(node.target), set()).add(node)
+    return {name for name, found in readers.items() if len(found) > 1}

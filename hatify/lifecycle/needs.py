@@ -27,6 +27,7 @@ class Needs:
         self.found: dict[fx.Node, Tensor] = {}
         self.parts: dict[fx.Node, dict[int, Tensor]] = {}
         self.wanted: dict[str, Tensor] = {}
+        self.opaque: set[fx.Node] = set()
         for node in reversed(plain.graph.nodes):
             self._visit(node, zeros.kinds[node])
 
@@ -35,6 +36,9 @@ class Needs:
 
     def _visit(self, node: fx.Node, kind: Kind) -> None:
         if kind.family == "output" or node.target in EFFECTS:
+            self._all(node)
+            return
+        if node in self.opaque:  # an object of the user's, made of tensors
             self._all(node)
             return
         out = self.found.get(node)
@@ -218,9 +222,12 @@ class Needs:
 
     def _all(self, node: fx.Node) -> None:
         for operand in node.all_input_nodes:
-            if self.picture[operand].shape is not None:
+            seen = self.picture[operand]
+            if seen.shape is not None:
                 self._need(operand, self._full(operand))
-            for index, part in enumerate(self.picture[operand].parts):
+            elif not seen.parts and seen.size is None and not isinstance(seen.other, torch.dtype | torch.device | None):
+                self.opaque.add(operand)
+            for index, part in enumerate(seen.parts):
                 if part.shape is not None:
                     held = self.parts.setdefault(operand, {})
                     held[index] = torch.ones((1,) * len(part.shape), dtype=torch.bool)

@@ -52,9 +52,17 @@ class Plain:
 
     def parameter_name(self, path: str, name: str) -> str:
         """The canonical name of a layer's parameter: tied parameters have one."""
+        return self._named(self.leaves[path].get_parameter(name))
+
+    def canonical(self, name: str) -> str:
+        """The name that a tied parameter has, for any of its names; buffers have one."""
+        tensor = self.tensor(name) if name != "training" else None
+        return self._named(tensor) if isinstance(tensor, nn.Parameter) else name
+
+    def _named(self, parameter: Tensor) -> str:
         if not self._names:
             self._names.update({id(p): n for n, p in self.root.named_parameters()})
-        return self._names[id(self.leaves[path].get_parameter(name))]
+        return self._names[id(parameter)]
 
     def add_buffer(self, name: str, value: Tensor, *, persistent: bool) -> str:
         """A new tensor of the graph; returns its name."""

@@ -25,12 +25,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Slimmed:
-    """What became of a value: ``kept`` of ``size`` channels, or the reason ``why`` its operands had to stay whole."""
+    """What became of a layer's outputs: ``kept`` of ``size`` channels, ``live`` of which the task uses; or the reason ``why`` a node
+    got its operands whole."""
 
     name: str
     scope: str
     kept: int = 0
     size: int = 0
+    live: int = 0
     why: str = ""
 
 
@@ -61,9 +63,18 @@ class _Slimmer:
         self.graph = plain.graph
         self.kinds = labels.zeros.kinds
         self.whole: dict[fx.Node, fx.Node] = {}
+        self.made: dict[int, nn.Module] = {}
         self.report: list[Slimmed] = []
 
     def run(self) -> list[Slimmed]:
+        for node, own in self.labels.own.items():
+            need, zero = self.labels.needs[node], self.labels.zeros[node]
+            rows = (need & ~zero if need is not None else zero & ~zero).movedim(self.labels.of[node].cut or 0, -1)
+            live = (
+                int(rows.reshape(-1, rows.shape[-1]).any(0).expand(len(own)).sum()) if rows.shape[-1] in (1, len(own)) else len(own)
+            )
+            kept = int(self.labels.keeps(own).sum())
+            self.report.append(Slimmed(node.name, node.meta.get("scope", ""), kept, len(own), live))
         for node in list(self.graph.nodes):
             family = self.kinds[node].family
             handler = getattr(self, "_" + family.replace(" ", "_"), None)
@@ -71,9 +82,7 @@ class _Slimmer:
                 self._restore(node)
             elif handler is not None:
                 handler(node)
-            if isinstance(self.cuts[node], Cut) and family == "weighted":
-                cut = self.cuts[node]
-                self.report.append(Slimmed(node.name, node.meta.get("scope", ""), cut.kept, cut.size))
+        self.report += [Slimmed(n.name, n.meta.get("scope", ""), why=why) for n, why in self.labels.dense.items()]
         tidy(self.graph)
         return self.report
 
@@ -91,13 +100,13 @@ class _Slimmer:
             if node.op == "call_function" and operator_of(node) == "sym_size":
                 if node.args[1] % len(self.picture[operand].shape) != self.cut(operand).dim:
                     continue  # counts something else than channels
-            elif self.kinds[node].family == "unknown" and self.picture[node].other is not None:
-                continue  # its type or device
+            elif isinstance(self.picture[node].other, torch.dtype | torch.device):
+                continue
             node.replace_input_with(operand, self._whole(operand))
-            why = self.labels.dense.get(node) or {
-                "output": "an output keeps its shape",
-            }.get(self.kinds[node].family, f"no rule says how {operator_of(node)} works on fewer channels")
-            self.report.append(Slimmed(node.name, node.meta.get("scope", ""), why=why))
+            if node not in self.labels.dense:
+                rule = f"no rule says how {operator_of(node)} works on fewer channels"
+                why = "an output keeps its shape" if node.op == "output" else rule
+                self.report.append(Slimmed(node.name, node.meta.get("scope", ""), why=why))
 
     def _whole(self, operand: fx.Node) -> fx.Node:
         """The value with zeros where channels were removed."""
@@ -134,7 +143,9 @@ class _Slimmer:
         dim = cut.dim - (rank - len(shape))
         if dim < 0 or shape[dim] == 1:
             return constant
-        return self._chosen(constant, user, dim, cut.index.reshape(cut.index.shape[rank - len(shape) :]) if not cut.uniform else cut.channels)
+        return self._chosen(
+            constant, user, dim, cut.index.reshape(cut.index.shape[rank - len(shape) :]) if not cut.uniform else cut.channels
+        )
 
     def _chosen(self, constant: fx.Node, user: fx.Node, dim: int, index: Tensor) -> fx.Node:
         """A constant with the positions ``index`` along ``dim``: a smaller tensor where it is read only here."""
@@ -192,6 +203,8 @@ class _Slimmer:
             self._functional(node, site, inputs, outputs)
             return
         leaf = self.plain.leaves[site.path]
+        if id(leaf) in self.made:
+            return
         rows = torch.arange(site.outputs) if outputs is None else outputs
         columns = torch.arange(site.inputs) if inputs is None else inputs
         self._put(site.path, smaller_layer(leaf, site.meaning, columns, rows, (site.inputs, site.outputs)))
@@ -219,8 +232,9 @@ class _Slimmer:
             node.replace_input_with(site.bias, new)
 
     def _put(self, path: str, layer: nn.Module) -> None:
-        """A layer at every path that the old one had."""
+        """A layer at every path that the old one had, for all its calls: they are cut alike."""
         old = self.plain.leaves[path]
+        self.made[id(layer)] = layer
         for other in [p for p, leaf in self.plain.leaves.items() if leaf is old]:
             owner, _, name = other.rpartition(".")
             self.plain.root.get_submodule(owner)._modules[name] = layer
@@ -228,7 +242,7 @@ class _Slimmer:
 
     def _channel_norm(self, node: fx.Node) -> None:
         cut = self.cut(node)
-        if cut is not None:
+        if cut is not None and id(self.plain.leaves[node.target]) not in self.made:
             self._put(node.target, smaller_norm(self.plain.leaves[node.target], cut.channels))
 
     def _live_norm(self, node: fx.Node) -> None:
@@ -282,7 +296,8 @@ class _Slimmer:
         if cut is None:
             return
         if node.op == "call_module" and any(True for _ in self.plain.leaves[node.target].parameters()):
-            self._put(node.target, smaller_norm(self.plain.leaves[node.target], cut.channels))
+            if id(self.plain.leaves[node.target]) not in self.made:
+                self._put(node.target, smaller_norm(self.plain.leaves[node.target], cut.channels))
             return
         for operand in node.all_input_nodes:
             seen = self.picture.seen.get(operand)
@@ -313,7 +328,9 @@ class _Slimmer:
                     node.replace_input_with(operand, self._taken(operand, node, cut))
 
     def _contraction(self, node: fx.Node) -> None:
-        for (side, letters), (other, theirs) in ((s, o) for s in self.kinds[node].sides for o in self.kinds[node].sides if s is not o):
+        for (side, letters), (other, theirs) in (
+            (s, o) for s in self.kinds[node].sides for o in self.kinds[node].sides if s is not o
+        ):
             cut = self.cut(other)
             if cut is None or not self.picture[side].constant:
                 continue

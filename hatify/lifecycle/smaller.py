@@ -56,8 +56,6 @@ def smaller_layer(layer: nn.Module, meaning: Weighted, inputs: Tensor, outputs: 
     return made
 
 
-
-
 def smaller_norm(norm: nn.Module, channels: Tensor) -> nn.Module:
     """A per-channel normalisation, or an activation with one slope per channel, with the chosen channels only."""
     made = _like(norm)
