@@ -11,8 +11,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from hatify.analysis import functional
+from hatify.analysis.coupling import DERIVABLE, NORMS
 from hatify.analysis.heads import WEIGHT_SLOT, Heads, operator_name
-from hatify.analysis.origins import CASTS, MOVES, moved_origins, split_use
+from hatify.analysis.origins import CASTS, MOVES, by_rows, result_origins, split_use
 from hatify.analysis.plan import HAT, ROW_LOCKED, TASK_INDEXED, Analysis, LayerPlan, Masked, Ratio, Size, Step
 from hatify.analysis.sizes import all_finite, concrete, tensors_of, varies_where_open
 from hatify.capture import Captured
@@ -36,7 +37,7 @@ from hatify.gates.recurrent import Recurrent, masker_sizes, recurrent, recurrent
 from hatify.gates.rules import RULES, Call, Gates, Outcome, unknown
 from hatify.gates.rules.base import clean
 from hatify.gates.table import TOP
-from hatify.gates.value import Origin, constants, ones
+from hatify.gates.value import Origin, Part, constants, ones
 from hatify.registry import describe
 
 SWITCHES = {"_set_grad_enabled", "is_grad_enabled", "enter_autocast", "exit_autocast"}
@@ -73,6 +74,7 @@ def analyse(graphs: list[Captured], model: nn.Module, heads: str = "task-indexed
 def _surely_indexed(graphs: list[Captured], model: nn.Module) -> set[str]:
     """Raw parameters that no user could take for a weight: saves starting again for them."""
     owned = {id(p) for g in graphs for leaf in g.leaves.values() for p in leaf.parameters()}
+    fixed = {n for g in graphs for n in _fixed(g)}
     named = dict(model.named_parameters(remove_duplicate=False))
     first = {id(p): n for n, p in reversed(named.items())}
     maybe: set[str] = set()
@@ -82,10 +84,32 @@ def _surely_indexed(graphs: list[Captured], model: nn.Module) -> set[str]:
             if node.op == "get_attr" and node.target in named:
                 name = first[id(named[node.target])]
                 seen.add(name)
-                users = {operator_name(u) for u in node.users}
-                if id(named[name]) in owned or users & (set(WEIGHT_SLOT) | set(MOVES) | CASTS):
+                if id(named[name]) in owned or _may_be_weight(node, fixed):
                     maybe.add(name)
     return seen - maybe
+
+
+def _fixed(captured: Captured) -> set[fx.Node]:
+    """Nodes that do not depend on data."""
+    found: set[fx.Node] = set()
+    for node in captured.graph.nodes:
+        if node.op == "get_attr" or node.op == "call_function" and all(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _may_be_weight(node: fx.Node, fixed: set[fx.Node]) -> bool:
+    """Whether a parameter gets to a weight's slot by movement and what weights are computed by."""
+    stack, seen = [node], set()
+    while stack:
+        for user in stack.pop().users:
+            name = operator_name(user)
+            if name in WEIGHT_SLOT:
+                return True
+            if user not in seen and user in fixed and (name in MOVES or name in CASTS or name in DERIVABLE or name == "getitem"):
+                seen.add(user)
+                stack.append(user)
+    return False
 
 
 class Analyst:
@@ -175,7 +199,7 @@ class Analyst:
         name = self.canonical[id(tensor)]
         if name in self.indexed or name in self.whole:
             return self._value(node, ids)
-        return self._value(node, ids, origin=Origin((name,), (tensor.numel(),)))
+        return self._value(node, ids, origin=Origin((Part(name, tensor.numel()),)))
 
     def _operator(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         val = node.meta.get("val")
@@ -269,7 +293,9 @@ class Analyst:
             with torch.no_grad():
                 out = call.func(*args, **kwargs)
             actual = list(out) if isinstance(out, list | tuple) else [out]
-        origins = moved_origins(call, len(actual), self.held)
+        origins = result_origins(call, [tuple(concrete(s) for s in v.shape) for v in tensors_of(val)])
+        if any(o is None for o in origins) or call.name in NORMS and "by_mode" in node.meta:
+            self.other_use.update(n for v in values if v.origin is not None for n in v.origin.names)
         kept = call.name in FINITE and all(v.finite for v in values)
         results = [
             self._value(node, constants(v.dim()), val=v, known=k, origin=o, finite=kept if k is None else all_finite(k))
@@ -281,8 +307,8 @@ class Analyst:
         return all(not isinstance(s, torch.SymInt) for v in tensors_of(node.meta["val"]) for s in v.shape)
 
     def _check_origins(self, call: Call) -> None:
-        """A raw parameter that meets anything but movement or a weight's slot cannot be shared."""
-        if call.name in CASTS or call.name in MOVES and all(v.constant for v in call.values()):
+        """A raw parameter that meets anything but a weight's slot, or what weights are computed by, cannot be shared."""
+        if call.name in CASTS or (call.name in MOVES or call.name in DERIVABLE) and all(v.constant for v in call.values()):
             return
         for value in call.values():
             if value.origin is not None:
@@ -420,7 +446,7 @@ class Analyst:
         masker = None
         if not shared and not through:
             masker, size, index = rows_of or (f"{node.name}[{found.outputs}]", found.outputs, None)
-            masker = self._masker_of_weight(masker, size, names[0])
+            masker = self._masker_of_weight(masker, size, functional.main_part(found.weight).name)
             atoms = self._masker(masker, size)
             atoms = atoms if index is None else atoms[index]
         has_bias = found.bias is not None
@@ -432,9 +458,11 @@ class Analyst:
                 self._record(use, source, found, node)
         if has_bias and found.bias.origin is None and not found.bias.constant:
             call = replace(call, args=tuple(clean(self, a) if a is found.bias else a for a in call.args))
-        for name in names:
-            reason = self.roles.shared.get(name, "used by function")
-            self.analysis.parameters[name] = LayerPlan(name, "shared-head" if shared else "hat", HAT, reason, masker, found.outputs)
+        for part in found.weight.origin.parts:
+            coupled = by_rows(part, found.weight.shape)
+            reason = self.roles.shared.get(part.name, "weights normalised before use" if coupled else "used by function")
+            role, rung = "shared-head" if shared else "hat", ROW_LOCKED if coupled else HAT
+            self.analysis.parameters[part.name] = LayerPlan(part.name, role, rung, reason, masker, found.outputs)
         args, kwargs = call.map(lambda v: outcome.x if v is found.x else v)
         return self._finish(node, Outcome(args, kwargs, outcome.out), call)
 
@@ -449,8 +477,12 @@ class Analyst:
                 return
             for name in origin.names:
                 self.analysis.parameters.setdefault(name, LayerPlan(name, "hat", HAT, "used by function"))
-        for part in split_use(replace(use, site=node.name), origin):
-            self.analysis.use(part)
+        shapes = {n: tuple(self.held[n].shape) for n in origin.names}
+        for name, part in zip(origin.names, split_use(replace(use, site=node.name), origin, shapes)):
+            if part is None:
+                self.other_use.add(name)
+            else:
+                self.analysis.use(part)
 
     # the end
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from hatify.gates import Value
 from hatify.gates.layers import Weighted
 from hatify.gates.rules import Call
+from hatify.gates.value import Part
 
 CONV = {f"conv{k}d": k for k in (1, 2, 3)}
 CONV_TRANSPOSE = {f"conv_transpose{k}d": k for k in (1, 2, 3)}
@@ -41,7 +42,7 @@ class WeightedCall:
 
 
 def is_parameter(weight: Value) -> bool:
-    """Whether a value is a raw parameter, moved at most."""
+    """Whether a value is a raw parameter, or computed from raw parameters in a way that can be told."""
     return weight.origin is not None
 
 
@@ -74,14 +75,19 @@ def _made(x: Value, weight: Value, bias: Value | None, meaning: Weighted, flip: 
     return None
 
 
+def main_part(weight: Value) -> Part:
+    """The parameter that gives a weight its rows: the largest of those that it is computed from."""
+    return max(weight.origin.parts, key=lambda part: part.numel)
+
+
 def row_sources(found: WeightedCall, held: dict[str, Tensor]) -> tuple[str, int, Tensor | None] | None:
     """The masker for the outputs of a weight: its name, its size, and which of its channels each output is.
 
     The masker belongs to a dimension of the parameter, so that two slices of one parameter have disjoint channels of one
     masker; None where no dimension fits and the operator gets a masker of its own.
     """
-    origin = found.weight.origin
-    name = origin.names[0]
+    origin = main_part(found.weight)
+    name = origin.name
     out_dim = 1 if (found.flip or found.meaning.transposed or found.meaning.lookup) else 0
     if found.meaning.groups > 1 and found.meaning.transposed:
         return None
@@ -89,8 +95,6 @@ def row_sources(found: WeightedCall, held: dict[str, Tensor]) -> tuple[str, int,
     if origin.positions is None:
         shape = tuple(held[name].shape)
         return (path if out_dim == 0 else f"{path}.{out_dim}", shape[out_dim], None)
-    if len(origin.names) > 1:
-        return None
     shape = tuple(held[name].shape)
     strides = [1] * len(shape)
     for d in range(len(shape) - 2, -1, -1):

@@ -1,4 +1,4 @@
-"""Where raw parameters go: moved through views and concatenations, cast, and back to locks on their own elements."""
+"""Where raw parameters go: moved, cast, computed into other weights, and back to locks on their own elements."""
 
 from __future__ import annotations
 
@@ -8,51 +8,91 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hatify.analysis.coupling import derived, merged
 from hatify.gates import Use, Value
 from hatify.gates.rules import Call
 from hatify.gates.rules.movement import NAMES as MOVES
 from hatify.gates.rules.movement import move_tensor
-from hatify.gates.value import Origin
+from hatify.gates.table import TOP
+from hatify.gates.value import Origin, Part
 
 CASTS = {"to", "_to_copy", "type_as", "clone", "contiguous", "detach", "alias", "float", "lift_fresh_copy"}
 """Operators that keep every element in its place."""
 
 
-def moved_origins(call: Call, count: int, held: dict[str, Tensor]) -> list[Origin | None]:
-    """Where the elements of a constant operator's results come from: one origin per result, None where more than movement happened."""
+def result_origins(call: Call, shapes: list[tuple[int, ...]]) -> list[Origin | None]:
+    """Where the elements of a constant operator's results come from: one origin per result, None where that cannot be told."""
     values = call.values()
-    sources = [v.origin for v in values if v.origin is not None]
-    if not sources or (call.name not in MOVES and call.name not in CASTS):
-        return [None] * count
+    names = dict.fromkeys(n for v in values if v.origin is not None for n in v.origin.names)
+    if not names:
+        return [None] * len(shapes)
     if call.name in CASTS:
         return [values[0].origin]
-    names = tuple(dict.fromkeys(n for o in sources for n in o.names))
-    sizes = tuple(held[n].numel() for n in names)
-    offsets = {n: sum(sizes[:i]) for i, n in enumerate(names)}
+    made = [_moved(call, name) if call.name in MOVES else derived(call, name, shapes) for name in names]
+    if any(parts is None or len(parts) != len(shapes) for parts in made):
+        return [None] * len(shapes)
+    return [Origin(parts) for parts in zip(*made)]
+
+
+def part_of(value: Value, name: str) -> Part | None:
+    """What a value is computed from, of one parameter."""
+    return next((p for p in value.origin.parts if p.name == name), None) if value.origin is not None else None
+
+
+def _moved(call: Call, name: str) -> list[Part]:
+    """Movement: the operator run on the positions."""
+    parts = [part for v in call.values() if (part := part_of(v, name)) is not None]
+    groups, numel = None, parts[0].numel
+    for part in parts:
+        if part.groups is not None:
+            groups = merged(groups, torch.arange(numel), part.groups, numel)
 
     def positions(value: Value) -> Tensor:
-        if value.origin is None:
+        part = part_of(value, name)
+        if part is None:
             return value.known if not value.dtype.is_floating_point and value.known is not None else torch.full(value.shape, -1)
-        own = value.origin.spread(value.shape)
-        start = 0
-        out = torch.full_like(own, -1)
-        for name, size in zip(value.origin.names, value.origin.sizes):
-            inside = (own >= start) & (own < start + size)
-            out[inside] = own[inside] - start + offsets[name]
-            start += size
-        return out
+        found = part.spread(value.shape)
+        return found if groups is None else torch.where(found < 0, found, groups[found])
 
     out = move_tensor(call, positions)
-    return [Origin(names, sizes, o) for o in (out if isinstance(out, list | tuple) else [out])]
+    moved = any(part.derived for part in parts)
+    return [Part(name, numel, o, groups, moved) for o in (out if isinstance(out, list | tuple) else [out])]
 
 
-def split_use(use: Use, origin: Origin) -> Iterator[Use]:
-    """A use of an effective weight, as uses of the parameters that it is made of."""
-    start = 0
-    for name, size in zip(origin.names, origin.sizes):
-        positions = None
-        if origin.positions is not None:
-            inside = (origin.positions >= start) & (origin.positions < start + size)
-            positions = torch.where(inside, origin.positions - start, -1)
-        yield replace(use, parameter=name, positions=positions)
-        start += size
+def split_use(use: Use, origin: Origin, shapes: dict[str, tuple[int, ...]]) -> Iterator[Use | None]:
+    """A use of an effective weight, as uses of the parameters that it is made of, in their order; None where one is spread over rows
+    and columns alike, so that nothing of it would be left after a single task."""
+    for part in origin.parts:
+        if part.derived and not _lockable(part, use.shape):
+            yield None
+        elif part.groups is not None and _whole_rows(part, use.shape, shapes[part.name]):
+            yield replace(use, parameter=part.name, cols=torch.full((1,) * len(use.shape), TOP), grouped=True)
+        else:
+            grouped = use.grouped or part.groups is not None
+            yield replace(use, parameter=part.name, positions=part.positions, groups=part.groups, grouped=grouped)
+
+
+def by_rows(part: Part, shape: tuple[int, ...]) -> bool:
+    """Whether one element (or group) of the parameter has to do with several elements of the weight."""
+    return part.groups is not None or part.derived and part.numel < torch.Size(shape).numel()
+
+
+def _lockable(part: Part, shape: tuple[int, ...]) -> bool:
+    """Whether each group of elements has to do with one row of the weight, or each with one column."""
+    positions = part.spread(shape)
+    used = positions >= 0
+    for dim in range(min(len(shape), 2)):
+        index = torch.arange(shape[dim]).view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)[used]
+        low = torch.full((part.numel,), shape[dim]).scatter_reduce_(0, positions[used], index, "amin")
+        high = torch.full((part.numel,), -1).scatter_reduce_(0, positions[used], index, "amax")
+        if bool((low >= high).all()):
+            return True
+    return False
+
+
+def _whole_rows(part: Part, shape: tuple[int, ...], own: tuple[int, ...]) -> bool:
+    """Whether the parameter has the weight's layout and is coupled by whole rows, which takes no tables to say."""
+    if own != shape:
+        return False
+    firsts = torch.arange(part.numel).view(shape[0], -1)[:, :1].expand(shape[0], part.numel // shape[0]).reshape(-1)
+    return torch.equal(part.groups, firsts) and torch.equal(part.spread(shape).reshape(-1), firsts)

@@ -16,7 +16,8 @@ class Use:
     ``rows`` (the gate of the output) and ``cols`` (the gate of the input) are ids that broadcast to ``shape``, the shape
     of the weight as it is used. ``positions`` maps the used weight to flat positions of the parameter (-1: not of this
     parameter), or is None where they are the same. ``grouped`` says that a normaliser couples the elements of a row, so
-    that locks are by the row (the row-locked rung).
+    that locks are by the row (the row-locked rung). ``groups``, one entry per element of the parameter, are the groups that
+    ``positions`` speak of, where that is not a whole row: one needed element locks its group.
     """
 
     parameter: str
@@ -25,6 +26,7 @@ class Use:
     shape: tuple[int, ...]
     positions: Tensor | None = None
     grouped: bool = False
+    groups: Tensor | None = None
     site: str = ""
 
 
@@ -47,4 +49,4 @@ def locked(use: Use, numel: int, live: Callable[[Tensor, int], Tensor], tasks: S
     out = torch.zeros(numel, dtype=torch.bool)
     positions = use.positions[needed]
     out[positions[positions >= 0]] = True
-    return out
+    return out if use.groups is None else out[use.groups]

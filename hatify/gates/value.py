@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -29,8 +29,8 @@ class Value:
 
     ``ids`` has the rank of ``shape`` and broadcasts to it. ``data`` is the interpreter's own handle. ``known`` is the
     actual tensor where it is a constant of the model (index tables).
-    ``finite`` is False for a constant that may hold infinities. ``origin`` maps each element to the element of a raw
-    parameter that it is (see :class:`Origin`), as long as nothing but movement happened to it.
+    ``finite`` is False for a constant that may hold infinities. ``origin`` says from which elements of raw
+    parameters each element is computed (see :class:`Origin`), as long as that can be told.
     """
 
     shape: tuple[int, ...]
@@ -71,19 +71,33 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """Which element of which raw parameter each element of a tensor is.
+    """Which elements of raw parameters each element of a tensor is computed from; one part per parameter."""
 
-    ``names`` are the parameters; ``positions`` has the tensor's shape and holds ``offset(name) + flat index``, or -1.
-    None stands for the identity on the only name.
+    parts: tuple[Part, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(part.name for part in self.parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The elements of one raw parameter that a tensor is computed from.
+
+    ``positions`` has the tensor's shape and holds flat indices into the parameter, or -1; None stands for the identity. ``groups``
+    has one entry per element of the parameter: the first element of its group. Where a tensor depends on an element, it depends
+    on that element's group (None: each element is its own). ``derived`` says that more than movement happened.
     """
 
-    names: tuple[str, ...]
-    sizes: tuple[int, ...]
-    positions: Tensor | None = field(default=None)
+    name: str
+    numel: int
+    positions: Tensor | None = None
+    groups: Tensor | None = None
+    derived: bool = False
 
     def spread(self, shape: tuple[int, ...]) -> Tensor:
         """``positions`` written out: int64 of ``shape``."""
-        return torch.arange(self.sizes[0]).view(shape) if self.positions is None else self.positions
+        return torch.arange(self.numel).view(shape) if self.positions is None else self.positions
 
 
 def ones(rank: int) -> Tensor:

@@ -206,3 +206,54 @@ class Cells(nn.Module):
             top = self.upper(states[0], top)
             total = total + self.head(top)
         return total
+
+
+class Computed(nn.Module):
+    """A convolution over positions whose weight is computed from a parameter by ``how``, and whose gain is one too."""
+
+    def __init__(self, inputs: int, outputs: int, how: Callable[[Tensor, Tensor], Tensor], groups: int = 1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs // groups, 2))
+        self.gain = nn.Parameter(torch.rand(outputs, 1, 1) + 0.5)
+        self.bias = nn.Parameter(torch.randn(outputs))
+        self.how, self.groups = how, groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(x, self.how(self.weight, self.gain), self.bias, groups=self.groups)
+
+
+def standardised(weight: Tensor, gain: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(weight, dim=[1, 2], keepdim=True, unbiased=False)
+    return gain * (weight - mean) * torch.rsqrt(variance + 1e-3)
+
+
+def by_batch_norm(weight: Tensor, gain: Tensor) -> Tensor:
+    flat = weight.reshape(1, len(weight), -1)
+    return F.batch_norm(flat, None, None, (gain * 0.7).view(-1), training=True, momentum=0.0, eps=1e-3).reshape_as(weight)
+
+
+@case("computed rows", _randn(2, 3, 6))
+def computed_rows() -> nn.Module:
+    return Pooled(Computed(3, 6, standardised), Computed(6, 6, by_batch_norm, groups=2), nn.Conv1d(6, 4, 1), width=4)
+
+
+@case("computed columns", _randn(2, 3, 6))
+def computed_columns() -> nn.Module:
+    """Coupled along the outputs, and, turned around, along rows that are columns by then."""
+    return Pooled(
+        Computed(3, 6, lambda w, g: F.normalize(w, dim=(0, 2)) * g),
+        Computed(6, 6, lambda w, g: g * w.transpose(0, 1).softmax(-1).transpose(0, 1)),
+        nn.Conv1d(6, 4, 1),
+        width=4,
+    )
+
+
+@case("computed elements", _randn(2, 3, 6))
+def computed_elements() -> nn.Module:
+    """Functions of single elements, and pairs of elements of one row."""
+    return Pooled(
+        Computed(3, 6, lambda w, g: torch.tanh(w) * g.abs() + w.square()),
+        Computed(6, 6, lambda w, g: g * (w + w.flip(2)) / 2 + w),
+        nn.Conv1d(6, 4, 1),
+        width=4,
+    )

@@ -362,3 +362,44 @@ class BranchOnShape(nn.Module):
             x = x.transpose(2, 3)
         x = F.relu(self.conv2(F.relu(self.conv1(x))))
         return self.fc(x.mean((2, 3)))
+
+
+class StandardisedConv(nn.Conv2d):
+    """Weight standardisation as users write it: a subclass whose forward computes the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.weight.mean(dim=(1, 2, 3), keepdim=True)
+        std = self.weight.std(dim=(1, 2, 3), keepdim=True) + 1e-5
+        return F.conv2d(x, (self.weight - mean) / std, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class ScaledLinear(nn.Linear):
+    """One learned number for the whole weight: that alone cannot be shared."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.scale = nn.Parameter(torch.tensor(0.8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.scale.exp(), self.bias)
+
+
+class SphericalLinear(nn.Linear):
+    """The whole weight over its norm: every element depends on every other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight / self.weight.norm(), self.bias)
+
+
+@network("computed_weights", floats(3, 8, 8))
+class ComputedWeights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm = StandardisedConv(3, 10, 3), nn.GroupNorm(2, 10)
+        self.conv2 = StandardisedConv(10, 12, 3, groups=2)
+        self.scaled, self.sphere = ScaledLinear(12, 12), SphericalLinear(12, 12)
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv2(torch.relu(self.norm(self.conv1(x))))).mean((2, 3))
+        return self.fc(torch.tanh(self.scaled(x)) + torch.tanh(self.sphere(x)))
