@@ -24,8 +24,13 @@ from hatify.rewrite import Surgery, rewrite_graph
 from hatify.rewrite.scope import scoped
 from hatify.sources import find_example_inputs
 
-HEADS = ("task-indexed", "hat")
-LOCKING = ("exact", "paper")
+OPTIONS = {
+    "heads": ("task-indexed", "hat"),
+    "locking": ("exact", "paper"),
+    "norms": ("live", "plain"),
+    "residuals": ("or", "tied"),
+}
+"""What can be chosen, the default first."""
 Progress = Callable[[str], None]
 
 
@@ -37,6 +42,8 @@ def convert(
     config: HATConfig | None = None,
     heads: str = "task-indexed",
     locking: str = "exact",
+    norms: str = "live",
+    residuals: str = "or",
     inplace: bool = False,
     verify: bool = True,
     progress: Progress | None = None,
@@ -51,6 +58,10 @@ def convert(
         config: masks' initialisation and scale; its ``num_tasks`` is replaced by ``tasks``.
         heads: ``task-indexed`` (one output layer per task) or ``hat`` (shared and masked, as in the paper's figure 1).
         locking: ``exact`` (a weight is locked iff one finished task has its output and its input live) or ``paper`` (equation 2).
+        norms: statistics of layer, group and RMS norms over ``live`` channels (a task's subnetwork is an ordinary smaller network) or
+            ``plain``, over the masked tensor, where dead channels are zeros.
+        residuals: a residual stream is live where any of the layers is that write to it (``or``), or these layers share one mask
+            (``tied``).
         inplace: take the model's weights over instead of copying them; ``model`` must not be used afterwards.
         verify: prove parity and zero drift on the result, and raise if they do not hold.
         progress: called with the name of each step as it begins.
@@ -61,7 +72,8 @@ def convert(
         ExampleInputsError: example inputs are missing, or the model does not take them.
         VerificationError: a promise does not hold for this model.
     """
-    config, classes = _settings(model, tasks, config, heads, locking)
+    options = dict(heads=heads, locking=locking, norms=norms, residuals=residuals)
+    config, classes = _settings(model, tasks, config, options)
     tell, seconds = progress or (lambda step: None), {}
     args, kwargs = example_call(model, example_inputs)
 
@@ -69,11 +81,11 @@ def convert(
         evaluated, trained, notes = capture(model, args, kwargs)
     graphs = [g for g in (evaluated, trained) if g is not None]
     with _timed("analyse", seconds, tell):
-        analysis = analyse(graphs, model, heads)
+        analysis = analyse(graphs, model, heads, norms, residuals)
         if classes is not None and any(c is not None for c in classes):
             check_class_heads(analysis, fix="hatify.convert(model, tasks=3) without class counts")
     with _timed("rewrite", seconds, tell):
-        hat = _rewrite(model, graphs, analysis, config, classes, inplace, dict(heads=heads, locking=locking))
+        hat = _rewrite(model, graphs, analysis, config, classes, inplace, options)
     hat.report = make_report(hat, analysis, graphs, notes, seconds)
     if verify:
         from hatify.verification import prove
@@ -84,17 +96,16 @@ def convert(
     return hat
 
 
-def _settings(model: nn.Module, tasks: Any, config: HATConfig | None, heads: str, locking: str):
+def _settings(model: nn.Module, tasks: Any, config: HATConfig | None, options: dict[str, str]):
     if not isinstance(model, nn.Module):
         raise ConversionError(
             f"convert takes a torch.nn.Module, not {type(model).__name__}", fix="hatify.convert(timm.create_model('resnet18'))"
         )
     if isinstance(model, HATModel):
         raise ConversionError("this model is converted already", fix="hat.add_tasks(n) for more tasks")
-    if heads not in HEADS or locking not in LOCKING:
-        raise ConversionError(
-            f"heads is one of {HEADS} and locking one of {LOCKING}, not {heads!r} and {locking!r}", fix="heads='task-indexed'"
-        )
+    for name, value in options.items():
+        if value not in OPTIONS[name]:
+            raise ConversionError(f"{name} is one of {OPTIONS[name]}, not {value!r}", fix=f"{name}={OPTIONS[name][0]!r}")
     tasks, classes = task_counts(tasks, fix="hatify.convert(model, tasks=10) or hatify.convert(model, tasks=[2, 2, 3])")
     return replace(config or HATConfig(), num_tasks=tasks), classes
 

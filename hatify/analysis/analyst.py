@@ -16,6 +16,7 @@ from hatify.analysis.heads import WEIGHT_SLOT, Heads, operator_name
 from hatify.analysis.origins import CASTS, MOVES, by_rows, result_origins, split_use
 from hatify.analysis.plan import HAT, ROW_LOCKED, TASK_INDEXED, Analysis, LayerPlan, Masked, Ratio, Size, Step
 from hatify.analysis.sizes import all_finite, concrete, tensors_of, varies_where_open
+from hatify.analysis.ties import ties
 from hatify.capture import Captured
 from hatify.capture.captured import ByMode
 from hatify.errors import ConversionError
@@ -51,22 +52,28 @@ RANDOM = {"bernoulli", "rand", "randn", "randint", "randperm", "rand_like", "ran
           "empty", "new_empty", "empty_like", "uniform", "dropout", "native_dropout", "exponential"}  # fmt: skip
 
 
-def analyse(graphs: list[Captured], model: nn.Module, heads: str = "task-indexed") -> Analysis:
+def analyse(
+    graphs: list[Captured], model: nn.Module, heads: str = "task-indexed", norms: str = "live", residuals: str = "or"
+) -> Analysis:
     """Decides what becomes of every layer, raw parameter and node of ``graphs`` (the modes of one model).
 
-    ``heads`` is ``task-indexed`` or ``hat``.
+    ``heads`` is ``task-indexed`` or ``hat``, ``norms`` is ``live`` or ``plain``, ``residuals`` is ``or`` or ``tied``.
 
     A raw parameter whose use can only be told at its last node may turn out to be used in a way that tasks cannot share; the
-    analysis then starts again with that known.
+    analysis then starts again with that known. So it does where maskers meet on a residual stream and are to be tied.
     """
     roles = Heads(graphs, model)
     indexed, whole = _surely_indexed(graphs, model), set()
+    tied: dict[str, str] = {}
     while True:
-        analyst = Analyst(graphs, model, roles, heads, indexed, whole)
+        analyst = Analyst(graphs, model, roles, heads, indexed, whole, norms == "live", tied)
         analysis = analyst.run()
         if not analyst.other_use - indexed - whole:
-            analyst.finish()
-            return analysis
+            found = ties(analysis, analyst.untied, tied) if residuals == "tied" else tied
+            if found == tied:
+                analyst.finish()
+                return analysis
+            tied = found
         for name in sorted(analyst.other_use - indexed - whole):
             (whole if analyst.layer_owned(name) else indexed).add(name)
 
@@ -113,11 +120,23 @@ def _may_be_weight(node: fx.Node, fixed: set[fx.Node]) -> bool:
 
 
 class Analyst:
-    """One pass. ``indexed`` are raw parameters known to need a copy per task, ``whole`` those locked as a whole."""
+    """One pass. ``indexed`` are raw parameters known to need a copy per task, ``whole`` those locked as a whole; ``live`` says whether
+    norms across channels count live ones only, ``tied`` which masker another one stands for."""
 
-    def __init__(self, graphs, model: nn.Module, roles: Heads, heads: str, indexed: set[str], whole: set[str]) -> None:
+    def __init__(
+        self,
+        graphs,
+        model: nn.Module,
+        roles: Heads,
+        heads: str,
+        indexed: set[str],
+        whole: set[str],
+        live: bool,
+        tied: dict[str, str],
+    ) -> None:
         self.graphs, self.model, self.roles, self.heads = graphs, model, roles, heads
-        self.indexed, self.whole = indexed, whole
+        self.indexed, self.whole, self.live, self.tied = indexed, whole, live, tied
+        self.untied: set[str] = set()
         self.analysis = Analysis()
         self.table = self.analysis.table
         self.other_use: set[str] = set()
@@ -252,7 +271,7 @@ class Analyst:
         if any(g.ids is not None and varies_where_open(g.ids, v) for g, v in zip(outs, vals)):
             outcome = unknown(self, call)
             outs = [outcome.out]
-        self.analysis.steps[node] = Step(outcome.args, outcome.kwargs, None, live=outcome.live)
+        self.analysis.steps[node] = Step(outcome.args, outcome.kwargs, None, live=outcome.live if self.live else None)
         return self._results(node, val, outs)
 
     def _results(self, node: fx.Node, val: Any, outs: list[Gates] | None) -> Any:
@@ -381,13 +400,14 @@ class Analyst:
         grouped = meaning.row_locked or meaning.column_grouped
         role = "shared-head" if shared else "through" if through else "hat"
         reason = self.roles.shared.get(path, "") if shared else "weights normalised before use" if grouped else ""
-        masker = None if atoms is None else path
+        masker = None if atoms is None else self.tied.get(path, path)
         self._plan(LayerPlan(path, role, ROW_LOCKED if grouped else HAT, reason, masker, outputs))
         args, kwargs = call.map(lambda v: outcome.x if v is x else clean(self, v))
         return self._finish(node, Outcome(args, kwargs, outcome.out), call)
 
     def _recurrent_layer(self, node: fx.Node, path: str, leaf: nn.Module, meaning: Recurrent, call: Call) -> Any:
         atoms = {name: self._masker(f"{path}.{name}", size) for name, size in masker_sizes(meaning).items()}
+        self.untied.update(f"{path}.{name}" for name in atoms)
         outcome = recurrent(self, meaning, call, atoms, _unmasked)
         shapes = {n: tuple(p.shape) for n, p in leaf.named_parameters(remove_duplicate=False)}
         for use in recurrent_uses(meaning, atoms, outcome.cols, shapes):
@@ -397,6 +417,7 @@ class Analyst:
         return self._restructured(node, self._finish(node, Outcome(outcome.args, {}, outcome.out), call))
 
     def _masker(self, name: str, channels: int) -> Tensor:
+        name = self.tied.get(name, name)
         if self.analysis.sizes.setdefault(name, channels) != channels:
             raise ConversionError(
                 f"two weights of different sizes ask for the masker {name}", where=name, fix="give one of them another name"
@@ -447,6 +468,7 @@ class Analyst:
         if not shared and not through:
             masker, size, index = rows_of or (f"{node.name}[{found.outputs}]", found.outputs, None)
             masker = self._masker_of_weight(masker, size, functional.main_part(found.weight).name)
+            masker = self.tied.get(masker, masker)
             atoms = self._masker(masker, size)
             atoms = atoms if index is None else atoms[index]
         has_bias = found.bias is not None

@@ -106,6 +106,8 @@ def load(path: str | os.PathLike[str], *, factory: Callable[[], nn.Module] | Non
             config=_hat_config(directory, settings["config"]),
             heads=settings["heads"],
             locking=settings["locking"],
+            norms=settings.get("norms", "live"),
+            residuals=settings.get("residuals", "or"),
             verify=False,
             inplace=True,
         )
