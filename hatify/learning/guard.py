@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from hatify.errors import TaskError
 from hatify.learning.network import network_of
 from hatify.learning.optimizers import forget_locked
-from hatify.learning.protection import Locked, Protection
+from hatify.learning.protection import Locked, Protection, fingerprint
 from hatify.learning.steps import GUARDS, Steps, watch_all_optimizers
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Guard:
         self._opened = False
         self._stale = False
         self._stepped = False
-        self._settled: set[int] = set()
+        self._settled: dict[int, list[int]] = {}
         watch_all_optimizers()
         GUARDS.add(self)
 
@@ -164,15 +164,16 @@ class Guard:
         if self._stale:
             self.refresh()
         elif not self._opened:
+            self.steps.undo_broken()
             self.protection.restore()
 
     def before_forward(self, task: int | None) -> None:
         """A finished task's outputs come from its own values, and a task in training sees what it will be finished with, whatever
         happened to them since.
 
-        Writes through ``.data`` leave no trace, so values are put back and not only looked at: before each forward pass with
-        gradients, and before the first one of a finished task after such a pass or a step. The forward pass that follows a
-        step of a torch optimizer finds the shared values put back already.
+        Writes through ``.data`` leave no trace, so values are put back before each forward pass with gradients, and before the first
+        one of a finished task after such a pass or a step. Further ones look whether the bits are still the same. The forward
+        pass that follows a step of a torch optimizer finds the shared values put back already.
 
         Raises:
             NonFiniteError: somebody else than an optimizer of torch left a weight that is not finite.
@@ -182,9 +183,13 @@ class Guard:
         device = next((p.device.type for p in self.module.parameters()), "cpu")
         if torch.is_autocast_enabled(device):
             self.steps.computes_in(torch.get_autocast_dtype(device))
+        self.steps.undo_broken()
         training, finished = torch.is_grad_enabled(), task in self.protection.tasks
         needed = self.protection.needed_by(task)
-        settled = task in self._settled if finished else self._stepped or not training
+        if finished:
+            settled = task in self._settled and self._settled[task] == fingerprint(needed)
+        else:
+            settled = self._stepped or not training
         if not settled:
             for entry in needed:
                 entry.restore()
@@ -196,8 +201,8 @@ class Guard:
         self._stepped = False
         if training:
             self._settled.clear()
-        elif finished:
-            self._settled.add(task)
+        elif finished and not settled:
+            self._settled[task] = fingerprint(needed)
 
     def stepped(self) -> None:
         """An optimizer of torch has stepped, and the shared values were put back."""
@@ -238,9 +243,14 @@ class Guard:
 
 
 def _masking(entry: Locked) -> Any:
+    # weakly: the collector does not look into a parameter's hooks, and would keep the parameter for ever
+    found = weakref.ref(entry)
+
     def mask(parameter: Tensor) -> None:
-        gradient = entry.mask_gradient(parameter.grad)
-        if gradient is not parameter.grad:
-            parameter.grad = gradient
+        entry = found()
+        if entry is not None:
+            gradient = entry.mask_gradient(parameter.grad)
+            if gradient is not parameter.grad:
+                parameter.grad = gradient
 
     return mask

@@ -61,8 +61,8 @@ def _spans(value: Any, parameter: Tensor) -> bool:
 class Backup:
     """Weights and all that the optimizer remembers, in its groups too, before a step, to go back to."""
 
-    def __init__(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizer: Optimizer, parameters: list[nn.Parameter], closure: bool) -> None:
+        self.optimizer, self.closure = optimizer, closure
         self.parameters = [(p, p.detach().clone()) for p in parameters]
         self.state = {p: {k: _copied(v) for k, v in s.items()} for p, s in optimizer.state.items()}
         self.groups = [{k: _copied(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]

@@ -102,7 +102,7 @@ class Locked:
             rows = gradient.coalesce()
             values, at = rows._values(), rows._indices()
             values = torch.zeros_like(values) if held is None else values.masked_fill(held[tuple(at)], 0.0)
-            return torch.sparse_coo_tensor(at, values, gradient.shape, is_coalesced=True)
+            return torch.sparse_coo_tensor(at, values, gradient.shape, is_coalesced=True, check_invariants=False)
         return gradient.zero_() if held is None else gradient.masked_fill_(held, 0.0)
 
 
@@ -200,3 +200,18 @@ class Protection:
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def fingerprint(entries: Iterable[Locked]) -> list[int]:
+    """A sum over the bits of each tensor, modulo 2^64: many times faster than putting values back, and other for other bits."""
+    sums: dict[torch.device, list[Tensor]] = {}
+    for entry in entries:
+        sums.setdefault(entry.tensor.device, []).append(_bits(entry.tensor.detach()).sum())
+    return [found for group in sums.values() for found in torch.stack(group).tolist()]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    flat = tensor.contiguous().view(-1)
+    size = flat.element_size()
+    words = size < 8 and flat.numel() % (8 // size) == 0 and flat.storage_offset() % (8 // size) == 0
+    return flat.view(torch.int64 if words or size >= 8 else {1: torch.int8, 2: torch.int16, 4: torch.int32}[size])

@@ -15,7 +15,7 @@ from hatify.errors import NonFiniteError, TaskError
 from hatify.learning.hooks import guard_of
 from hatify.learning.masks import MaskSteps, kept_shares, step_factor
 from hatify.learning.network import network_of
-from hatify.learning.optimizers import all_below, check_holds, parameters_of
+from hatify.learning.optimizers import all_below, check_holds, forget_locked, parameters_of
 from hatify.learning.protection import Protection
 from hatify.learning.regularizers import KINDS, regularization
 from hatify.learning.schedules import SCHEDULES, Schedule, checked, mask_scale, progress_of
@@ -86,7 +86,8 @@ class Learning:
         self._view = network_of(network)
         self.task = self._view.checked(task)
         self.guard = guard_of(network)
-        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+        several = isinstance(optimizer, Iterable) and not isinstance(optimizer, str)
+        self.optimizers = list(optimizer) if several else [] if optimizer is None else [optimizer]
         self.schedule, self.steps_per_epoch = schedule, steps_per_epoch
         self.max_scale = self._config.max_mask_scale if max_scale is None else max_scale
         self.kind, self.quota, self.weight, self.weights = kind, quota, weight, weights
@@ -206,8 +207,7 @@ class Learning:
         for task in set(range(self._view.tasks)) - {self.task}:
             for tensor in (*self._view.embeddings(task), *self._view.copies(task)):
                 tensor.grad = None  # zeros of an earlier task would let weight decay and momentum move its copies
-        for optimizer in self.optimizers:
-            self.guard.protect(optimizer)
+        self._forget()
         self._masks = MaskSteps(self._view, self.task, kept_shares(self._view, self.task, self.kind, self.quota))
         self.statistics = Statistics(self.network, self.task, self.refresh)
         self._set_scale()
@@ -223,6 +223,7 @@ class Learning:
             NonFiniteError: a weight or a statistic is not finite; the session stays open.
         """
         self._check_open()
+        self.guard.steps.undo_broken(with_closures=True)
         self.guard.restore()
         self.statistics.gather(self.statistics.seen)
         self.guard.steps.keep_statistics()
@@ -230,13 +231,13 @@ class Learning:
         self._close()
         self._view.mark(self.task, True)
         self.guard.refresh()
-        for optimizer in self.optimizers:
-            self.guard.protect(optimizer)
+        self._forget()
 
     def abandon(self) -> None:
         """Ends the session without finishing: what was learned stays and can be gone on with, but nothing of it is locked; a task
         in retraining is as it was before."""
         self._check_open()
+        self.guard.steps.undo_broken(with_closures=True)
         self.guard.steps.repair(list(self._needed().values()))  # not even an unlocked weight may be infinite: 0 times it is NaN
         self.guard.restore()
         self._close()
@@ -244,8 +245,11 @@ class Learning:
             self.guard.release()
             self._view.mark(self.task, True)
         self.guard.refresh()
+        self._forget()
+
+    def _forget(self) -> None:
         for optimizer in self.optimizers:
-            self.guard.protect(optimizer)
+            forget_locked(optimizer, self.guard.protection)
 
     def _close(self) -> None:
         self.guard.session, self.open = None, False

@@ -88,6 +88,10 @@ class Steps:
         buffers = [t for task in tasks for t in network.copies(task) if not isinstance(t, nn.Parameter)]
         self._statistics = buffers, [b.detach().clone() for b in buffers]
 
+    def _forget_batch(self) -> None:
+        for buffer, value in zip(*self._statistics):
+            buffer.data.copy_(value)
+
     def keep_statistics(self) -> None:
         """Takes the present statistics for good; those that are not finite become what they were."""
         buffers, values = self._statistics
@@ -122,7 +126,8 @@ class Steps:
         if closure is None and not (size < math.inf or all_below(gradients, math.inf)):
             self._refuse(optimizer, self._names([p for p in given if not all_below([p.grad], math.inf)]))
         elif closure is not None or self._risky(optimizer, own, size):
-            self._backups[id(optimizer)] = Backup(optimizer, own)
+            # an optimizer whose step calls another's passes here twice: the first backup is the one to go back to
+            self._backups.setdefault(id(optimizer), Backup(optimizer, own, closure is not None))
 
     def after(self, optimizer: Optimizer) -> None:
         """Puts protected values back, and rolls back a step that left weights too large for the type they are computed in.
@@ -157,12 +162,22 @@ class Steps:
         if self.guard.session is not None:
             self.guard.session.stepped(optimizer)
 
+    def undo_broken(self, with_closures: bool = False) -> None:
+        """Undoes steps that broke off with an error. One with a closure may still be going on when the network is called."""
+        for key, backup in list(self._backups.items()):
+            if with_closures or not backup.closure:
+                self._backups.pop(key).restore()
+                self._forget_batch()
+
     def check_shared(self) -> None:
-        """Shared weights must be finite for every task: a dead channel's zero times infinity is NaN.
+        """Shared weights must be finite for every task: a dead channel's zero times infinity is NaN. In the middle of a step with a
+        closure they need not be: it is undone as a whole at its end.
 
         Raises:
             NonFiniteError: an element is not finite. It is zero now.
         """
+        if self._backups:
+            return
         if self._shared is None:
             network = network_of(self.guard.module)
             owned = {id(t) for task in range(network.tasks) for t in (*network.embeddings(task), *network.copies(task))}
@@ -208,8 +223,7 @@ class Steps:
 
     def _refuse(self, optimizer: Optimizer, names: str, repaired: bool = False) -> None:
         """Nothing of the step remains: no gradient, and the running statistics of before the batch."""
-        for buffer, value in zip(*self._statistics):
-            buffer.data.copy_(value)
+        self._forget_batch()
         for parameter in parameters_of(optimizer):
             parameter.grad = None
         self._report(names, repaired)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hatify.gates import TOP, Use, locked
-from hatify.modules.eager import TABLE, live
+from hatify.modules.eager import TABLE, atoms, live
 from hatify.modules.layers import HATLayer, HATRecurrent
 from hatify.modules.masker import MASKERS, Masker
 from hatify.modules.task_indexed import TaskIndexed, TaskIndexedParameter
@@ -109,7 +109,7 @@ def _translated(ids: Tensor, current: Callable[[str], str | None]) -> Tensor:
             key = TABLE.keys[gate]
             if key[0] == "atom":
                 masker = current(key[1])
-                memo[gate] = TOP if masker is None else int(TABLE.atoms(masker, key[2] + 1)[key[2]])
+                memo[gate] = TOP if masker is None else int(atoms(MASKERS[masker])[key[2]])
             elif key[0] in ("and", "or"):
                 memo[gate] = TABLE.join_all(key[0], [translate(member) for member in sorted(key[1])])
             else:

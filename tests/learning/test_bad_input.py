@@ -1,0 +1,179 @@
+"""Wrong arguments: a clear error before anything has changed, and no session left open."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+from training import SMALLEST, TASKS, inputs, learn, loss_of, network, step
+
+import hatify
+from hatify import HATModel
+from hatify.errors import HatifyError, NonFiniteError, TaskError
+
+NAME = SMALLEST[0]
+
+
+@pytest.fixture(scope="module")
+def hat() -> HATModel:
+    hat = network(NAME)
+    learn(hat, NAME, 0, SGD(hat.parameters(), lr=0.1, momentum=0.9))
+    return hat
+
+
+@pytest.fixture(autouse=True)
+def nothing_changes(hat: HATModel) -> Any:
+    state, modes = copy.deepcopy(hat.state_dict()), [m.training for m in hat.modules()]
+    yield
+    assert hat._guard.session is None and hat.active_task is None and hat.finished_tasks == {0}
+    assert modes == [m.training for m in hat.modules()]
+    for key, value in hat.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+def optimizer(hat: HATModel) -> SGD:
+    return SGD(hat.parameters(), lr=0.1)
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "no steps": ({"steps_per_epoch": None}, "needs steps_per_epoch"),
+    "zero steps": ({"steps_per_epoch": 0}, "at least 1, not 0"),
+    "negative steps": ({"steps_per_epoch": -3}, "at least 1, not -3"),
+    "half a step": ({"steps_per_epoch": 2.5}, "at least 1, not 2.5"),
+    "steps as a flag": ({"steps_per_epoch": True}, "at least 1, not True"),
+    "unknown schedule": ({"schedule": "sine"}, "no schedule 'sine'"),
+    "schedule of nothing": ({"schedule": None}, "no schedule None"),
+    "schedule of zeros": ({"schedule": lambda p: 0.0}, "scale 0.0"),
+    "negative schedule": ({"schedule": lambda p: -1.0}, "scale -1.0"),
+    "infinite schedule": ({"schedule": lambda p: math.inf}, "scale inf"),
+    "undefined schedule": ({"schedule": lambda p: math.nan}, "scale nan"),
+    "schedule without a result": ({"schedule": lambda p: None}, "scale None"),
+    "zero in the third step": ({"schedule": lambda p: 0.0 if 0.4 < p < 0.6 else 1.0}, "scale 0.0"),
+    "largest scale of 0": ({"max_scale": 0.0}, "largest scale"),
+    "infinite largest scale": ({"max_scale": math.inf}, "largest scale"),
+    "unknown kind": ({"kind": "l1"}, "kind is one of"),
+    "unknown reaction": ({"on_nonfinite": "ignore"}, "on_nonfinite one of"),
+    "unknown masker": ({"weights": {"nowhere": 1.0}}, "no masker 'nowhere'"),
+    "quota of an unknown masker": ({"quota": {"nowhere": 1.0}}, "no masker 'nowhere'"),
+    "quotas of a network": ({"kind": "network", "quota": {"stem": 0.1}}, "one quota"),
+    "warm start from nowhere": ({"warm_start": TASKS}, f"no task {TASKS}"),
+    "warm start by a word": ({"warm_start": "original"}, "no task 'original'"),
+    "locking an unfinished task": ({"locked_task_ids": [0, 2]}, r"tasks \[2\] are not finished"),
+    "locking itself": ({"locked_task_ids": [1]}, r"tasks \[1\] are not finished"),
+}
+
+
+@pytest.mark.parametrize("label", OPTIONS)
+def test_options(hat: HATModel, label: str) -> None:
+    options, message = OPTIONS[label]
+    for call in (hat.learning, hat.begin_task, lambda *a, **k: hatify.Learning(hat, *a, **k)):
+        with pytest.raises(TaskError, match=message):
+            call(1, optimizer(hat), **{"steps_per_epoch": 5, **options})
+
+
+@pytest.mark.parametrize("task", [-1, TASKS, "1", 1.0, None, True])
+def test_no_such_task(hat: HATModel, task: Any) -> None:
+    with pytest.raises(TaskError, match="no task"):
+        hat.learning(task=task, optimizer=optimizer(hat), steps_per_epoch=5)
+
+
+def test_nothing_to_end(hat: HATModel) -> None:
+    run = hat.learning(task=1, optimizer=optimizer(hat), steps_per_epoch=5)
+    for call in (hat.finish_task, hat.abandon_task):
+        with pytest.raises(TaskError, match="no task is being learned"):
+            call()
+    for call in (run.finish, run.abandon, run.regularization, run.advance):
+        with pytest.raises(TaskError, match="is over|not begun"):
+            call()
+
+
+def test_a_session_inside_a_session(hat: HATModel) -> None:
+    with pytest.raises(TaskError, match="task 1 is being learned"), hat.learning(1, optimizer(hat), steps_per_epoch=5):
+        with pytest.raises(TaskError, match="task 1 is being learned"), hat.learning(2, optimizer(hat), steps_per_epoch=5):
+            pytest.fail("it began")
+        assert hat._guard.session.task == 1 and hat.active_task == 1
+        hat.begin_task(1, optimizer(hat), steps_per_epoch=5)
+
+
+def test_optimizers_that_lack_what_is_trained(hat: HATModel) -> None:
+    original = SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    part = SGD([p for n, p in hat.named_parameters() if "masker" not in n], lr=0.1)
+    for wrong, message in ((original, "holds none"), (part, "lacks parameters"), ([original, part], "lacks parameters")):
+        with pytest.raises(TaskError, match=message):
+            hat.begin_task(1, wrong, steps_per_epoch=5)
+    with pytest.raises(TaskError, match="holds none"):
+        hat.protect(original)
+    for wrong in ("adam", object(), [hat]):
+        with pytest.raises(TaskError, match="no torch.optim.Optimizer"):
+            hat.begin_task(1, wrong, steps_per_epoch=5)
+
+
+def test_an_optimizer_that_lost_its_parameters_since(hat: HATModel) -> None:
+    made = optimizer(hat)
+    run = hat.learning(1, made, steps_per_epoch=5)
+    made.param_groups[0]["params"] = made.param_groups[0]["params"][:3]
+    with pytest.raises(TaskError, match="lacks parameters"):
+        run.begin()
+
+
+def test_the_optimizer_of_the_model_before_its_conversion() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2))
+    made = SGD(model.parameters(), lr=0.1)
+    for inplace in (False, True):
+        hat = hatify.convert(model, 2, example_inputs=torch.randn(2, 3, 8, 8), verify=False, inplace=inplace)
+        with pytest.raises(TaskError, match="before its conversion|lacks parameters"):
+            hat.begin_task(0, made, steps_per_epoch=5)
+
+
+def test_sessions_belong_to_the_model_and_not_to_what_wraps_it(hat: HATModel) -> None:
+    for wrapper in (nn.Sequential(hat), torch.compile(hat)):
+        with pytest.raises(TaskError, match="wraps a HAT model"):
+            hatify.Learning(wrapper, 1, optimizer(hat), steps_per_epoch=5)
+    with pytest.raises(TaskError, match="no HAT layers"):
+        hatify.Learning(nn.Linear(2, 2), 0, schedule="constant")
+
+
+def test_a_frozen_part_need_not_be_in_the_optimizer(hat: HATModel) -> None:
+    hat.stem.requires_grad_(False)
+    try:
+        held = SGD([p for p in hat.parameters() if p.requires_grad], lr=0.1)
+        hat.learning(1, held, steps_per_epoch=5)
+    finally:
+        hat.stem.requires_grad_(True)
+
+
+def test_wrong_class_counts() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 3))
+    for tasks in ([2, 0], [2, -1], [], [2, "3"], 0, -1):
+        with pytest.raises(HatifyError):
+            hatify.convert(model, tasks, example_inputs=torch.randn(2, 3, 4), verify=False)
+
+
+def test_targets_out_of_range_leave_no_session_open(hat: HATModel) -> None:
+    made = SGD(hat.parameters(), lr=0.0)
+    statistics = {k: v.clone() for k, v in hat.state_dict().items()}
+    with pytest.raises((IndexError, RuntimeError)), hat.learning(1, made, steps_per_epoch=5):
+        nn.functional.cross_entropy(hat(*inputs(NAME, 4)), torch.full((4,), 17)).backward()
+    hat.load_state_dict(statistics)
+
+
+def test_calls_with_a_wrong_scale(hat: HATModel) -> None:
+    for scale in (0.0, -1.0, math.nan):
+        with pytest.raises(TaskError, match="must be positive"):
+            hat(*inputs(NAME, 4), task=1, mask_scale=scale)
+
+
+def test_errors_say_what_to_write_instead(hat: HATModel) -> None:
+    with pytest.raises(TaskError) as caught:
+        hat.learning(task=0, optimizer=optimizer(hat))
+    assert caught.value.fix and "len(loader)" in caught.value.fix
+    other = network(NAME)
+    with pytest.raises(NonFiniteError) as caught, other.learning(0, AdamW(other.parameters()), steps_per_epoch=1) as run:
+        step(other, run, run.optimizers[0], tuple(x * math.nan for x in inputs(NAME, 4)))
+    assert caught.value.fix and "skip" in caught.value.fix and caught.value.where
+    assert loss_of(other(*inputs(NAME, 4), task=0)).isfinite()
