@@ -77,7 +77,7 @@ def test_compiled_to_machine_code() -> None:
     before = hat(x, task=0)
     torch._dynamo.utils.counters.clear()
     scales = set()
-    with hat.learning(1, optimizer, steps_per_epoch=4) as run:
+    with hat.learning(1, optimizer, schedule="linear", steps_per_epoch=4) as run:
         for _ in range(4):
             scales.add(run.scale)
             step(compiled, run, optimizer, (x,))

@@ -309,6 +309,6 @@ def test_bare_writes_between_two_looks_at_a_task() -> None:
         if bool(lock.any()):
             tensor = hat.get_parameter(parameter)
             place = lock.nonzero()[0].tolist()
-            kept = float(tensor[tuple(place)])
+            kept = float(tensor.detach()[tuple(place)])
             tensor.data[tuple(place)] += 1.0
-            assert equal(outputs(hat, name, 0), before) and float(tensor[tuple(place)]) == kept, parameter
+            assert equal(outputs(hat, name, 0), before) and float(tensor.detach()[tuple(place)]) == kept, parameter
