@@ -92,7 +92,8 @@ def test_nothing_to_end(hat: HATModel) -> None:
             call()
 
 
-def test_a_session_inside_a_session(hat: HATModel) -> None:
+def test_a_session_inside_a_session() -> None:
+    hat = network(NAME)
     with pytest.raises(TaskError, match="task 1 is being learned"), hat.learning(1, optimizer(hat), steps_per_epoch=5):
         with pytest.raises(TaskError, match="task 1 is being learned"), hat.learning(2, optimizer(hat), steps_per_epoch=5):
             pytest.fail("it began")
