@@ -389,7 +389,9 @@ class Learning:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where ``state`` was taken. Load the network's state before the session begins, the optimizer's after.
+        """Goes on where ``state`` was taken. Load the network's state before the session begins, the optimizer's after. Training goes
+        on with the same bits; inputs are no part of the state, so ``refresh`` sees those since then (``refresh=0``: the
+        running averages stay, and the finished task is the same to the bit, too).
 
         Raises:
             TaskError: it is another task's, or the network is in another state.

@@ -31,12 +31,20 @@ class Statistics:
         self.norms = [n for m in network.modules() if isinstance(m, TaskIndexed) for n in m.tasks[task].modules() if _gathers(n)]
         self.seen: deque[tuple[tuple, dict[str, Any]]] = deque(maxlen=batches if self.norms else 0)
         self.moved: set[nn.Module] = set()
+        self._since_step = 0
 
     def remember(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Remembers the inputs of a call; the oldest are forgotten."""
         if self.seen.maxlen:
             self.norms_seen()
             self.seen.append(pytree.tree_map(_detached, (args, kwargs)))
+            self._since_step += 1
+
+    def step(self, refused: bool) -> None:
+        """The calls since the last step led to this one: what was refused is forgotten."""
+        for _ in range(min(self._since_step, len(self.seen)) if refused else 0):
+            self.seen.pop()
+        self._since_step = 0
 
     def norms_seen(self) -> None:
         """Notes which norms are in train mode now; those that never are have been frozen on purpose."""

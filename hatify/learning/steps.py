@@ -89,6 +89,8 @@ class Steps:
         self._statistics = buffers, [b.detach().clone() for b in buffers]
 
     def _forget_batch(self) -> None:
+        if self.guard.session is not None:
+            self.guard.session.statistics.step(refused=True)
         for buffer, value in zip(*self._statistics):
             buffer.data.copy_(value)
 
@@ -160,6 +162,7 @@ class Steps:
                 backup.restore()
             self._refuse(optimizer, names, repaired=backup is None)
         if self.guard.session is not None:
+            self.guard.session.statistics.step(refused=False)
             self.guard.session.stepped(optimizer)
 
     def undo_broken(self, with_closures: bool = False) -> None:

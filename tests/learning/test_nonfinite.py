@@ -80,6 +80,18 @@ def test_skipping_goes_on() -> None:
     assert hat._guard.steps.on_nonfinite == "raise", "skipping ends with the session"
 
 
+def test_refused_batches_are_not_gathered_for_statistics() -> None:
+    """What a task is finished with comes from the batches that it has learned from."""
+    hat, carried, _ = begun()
+    run = hat.begin_task(1, carried, steps_per_epoch=4, on_nonfinite="skip")
+    for key, bad in ((10, None), (11, math.nan), (12, None)):
+        step(hat, run, carried, batch(key, bad))
+    assert len(run.statistics.seen) == 2
+    assert all(bool(torch.isfinite(args[0]).all()) for args, _ in run.statistics.seen)
+    hat.finish_task()
+    assert finite(hat)
+
+
 def test_one_bad_batch_among_accumulated_ones() -> None:
     hat, carried, before = begun()
     with hat.learning(task=1, optimizer=carried, steps_per_epoch=4, on_nonfinite="skip") as run:

@@ -104,7 +104,7 @@ def test_resuming_equals_not_stopping(name: str, task: int, optimizer: str) -> N
     make = OPTIMIZERS[optimizer]
     before = [outputs(hat, name, t) for t in range(2)]
     straight = make(list(hat.parameters()))
-    run = hat.begin_task(task, straight, steps_per_epoch=4)
+    run = hat.begin_task(task, straight, steps_per_epoch=4, refresh=0)
 
     def go_on(model, session, by, keys):
         for key in keys:
@@ -121,7 +121,7 @@ def test_resuming_equals_not_stopping(name: str, task: int, optimizer: str) -> N
     other = network(name)
     other.load_state_dict(saved["network"])
     again = make(list(other.parameters()))
-    resumed = other.begin_task(task, again, steps_per_epoch=4)
+    resumed = other.begin_task(task, again, steps_per_epoch=4, refresh=0)
     again.load_state_dict(saved["optimizer"])
     resumed.load_state_dict(saved["session"])
     assert resumed.step == 2 and resumed.retraining == (task == 0)
