@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError
 
-__all__ = ["alias_groups", "load_checkpoint"]
+__all__ = ["alias_groups", "load_checkpoint", "read_checkpoint"]
 
 # Under which name training scripts keep the weights, in the order in which they are looked for.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -30,7 +30,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: no such file, no checkpoint, or other keys or shapes than the model has.
     """
-    state = _without_prefixes(_unwrap(_read(Path(path)), path), model)
+    state = read_checkpoint(path, model)
     own = model.state_dict()
     for group in alias_groups(own):
         stored = [key for key in group if key in state]
@@ -38,6 +38,15 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
             state.update({key: state[stored[0]] for key in group if key not in state})
     _check_fits(own, state, path)
     model.load_state_dict(state)
+
+
+def read_checkpoint(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Tensor]:
+    """The weights in a file, as :func:`load_checkpoint` takes them; ``model`` says which prefixes belong to a wrapper.
+
+    Raises:
+        CheckpointError: no such file, or no checkpoint.
+    """
+    return _without_prefixes(_unwrap(_read(Path(path)), path), model)
 
 
 def alias_groups(state: Mapping[str, Any]) -> list[list[str]]:

@@ -76,6 +76,9 @@ def test_help_and_version_need_no_torch():
         (["--help"], "convert"),
         (["convert", "--help"], "--pretrained"),
         (["inspect", "--help"], "--layer"),
+        (["forget", "--help"], "--dry-run"),
+        (["usage", "--help"], "--plot"),
+        (["extract", "--help"], "--slim"),
         (["--version"], hatify.__version__),
     ]:
         done = subprocess.run([sys.executable, "-c", code.format(args=args)], capture_output=True, text=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import ArtifactError
 
-__all__ = ["check_target", "new_directory"]
+__all__ = ["check_file", "check_target", "new_directory", "new_file"]
 
 
 def check_target(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
@@ -84,6 +84,48 @@ def new_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
             with suppress(OSError):  # not empty: somebody else uses it by now
                 parent.rmdir()
         raise
+
+
+def check_file(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """Whether a file may be written there. Touches nothing: to be asked before long work.
+
+    Raises:
+        ArtifactError: something is there and ``overwrite`` is false, or its directory does not exist or takes no files.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise ArtifactError(f"{path} is a directory", where=str(target), fix="give the name of a file")
+    if target.exists() and not overwrite:
+        raise ArtifactError(f"{path} exists", where=str(target), why="it is not replaced unless asked for", fix="--force")
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):
+        why = "permission denied" if target.parent.is_dir() else "there is no such directory"
+        raise ArtifactError(f"{path} cannot be written", where=str(target.parent), why=why, fix="give another directory")
+    return target
+
+
+@contextmanager
+def new_file(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """A temporary file to write, which takes the place of ``path`` at the end of the block; whatever is raised inside leaves
+    ``path`` as it was.
+
+    Raises:
+        ArtifactError: as ``check_file``; or the file system refuses.
+    """
+    target = check_file(path, overwrite)
+    temporary = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}{target.suffix}")
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.replace(target)
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} could not be written",
+            where=str(target),
+            why=f"{error.strerror or error}; nothing was left there",
+            fix="free some space, or give another directory",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _swap(temporary: Path, target: Path) -> None:

@@ -34,6 +34,9 @@ __all__ = ["load", "save"]
 
 CONFIG, WEIGHTS, INPUTS, GRAPH = "config.json", "model.safetensors", "example_inputs.safetensors", "graph.py"
 
+FILES = (CONFIG, WEIGHTS, INPUTS, GRAPH)
+"""All that such a directory holds."""
+
 _SHOWN = 5
 
 

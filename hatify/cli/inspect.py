@@ -12,6 +12,7 @@ import typer
 
 from .convert import import_from_here
 from .failures import failures, quiet
+from .saved import load_saved
 from .steps import Steps
 
 __all__ = ["inspect"]
@@ -60,7 +61,7 @@ def inspect(
         raise typer.BadParameter("give the factory itself as MODEL", param_hint="--factory")
     with failures(debug):
         with quiet(debug), Steps() as steps, contextlib.redirect_stdout(sys.stderr):
-            hat = _load(steps, model, factory) if saved else _convert(steps, model, tasks or _TASKS, img_size)
+            hat = load_saved(steps, Path(model), factory) if saved else _convert(steps, model, tasks or _TASKS, img_size)
             shown = _layer(hat, layer) if layer is not None else _whole(hat, model)
         if as_json:
             typer.echo(json.dumps(shown, indent=2, default=str))
@@ -70,15 +71,6 @@ def inspect(
             from .render import print_inspection
 
             print_inspection(shown)
-
-
-def _load(steps: Steps, path: str, factory: str | None) -> Any:
-    steps("load")
-    from ..artifact import load
-    from ..sources import parse_source
-
-    import_from_here()
-    return load(path, factory=None if factory is None else parse_source(factory).build)
 
 
 def _convert(steps: Steps, model: str, tasks: int, img_size: int | None) -> Any:

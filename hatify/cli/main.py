@@ -8,8 +8,12 @@ from typing import Annotated
 import typer
 
 from .convert import convert
+from .extract import extract
 from .failures import failures
+from .forget import forget, prune
 from .inspect import inspect
+from .usage import usage
+from .verify import verify
 
 __all__ = ["app", "main"]
 
@@ -21,8 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(convert)
-app.command()(inspect)
+for command in (convert, inspect, verify, usage, forget, prune, extract):
+    app.command()(command)
 
 
 def _print_version(asked: bool) -> None:

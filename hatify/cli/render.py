@@ -13,7 +13,7 @@ from rich.tree import Tree
 
 from .tree import Branch, collapse, grow
 
-__all__ = ["layer_tree", "print_conversion", "print_inspection"]
+__all__ = ["layer_tree", "print_conversion", "print_extraction", "print_inspection", "print_proof", "print_with_facts"]
 
 _COLOURS = {"hat": "green", "row-locked": "cyan", "task-indexed": "yellow", "frozen": "red"}
 _LOG_WIDTH = 140  # where there is no terminal to ask
@@ -45,6 +45,37 @@ def print_conversion(hat: Any, model: str, weights: str, path: Path | None, seco
     facts += [("note", str(note)) for note in dict.fromkeys(map(str, notes))]
     if path is not None:
         facts.append(("written to", Text(str(path), style="bold")))
+    _facts(console, facts)
+
+
+def print_proof(proof: Any) -> None:
+    """What was measured, without a conversion around it."""
+    _facts(_console(), [*_proof(proof), *(("note", note) for note in proof.notes)])
+
+
+def print_extraction(report: dict[str, Any], written: list[str]) -> None:
+    """What became of one task's network, and where it was written."""
+    before, after = report["parameters"]["before"], report["parameters"]["after"]
+    stayed = report["stayed"]
+    facts: list[tuple[str, str | Text]] = [
+        ("task", str(report["task"])),
+        ("parameters", f"{after:,} of {before:,}" if after != before else f"{after:,}"),
+        ("masks", f"{len(report['folded'])} folded into weights, {len(stayed)} stayed" + ("" if not stayed else " as they are")),
+        ("difference", "0 (equal to the bit)" if report["bit_equal"] else f"{report['difference']:.3g}: rounding"),
+        *(("note", note) for note in report["notes"]),
+        *(("written to", Text(path, style="bold")) for path in written),
+    ]
+    _facts(_console(), facts)
+
+
+def print_with_facts(shown: Any, facts: dict[str, str]) -> None:
+    """Something that knows how to draw itself, and a few lines below it."""
+    console = _console()
+    console.print(shown)
+    _facts(console, list(facts.items()))
+
+
+def _facts(console: Console, facts: list[tuple[str, Any]]) -> None:
     for label, fact in facts:
         console.print(Text(f"{label:<18}", style="cyan") + Text.assemble(fact), soft_wrap=True)
 

@@ -137,7 +137,7 @@ def measured(hat: HATModel, task: int, module: torch.nn.Module) -> tuple[float, 
         for tensors in input_batches(hat):
             outs = []
             for model, how in ((hat, {"task": task}), (module, {})):
-                args, kwargs = _call(hat, [t.clone().to(device) for t in tensors])
+                args, kwargs = plain_call(hat, [t.clone().to(device) for t in tensors])
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)
                     outs.append([t.detach().clone() for t in flatten(model(*args, **how, **kwargs))[0]])
@@ -150,7 +150,7 @@ def measured(hat: HATModel, task: int, module: torch.nn.Module) -> tuple[float, 
     return worst, scale
 
 
-def _call(hat: HATModel, tensors: list[Tensor]) -> tuple[tuple, dict]:
+def plain_call(hat: HATModel, tensors: list[Tensor]) -> tuple[tuple, dict]:
     """A call without the constants that a plain module does not take."""
     given = iter(values_of(hat, tensors))
     args, kwargs = [], {}

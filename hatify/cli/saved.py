@@ -1,0 +1,65 @@
+"""What commands on a saved model share: reading it, and putting it back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .convert import import_from_here
+from .steps import Steps
+
+__all__ = ["DebugOption", "DirArgument", "FactoryOption", "JsonOption", "OutOption", "load_saved", "replace_saved"]
+
+DirArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that convert wrote.", show_default=False)]
+FactoryOption = Annotated[
+    str | None,
+    typer.Option(help="package.module:factory of the original, if it is your own.", show_default=False, metavar="FACTORY"),
+]
+OutOption = Annotated[
+    Path | None, typer.Option(help="Write there and leave DIR as it is.  \\[default: DIR]", show_default=False, metavar="DIR")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
+
+
+def load_saved(steps: Steps, path: Path, factory: str | None) -> Any:
+    """The model in a directory."""
+    steps("load")
+    from ..artifact import load
+    from ..sources import parse_source
+
+    import_from_here()
+    return load(path, factory=None if factory is None else parse_source(factory).build)
+
+
+def check_replaceable(path: Path, out: Path | None) -> Path:
+    """Where a changed model goes. Asked before the work: nothing of others may be lost with the old directory.
+
+    Raises:
+        ArtifactError: the directory holds files that are not the model's, or cannot be written.
+    """
+    from ..artifact.atomic import check_target
+    from ..artifact.directory import FILES
+    from ..errors import ArtifactError
+
+    if out is not None and out.resolve() != path.resolve():
+        return check_target(out)
+    others = sorted(file.name for file in path.iterdir() if file.name not in FILES) if path.is_dir() else []
+    if others:
+        raise ArtifactError(
+            f"{path} is not replaced",
+            where=", ".join(others[:5]),
+            why="it also holds files that are not the model's, which would be lost",
+            fix="--out OTHER writes another directory; or move these files away",
+        )
+    return check_target(path, overwrite=True)
+
+
+def replace_saved(steps: Steps, hat: Any, target: Path) -> Path:
+    """Writes the model there; an interrupted run leaves what was there whole."""
+    steps("save")
+    from ..artifact import save
+
+    return save(hat, target, overwrite=target.exists())
