@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .convert import convert
+from .demo import demo
 from .extract import extract
 from .failures import failures
 from .forget import forget, prune
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (convert, inspect, verify, usage, forget, prune, extract):
+for command in (convert, inspect, verify, usage, forget, prune, extract, demo):
     app.command()(command)
 
 

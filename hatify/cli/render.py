@@ -13,7 +13,15 @@ from rich.tree import Tree
 
 from .tree import Branch, collapse, grow
 
-__all__ = ["layer_tree", "print_conversion", "print_extraction", "print_inspection", "print_proof", "print_with_facts"]
+__all__ = [
+    "layer_tree",
+    "print_conversion",
+    "print_demonstration",
+    "print_extraction",
+    "print_inspection",
+    "print_proof",
+    "print_with_facts",
+]
 
 _COLOURS = {"hat": "green", "row-locked": "cyan", "task-indexed": "yellow", "frozen": "red"}
 _LOG_WIDTH = 140  # where there is no terminal to ask
@@ -66,6 +74,32 @@ def print_extraction(report: dict[str, Any], written: list[str]) -> None:
         *(("written to", Text(path, style="bold")) for path in written),
     ]
     _facts(_console(), facts)
+
+
+def print_demonstration(shown: Any, plot: Path | None) -> None:
+    """The table of accuracies after every step, and what it proves."""
+    table = Table(title="accuracy by task", title_justify="left")
+    table.add_column("")
+    for task in range(len(shown.rows[0].accuracies)):
+        table.add_column(f"task {task}", justify="right")
+    table.add_column("weights used", justify="right")
+    for row in shown.rows:
+        if row is shown.rows[-1]:
+            table.add_section()
+        table.add_row(row.step, *("-" if a is None else f"{a:.2f} %" for a in row.accuracies), f"{row.used:.1f} %")
+    console = _console()
+    console.print(table)
+    changed = Text("CHANGED", style="bold red")
+    equal = "equal to the bit"
+    facts: list[tuple[str, str | Text]] = [
+        ("model", f"{shown.model}, {shown.parameters:,} parameters, converted by hatify"),
+        ("forgetting", f"{shown.forgetting:.2f} %"),
+        ("earlier tasks", equal if shown.learned_equal else changed),
+        ("forgotten", ", ".join(f"{count:,} {kind}" for kind, count in shown.freed.items()) + " of task 0 reset"),
+        ("the other tasks", equal if shown.forgotten_equal else changed),
+        ("seconds", f"{shown.seconds:.0f}"),
+    ]
+    _facts(console, facts if plot is None else [*facts, ("picture", str(plot))])
 
 
 def print_with_facts(shown: Any, facts: dict[str, str]) -> None:
