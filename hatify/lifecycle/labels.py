@@ -22,6 +22,9 @@ from hatify.lifecycle.zeros import Zeros
 
 ANY, LIVE = 0, 1
 """Labels of constants, which take on any, and of what is never dropped."""
+REALIGNED = 0.8
+"""A summand that is live at less than this share of the sum's channels is computed on its own channels and spread out; above it, it
+keeps the sum's channels, dead ones included, which costs less than spreading."""
 RESHAPES = {*VIEWS, "reshape", "flatten", "unflatten", "view_as", "reshape_as", "squeeze", "unsqueeze"}
 
 
@@ -43,6 +46,7 @@ class Labels:
         self.families: list[Tensor] = []
         self.own: dict[fx.Node, Tensor] = {}
         self.of: dict[fx.Node, Any] = {}
+        self.realigned: set[tuple[fx.Node, fx.Node]] = set()
         self.rows: dict[int, Tensor] = {}
         self.columns: dict[int, Tensor] = {}
         self.shared = _shared(plain)
@@ -216,7 +220,13 @@ class Labels:
             return self.refuse(node, "its operands are cut along different dimensions")
         cut = cuts.pop()
         out = torch.full((1,) * rank, ANY)
+        narrow = self._narrow(node, operands, rank, cut)
+        if len(narrow) == len(operands):
+            out = self._along(self.fresh(shape[cut]), rank, cut).ids
         for n, held in operands:
+            if n in narrow:
+                self.realigned.add((node, n))
+                continue
             own = self.picture[n].shape
             size = own[cut - (rank - len(own))] if cut >= rank - len(own) else 1
             ids = held.ids.reshape((1,) * (rank - held.ids.dim()) + tuple(held.ids.shape))
@@ -228,6 +238,22 @@ class Labels:
             a, b = torch.broadcast_tensors(out, ids)
             out = torch.where(a == ANY, b, a)
         return Labelled(out.contiguous(), cut)
+
+    def _narrow(self, node: fx.Node, operands: list, rank: int, cut: int) -> set[fx.Node]:
+        """Summands that have far fewer live channels than the sum."""
+        names = node.op == "call_function" and operator_of(node) in ("add", "sub")
+        whole = self.needs[node]
+        if not names or whole is None or len(operands) != 2 or operands[0][0] is operands[1][0]:
+            return set()
+        if any(h.cut is None or h.ids.numel() != h.ids.shape[h.cut] or h.ids.dim() != rank for _, h in operands):
+            return set()
+
+        def live(n: fx.Node) -> Tensor:
+            used = (whole & ~self.zeros[n]).movedim(cut, -1)
+            return used.reshape(-1, used.shape[-1]).any(0).expand(self.picture[n].shape[cut])
+
+        every = int(live(node).sum())
+        return {n for n, _ in operands if int(live(n).sum()) < REALIGNED * every}
 
     def _per_channel_leaf(self, node: fx.Node) -> Labelled:
         """An activation with parameters: only those with one per channel are understood."""

@@ -63,6 +63,7 @@ class _Slimmer:
         self.graph = plain.graph
         self.kinds = labels.zeros.kinds
         self.whole: dict[fx.Node, fx.Node] = {}
+        self.realigned = {(n, o) for n, o in labels.realigned if n not in labels.dense}
         self.made: dict[int, nn.Module] = {}
         self.report: list[Slimmed] = []
 
@@ -75,6 +76,7 @@ class _Slimmer:
             )
             kept = int(self.labels.keeps(own).sum())
             self.report.append(Slimmed(node.name, node.meta.get("scope", ""), kept, len(own), live))
+        read = {node: node.all_input_nodes for node in self.labels.dense}
         for node in list(self.graph.nodes):
             family = self.kinds[node].family
             handler = getattr(self, "_" + family.replace(" ", "_"), None)
@@ -82,7 +84,9 @@ class _Slimmer:
                 self._restore(node)
             elif handler is not None:
                 handler(node)
-        self.report += [Slimmed(n.name, n.meta.get("scope", ""), why=why) for n, why in self.labels.dense.items()]
+        for node, why in self.labels.dense.items():
+            if self.kinds[node].family == "weighted" or any(self.cut(n) is not None for n in read[node]):
+                self.report.append(Slimmed(node.name, node.meta.get("scope", ""), why=why))
         tidy(self.graph)
         return self.report
 
@@ -183,8 +187,7 @@ class _Slimmer:
             rank = len(self.picture[node].shape)
             small = _take(mask.reshape((1,) * (rank - mask.dim()) + tuple(mask.shape)), cut)
             if bool(small.all()):
-                node.replace_all_uses_with(x)
-                self.graph.erase_node(node)
+                self._replace(node, x)
                 return
             with self.graph.inserting_before(node):
                 name = self.plain.add_buffer(f"{x.name}_live", small, persistent=True)
@@ -274,7 +277,10 @@ class _Slimmer:
     def _ordinary_norm(self, node: fx.Node, args: list) -> None:
         """Only live channels are left: the task's norm is an ordinary one."""
         path = node.meta.get("norm")
-        if path is not None and isinstance(self.plain.leaves[path], nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
+        # a layer that is called once, and whose scale and shift became smaller with it
+        alone = [n.meta.get("norm") or n.target for n in self.graph.nodes].count(path) == 1
+        own = all(a.op == "get_attr" and a.target.rpartition(".")[0] == path for a in args[2:4] if isinstance(a, fx.Node))
+        if path is not None and alone and own and isinstance(self.plain.leaves[path], nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
             leaf = self.plain.leaves[path]
             if isinstance(leaf, nn.GroupNorm):
                 leaf.num_channels = leaf.weight.numel() if leaf.weight is not None else self.cuts[node].kept
@@ -288,11 +294,42 @@ class _Slimmer:
                 new = self.graph.call_function(func[node.target], tuple(args))
         new.meta.update(node.meta)
         self.cuts.found[new], self.picture.seen[new] = self.cuts[node], self.picture[node]
-        node.replace_all_uses_with(new)
-        self.graph.erase_node(node)
+        self._replace(node, new)
+
+    def _replace(self, old: fx.Node, new: fx.Node) -> None:
+        self.realigned |= {(user, new) for user in old.users if (user, old) in self.realigned}
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+
+    def _spread(self, node: fx.Node, operand: fx.Node) -> None:
+        """A summand with other channels than the sum: its own in the sum's order, zeros where it has none."""
+        own, out = self.cut(operand), self.cut(node)
+        dim = own.dim if own is not None else out.dim if out is not None else None
+        if dim is None:
+            return
+        size = self.picture[node].shape[dim]
+        whole = torch.arange(size)
+        have, want = (whole if c is None else c.channels for c in (own, out))
+        if torch.equal(have, want):
+            return
+        places = torch.full((size,), len(have))
+        places[have] = torch.arange(len(have))
+        places = places[want]
+        name = self.plain.add_buffer(f"{operand.name}_places", places, persistent=True)
+        with self.graph.inserting_before(node):
+            index = self.graph.create_node("get_attr", name)
+            padded = operand
+            if bool((places == len(have)).any()):
+                pad = [0] * (2 * (len(self.picture[node].shape) - 1 - dim)) + [0, 1]
+                padded = self.graph.call_function(aten.constant_pad_nd.default, (operand, pad))
+            new = self.graph.call_function(aten.index_select.default, (padded, dim, index))
+        node.replace_input_with(operand, new)
 
     def _elementwise(self, node: fx.Node) -> None:
         cut = self.cut(node)
+        for operand in node.all_input_nodes:
+            if (node, operand) in self.realigned:
+                self._spread(node, operand)
         if cut is None:
             return
         if node.op == "call_module" and any(True for _ in self.plain.leaves[node.target].parameters()):
