@@ -179,6 +179,8 @@ class Labels:
             if x.cut > dim:
                 return self.refuse(node, "its input is cut along a dimension that it mixes")
             return self._along(self._uniform(x), rank, x.cut)
+        if site.path is None and site.meaning.groups not in (1, site.inputs):
+            return self.refuse(node, "groups of a weight that is used by function")
         inputs = self._uniform(x) if x is not None and x.cut is not None else None
         if site.path is not None and not site.meaning.lookup:
             self._alike(self.columns, node, torch.full((1,), LIVE) if inputs is None else inputs)

@@ -221,7 +221,8 @@ class _Slimmer:
         weight = site.weight
         if groups > 1:
             first, second = (first if groups != site.inputs else (inputs if meaning.transposed else outputs)), None
-            node.args = (*node.args[:6], len(inputs) if inputs is not None else groups)
+            if inputs is not None:  # one group per channel
+                node.args = (*node.args[:6], len(inputs), *node.args[7:])
         for dim, index in ((0, first), (1, second)):
             if index is not None:
                 new = self._chosen(weight, node, dim, index)
