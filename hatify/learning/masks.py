@@ -70,7 +70,7 @@ class MaskSteps:
     def after(self, factor: float) -> None:
         """Multiplies the step by ``factor``, and takes back what goes below the share."""
         before, self._before = self._before, None
-        if before is None:
+        if not before:  # nothing was remembered, or the network has no masks
             return
         if factor != 1.0:
             for old, embedding in zip(before, self.embeddings):

@@ -99,7 +99,7 @@ def test_a_forgotten_task_falls_to_chance_and_the_slot_is_free():
         optimizer = torch.optim.Adam(hat.parameters(), lr=0.02)
         hat.train()
         with hat.learning(task, optimizer, schedule="constant") as run:
-            for _ in range(60):
+            for _ in range(200):
                 optimizer.zero_grad()
                 (nn.functional.cross_entropy(hat(x), y) + 0.01 * run.regularization()).backward()
                 optimizer.step()

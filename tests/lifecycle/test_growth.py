@@ -62,7 +62,7 @@ def test_a_copy_of_the_model_keeps_its_own_number(hat):
     assert again.config.num_tasks == 3 and same(answers(again, [2])[2], answers(hat, [2])[2])
 
 
-@pytest.mark.parametrize("name", ["mutating_buffer", "text_gru", "vit", "two_heads"])
+@pytest.mark.parametrize("name", ["mutating_buffer", "text_gru", "vit", "two_heads", "spectral_norm"])
 def test_buffers_and_whole_layers_grow_too(name):
     if name == "vit":
         from learned import converted
@@ -75,6 +75,8 @@ def test_buffers_and_whole_layers_grow_too(name):
     hat.add_tasks(1)
     learn(hat, 1)
     assert same(answers(hat, [0])[0], before) and hat.finished_tasks == {0, 1}
+    hatify.forget_task(hat, 1)
+    assert same(answers(hat, [0])[0], before) and hat.finished_tasks == {0}
 
 
 def test_saved_and_loaded(hat, tmp_path):
