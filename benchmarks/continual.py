@@ -51,6 +51,8 @@ class Setting:
     batch: int = 64
     rate: float = 1e-3
     channels_last: bool = False
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    device: str = "cpu"
 
 
 @dataclass
@@ -61,14 +63,17 @@ class Method:
     convert: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     session: dict[str, Any] = field(default_factory=dict)
+    warm: bool = False
+    """Whether the copies of a task start from those of the task before."""
 
 
-def batches(task: Task, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(task: Task, setting: Setting, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch in random order; a remainder of a single image is left out, for batch statistics."""
     order = torch.randperm(len(task.train_y), generator=generator)
-    for part in order.split(size):
+    for part in order.split(setting.batch):
         if len(part) > 1:
-            yield task.train_x[part], task.train_y[part]
+            x, y = task.train_x[part].to(setting.device), task.train_y[part].to(setting.device)
+            yield (x if setting.augment is None else setting.augment(x, generator)), y
 
 
 def steps_per_epoch(task: Task, size: int) -> int:
@@ -76,9 +81,9 @@ def steps_per_epoch(task: Task, size: int) -> int:
 
 
 @torch.no_grad()
-def outputs(call: Callable[[Tensor], Tensor], task: Task) -> Tensor:
+def outputs(call: Callable[[Tensor], Tensor], task: Task, setting: Setting) -> Tensor:
     """Logits of the test images: shape ``(n, classes)``."""
-    return torch.cat([call(part) for part in task.test_x.split(200)])
+    return torch.cat([call(part.to(setting.device)).cpu() for part in task.test_x.split(200)])
 
 
 def accuracy(logits: Tensor, task: Task) -> float:
@@ -89,7 +94,7 @@ def accuracy(logits: Tensor, task: Task) -> float:
 def with_head(network: nn.Module, path: str, classes: int) -> nn.Module:
     """The network with a new output layer for ``classes`` classes."""
     old = network.get_submodule(path)
-    network.set_submodule(path, nn.Linear(old.in_features, classes))
+    network.set_submodule(path, nn.Linear(old.in_features, classes, device=old.weight.device))
     return network
 
 
@@ -97,7 +102,7 @@ def train_plain(network: nn.Module, task: Task, setting: Setting, generator: tor
     network.train()
     optimizer = torch.optim.Adam(network.parameters(), lr=setting.rate)
     for _ in range(setting.epochs):
-        for x, y in batches(task, setting.batch, generator):
+        for x, y in batches(task, setting, generator):
             loss = F.cross_entropy(network(x), y)
             optimizer.zero_grad()
             loss.backward()
@@ -111,7 +116,7 @@ def independent(setting: Setting, tasks: list[Task], network: nn.Module, generat
     for task in tasks:
         own = with_head(copy.deepcopy(network), setting.head, task.classes)
         train_plain(own, task, setting, generator)
-        reached.append(accuracy(outputs(own, task), task))
+        reached.append(accuracy(outputs(own, task, setting), task))
     return {"final": reached, "learned": reached, "forgetting": 0.0}
 
 
@@ -122,40 +127,43 @@ def finetuning(setting: Setting, tasks: list[Task], network: nn.Module, generato
         with_head(network, setting.head, task.classes)
         train_plain(network, task, setting, generator)
         heads.append(network.get_submodule(setting.head))
-        learned.append(accuracy(outputs(network, task), task))
+        learned.append(accuracy(outputs(network, task, setting), task))
     final = []
     for task, head in zip(tasks, heads):
         network.set_submodule(setting.head, head)
-        final.append(accuracy(outputs(network, task), task))
+        final.append(accuracy(outputs(network, task, setting), task))
     return {"final": final, "learned": learned, "forgetting": sum(a - b for a, b in zip(learned, final)) / len(tasks)}
 
 
-def hat(setting: Setting, tasks: list[Task], network: nn.Module, generator: torch.Generator, method: Method) -> dict[str, Any]:
+def hat(
+    setting: Setting, tasks: list[Task], network: nn.Module, generator: torch.Generator, method: Method
+) -> tuple[hatify.HATModel, dict[str, Any]]:
     """One network, masks, locks. Forgetting is measured on the logits of all test images: zero means to the bit."""
     config = hatify.HATConfig(**method.config)
     classes = [task.classes for task in tasks]
-    example = tasks[0].train_x[:2]
+    example = tasks[0].train_x[:2].to(setting.device)
     network = hatify.convert(network, classes, example_inputs=example, config=config, verify=False, **method.convert)
     learned, kept, live, capacity = [], [], [], []
     for number, task in enumerate(tasks):
         network.train()
         optimizer = torch.optim.Adam(network.parameters(), lr=setting.rate)
         steps = steps_per_epoch(task, setting.batch)
-        with network.learning(task=number, optimizer=optimizer, steps_per_epoch=steps, **method.session) as run:
+        start = number - 1 if method.warm and number else None
+        with network.learning(number, optimizer, steps_per_epoch=steps, warm_start=start, **method.session) as run:
             for _ in range(setting.epochs):
-                for x, y in batches(task, setting.batch, generator):
+                for x, y in batches(task, setting, generator):
                     loss = F.cross_entropy(network(x), y) + run.regularization()
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
         network.eval()
-        kept.append(outputs(lambda x, t=number: network(x, task=t), task))
+        kept.append(outputs(lambda x, t=number: network(x, task=t), task, setting))
         learned.append(accuracy(kept[-1], task))
         live.append(100 * live_share(network, number))
         capacity.append(100 * locked_share(network, range(number + 1)))
-    now = [outputs(lambda x, t=t: network(x, task=t), task) for t, task in enumerate(tasks)]
+    now = [outputs(lambda x, t=t: network(x, task=t), task, setting) for t, task in enumerate(tasks)]
     final = [accuracy(logits, task) for logits, task in zip(now, tasks)]
-    return {
+    return network, {
         "final": final,
         "learned": learned,
         "forgetting": sum(a - b for a, b in zip(learned, final)) / len(tasks),
@@ -182,14 +190,14 @@ def measure(setting: Setting, name: str, method: Method, seed: int) -> dict[str,
     started = time.perf_counter()
     tasks = setting.tasks(seed)
     torch.manual_seed(seed)
-    network = setting.network()
+    network = setting.network().to(setting.device)
     if setting.channels_last:
         network = network.to(memory_format=torch.channels_last)
         for task in tasks:
             task.train_x = task.train_x.contiguous(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(seed)
     if method.kind == "hat":
-        result = hat(setting, tasks, network, generator, method)
+        _, result = hat(setting, tasks, network, generator, method)
     else:
         result = {"independent": independent, "finetuning": finetuning}[method.kind](setting, tasks, network, generator)
     average = sum(result["final"]) / len(tasks)

