@@ -87,7 +87,7 @@ def test_no_step_goes_below_the_share(quota: float | None) -> None:
         optimizer = adam(hat)
         share = 1 / (4 - task) if quota is None else quota
         least = [math.ceil(share * int(free_channels(m, task, range(task)).sum())) for m in hat.maskers.values()]
-        with hat.learning(task=task, optimizer=optimizer, steps_per_epoch=30, weight=100.0, quota=quota) as run:
+        with hat.learning(task=task, optimizer=optimizer, steps_per_epoch=30, weight=100.0, quota=quota, mask_rate=100.0) as run:
             for number in range(30):
                 loss = 0.01 * loss_of(hat(*inputs(NAME, 4, key=number))) + run.regularization()
                 optimizer.zero_grad()
