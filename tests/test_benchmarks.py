@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-continual = pytest.importorskip("continual")
+import continual  # noqa: E402
 import mask_initialization  # noqa: E402
 import split_cifar10  # noqa: E402
 
