@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import continual  # noqa: E402
-import mask_initialization  # noqa: E402
-import split_cifar10  # noqa: E402
+import continual
+import mask_initialization
+import split_cifar10
 
 
 def small() -> nn.Module:
