@@ -177,6 +177,7 @@ def _rewrite(
     rewritten: list[fx.Graph] = [rewrite_graph(g, analysis, surgery) for g in graphs]
     indexed = [n for n, p in analysis.parameters.items() if p.role == "task-indexed"]
     facts = Facts(
+        name=type(model).__name__,
         config=config,
         settings={"tasks": config.num_tasks, "classes": classes, **options, "config": asdict(config)},
         signature=graphs[0].signature,

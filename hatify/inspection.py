@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,25 +15,60 @@ from hatify.gates.table import TOP
 from hatify.model import HATModel
 
 
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One tensor of the captured graphs: the node that makes it, its sizes in words, its gates and the state of its mask."""
+
+    name: str
+    op: str
+    target: str
+    shape: tuple[str, ...]
+    ids: Tensor
+    state: str
+    gated: bool
+    constant: bool
+    scope: str
+    inputs: tuple[str, ...]
+
+
+def rows_of(hat: HATModel) -> list[Row]:
+    """What the analysis found of every tensor, in the order of the graphs."""
+    facts = hat._facts
+    if not facts.values:  # the model was loaded
+        return facts.rows
+    return [
+        Row(
+            name=node.name,
+            op=node.op,
+            target=_target(node),
+            shape=tuple(str(s) for s in value.shape),
+            ids=value.ids,
+            state=value.state.value,
+            gated=value.gated,
+            constant=value.constant,
+            scope=node.meta.get("scope", ""),
+            inputs=tuple(n.name for n in node.all_input_nodes),
+        )
+        for node, value in facts.values.items()
+        if isinstance(value, Value)
+    ]
+
+
 def node_table(hat: HATModel) -> list[dict[str, Any]]:
     """One row per node of the captured eval graph: ``name, op, target, shape, gates, state, scope``."""
-    facts = hat._facts
-    rows = []
-    for node, value in facts.values.items():
-        if not isinstance(value, Value):
-            continue
-        rows.append(
-            {
-                "name": node.name,
-                "op": node.op,
-                "target": _target(node),
-                "shape": " × ".join(str(s) for s in value.shape),
-                "gates": facts.analysis.table.describe(value.ids),
-                "state": value.state.value if value.gated else "clean",
-                "scope": node.meta.get("scope", ""),
-            }
-        )
-    return rows
+    describe = hat._facts.analysis.table.describe
+    return [
+        {
+            "name": row.name,
+            "op": row.op,
+            "target": row.target,
+            "shape": " × ".join(row.shape),
+            "gates": describe(row.ids),
+            "state": row.state if row.gated else "clean",
+            "scope": row.scope,
+        }
+        for row in rows_of(hat)
+    ]
 
 
 def describe_layer(hat: HATModel, path: str) -> str:
@@ -50,15 +86,15 @@ def describe_layer(hat: HATModel, path: str) -> str:
             f"no layer {path!r}", why="near misses: " + ", ".join(near) if near else None, fix=f"one of {', '.join(known[:6])}, …"
         )
     lines = [f"{path}: {plan.role}, on the rung {plan.rung}" + (f" ({plan.reason})" if plan.reason else "")]
-    for node in _calls(hat, path):
-        for source in node.all_input_nodes:
-            value = hat._facts.values.get(source)
-            if isinstance(value, Value) and not value.constant:
-                gates = analysis.table.describe(value.ids)
-                lines.append(f"  fed by {source.name}, live where {_words(gates)}")
-        value = hat._facts.values.get(node)
-        if isinstance(value, Value):
-            lines.append(f"  output live where {_words(analysis.table.describe(value.ids))}; mask {_state(value)}")
+    rows = {row.name: row for row in rows_of(hat)}
+    for row in rows.values():
+        sources = [rows[name] for name in row.inputs if name in rows]
+        if row.target != path and path not in _held_by(row, sources):
+            continue
+        for source in sources:
+            if not source.constant:
+                lines.append(f"  fed by {source.name}, live where {_words(analysis.table.describe(source.ids))}")
+        lines.append(f"  output live where {_words(analysis.table.describe(row.ids))}; mask {_state(row)}")
     for use in [u for uses in analysis.uses.values() for u in uses if _belongs(u, path)]:
         lines.append(f"  {use.parameter} {tuple(use.shape)}: {_lock(hat, use)}")
     if plan.rung == "task-indexed":
@@ -68,12 +104,8 @@ def describe_layer(hat: HATModel, path: str) -> str:
     return "\n".join(lines)
 
 
-def _calls(hat: HATModel, path: str) -> list[fx.Node]:
-    return [n for n in hat._facts.values if n.target == path or path in _held_by(n)]
-
-
-def _held_by(node: fx.Node) -> list[str]:
-    return [str(s.target) for s in node.all_input_nodes if s.op == "get_attr"] if node.op == "call_function" else []
+def _held_by(row: Row, sources: list[Row]) -> list[str]:
+    return [s.target for s in sources if s.op == "get_attr"] if row.op == "call_function" else []
 
 
 def _belongs(use: Use, path: str) -> bool:
@@ -102,10 +134,10 @@ def _words(gates: str) -> str:
     return "every task is" if gates in ("TOP", "CONST") else gates
 
 
-def _state(value: Value) -> str:
-    if not value.gated:
+def _state(row: Row) -> str:
+    if not row.gated:
         return "not needed"
-    return {"pending": "still pending", "clean": "applied", "dirty": "to be zeroed again"}[value.state.value]
+    return {"pending": "still pending", "clean": "applied", "dirty": "to be zeroed again"}[row.state]
 
 
 def _target(node: fx.Node) -> str:

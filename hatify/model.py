@@ -139,6 +139,8 @@ class HATModel(fx.GraphModule):
         A graph has one answer in it, that of a network which trains as a whole; torch's transformer layers ask, each for its own
         weights, before they take a fused kernel.
         """
+        if self._facts.reference is None:  # loaded without the original's code: see ``hatify.load``
+            return False
         return bool(self._facts.asks.get(self.training)) and not (torch.is_grad_enabled() and self._own_code.all_trainable())
 
     @property
@@ -522,6 +524,21 @@ class Sizes:
         self.guards = [g for c in captures for g in c.guards]
         self.example = captures[0].inputs
         self.seen: set[tuple] = set()
+
+    @classmethod
+    def of(cls, names: list[str], fixed: dict[tuple[str, int], int], guards: list[Any], example: list[Tensor]) -> Sizes:
+        """The same of a capture that is not there any more."""
+        made = cls.__new__(cls)
+        made.names, made.fixed, made.guards, made.example, made.seen = names, fixed, guards, example, set()
+        return made
+
+    def fit(self, tensors: list[Tensor]) -> bool:
+        """Whether inputs of these sizes are what was captured."""
+        try:
+            self(tensors)
+        except CallError:
+            return False
+        return True
 
     def __call__(self, tensors: list[Tensor]) -> None:
         key = tuple((t.shape, t.dtype) for t in tensors)

@@ -59,6 +59,12 @@ def register(layer_class: type[nn.Module], description: Layer | None = None):
     return keep
 
 
+def registered_classes() -> list[type[nn.Module]]:
+    """All classes that are registered, torch's own included."""
+    _load_integrations()
+    return [*_DESCRIPTIONS]
+
+
 def describe(module: nn.Module) -> Layer | None:
     """What ``module`` means as a layer, or None where it is traced through."""
     _load_integrations()

@@ -11,10 +11,13 @@ and constants. ``flatten`` and ``unflatten`` translate.
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import keyword
+import re
 import sys
-from collections.abc import Sequence
+from collections import OrderedDict, namedtuple
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,9 +27,9 @@ from .errors import CallError
 
 __all__ = ["Structure", "flatten", "match", "refusal", "unflatten"]
 
-# Libraries whose classes may be imported to rebuild a stored structure. Any other class is only looked up
-# among the modules already imported: reading a file must not be able to run code of the file's choosing.
-_IMPORTABLE = ("collections", "torch", "torchvision", "timm", "transformers")
+# Libraries whose classes of results are taken as they are, if they are imported already. Nothing is ever imported by a name from a
+# file, and no other class called: reading a file must not be able to run code of the file's choosing.
+_LIBRARIES = ("collections", "torch", "torchvision", "timm", "transformers")
 
 _SUPPORTED = (
     "tensors, tuples, lists, namedtuples, dicts, dataclasses, and the constants "
@@ -101,6 +104,12 @@ class Structure:
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise CallError("a stored structure cannot be read", where=str(data)[:200], why=repr(error)) from error
         return structure
+
+    def bound(self, classes: Mapping[str, type]) -> Structure:
+        """The same with its classes taken from ``classes`` (by "module:qualified name"), where they are there."""
+        return dataclasses.replace(
+            self, cls=classes.get(self.type or "", self.cls), children=tuple(child.bound(classes) for child in self.children)
+        )
 
     def _validate(self) -> None:
         if self.kind not in _KINDS:
@@ -239,7 +248,7 @@ def unflatten(tensors: Sequence[Any], structure: Structure) -> Any:
     """The value again: ``unflatten(*flatten(value))`` equals ``value``.
 
     Raises:
-        CallError: too few or too many tensors, or a class that is not there any more.
+        CallError: too few or too many tensors.
     """
     if len(tensors) != structure.leaves:
         raise CallError(f"{structure.leaves} tensors expected, {len(tensors)} given", where=str(structure))
@@ -275,17 +284,11 @@ def _build(tensors: Any, structure: Structure) -> Any:
 
 
 def resolve(structure: Structure) -> type:
-    """The class of a structure that was read from a file."""
+    """The class of a structure that was read from a file: that of an imported library, or one that has the same parts."""
     if structure.type == "builtins:dict":
         return dict
     module_name, _, qualname = (structure.type or "").partition(":")
-    module = sys.modules.get(module_name)
-    if module is None and module_name.partition(".")[0] in _IMPORTABLE:
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError:
-            module = None
-    found: Any = module
+    found: Any = sys.modules.get(module_name) if module_name.partition(".")[0] in _LIBRARIES else None
     for part in qualname.split("."):
         found = getattr(found, part, None)
     fits = isinstance(found, type) and {
@@ -294,14 +297,40 @@ def resolve(structure: Structure) -> type:
         "dict": issubclass(found, dict),
         "dataclass": dataclasses.is_dataclass(found),
     }.get(structure.kind, False)
-    if not fits:
-        raise CallError(
-            f"the class {structure.type} of a stored structure is not there",
-            where=str(structure),
-            why=f"no {structure.kind} of that name is among the imported modules",
-            fix=f"import {module_name} before loading",
-        )
-    return found
+    name = re.sub(r"\W", "_", qualname.rpartition(".")[2]) or "Output"
+    return found if fits else _stand_in(structure.kind, name, tuple(str(k) for k in structure.labels()))
+
+
+@cache
+def _stand_in(kind: str, name: str, labels: tuple[str, ...]) -> type:
+    """A class with the parts of one that is not there."""
+    if kind == "dict":
+        return type(name, (_Output,), {"__doc__": f"Stands for a {name}, whose library is not imported."})
+    if kind == "sequence":
+        return type(name, (tuple,), {})
+    for label in labels:
+        if not label.isidentifier() or keyword.iskeyword(label) or label.startswith("_"):
+            raise CallError("a stored structure cannot be read", where=name, why=f"a field is called {label[:60]!r}")
+    if kind == "namedtuple":
+        return namedtuple(name, labels)
+    return dataclasses.make_dataclass(name, labels)
+
+
+class _Output(OrderedDict):
+    """A dict whose entries are attributes too, and have numbers: what models of transformers return."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return OrderedDict.__getitem__(self, name)
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+    def __getitem__(self, key: Any) -> Any:
+        return tuple(self.values())[key] if isinstance(key, int | slice) else super().__getitem__(key)
+
+    def to_tuple(self) -> tuple:
+        """The values, in order."""
+        return tuple(self.values())
 
 
 def match(value: Any, structure: Structure, where: str) -> list[Tensor]:

@@ -46,10 +46,11 @@ class VerificationReport:
     the locks taken away, which must not be zero, or the check was blind (None for a model that shares no weights).
     ``batch_sizes``: those it was tried at. ``tightness`` and ``leak``, None unless asked for: the share of locked weights that a
     finished task feels (its gradient is not zero), and the largest gradient that it feels of an unlocked one, which must be zero.
+    The parities are None for a model that was loaded without the original's code: the note says so.
     """
 
-    parity: float
-    parity_no_grad: float
+    parity: float | None
+    parity_no_grad: float | None
     parity_train: float | None
     gradients: float | None
     drift: float
@@ -63,9 +64,8 @@ class VerificationReport:
     @property
     def ok(self) -> bool:
         """Whether every promise held."""
-        parity = (
-            self.parity == self.parity_no_grad == 0.0 and self.parity_train in (0.0, None) and (self.gradients or 0.0) < ROUNDING
-        )
+        parities = (self.parity, self.parity_no_grad, self.parity_train)
+        parity = all(p in (0.0, None) for p in parities) and (self.gradients or 0.0) < ROUNDING
         return parity and self.drift == 0.0 and self.control != 0.0 and self.leak in (0.0, None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def prove(hat: HATModel, original: nn.Module | None) -> VerificationReport:
     if not report.ok:
         raise VerificationError(
             "a promise does not hold for this model",
-            where=type(hat._facts.reference).__name__,
+            where=hat._facts.name,
             why=f"parity {report.parity}, without gradients {report.parity_no_grad}, in train mode {report.parity_train}, "
             f"gradients {report.gradients}, drift {report.drift}, control {report.control}"
             + "".join(f"; {note}" for note in report.notes),
@@ -155,14 +155,17 @@ def _measure(hat: HATModel, without_locks: Sequence[str], without_masks: Sequenc
     notes: list[str] = []
     seconds: dict[str, float] = {}
     batches = list(input_batches(hat, seed))
-    original = original_of(hat)
     start = time.perf_counter()
-    with _all_trainable(hat):
-        parity = max((_parity_eval(hat, original, tensors, notes, seed) for tensors in batches), default=0.0)
-    no_grad = _parity_without_gradients(hat, batches, notes, seed)
-    train, gradients = None, None
-    if hat.can_train:
-        train, gradients = _parity_train(hat, original, batches[0], seed, notes)
+    parity = no_grad = train = gradients = None
+    if hat._facts.reference is None:
+        notes.append("loaded without the original's code, so parity is not measured: hatify.load(directory, factory=make_model)")
+    else:
+        original = original_of(hat)
+        with _all_trainable(hat):
+            parity = max((_parity_eval(hat, original, tensors, notes, seed) for tensors in batches), default=0.0)
+        no_grad = _parity_without_gradients(hat, batches, notes, seed)
+        if hat.can_train:
+            train, gradients = _parity_train(hat, original, batches[0], seed, notes)
     seconds["parity"] = time.perf_counter() - start
     start = time.perf_counter()
     for attempt in range(SEEDS):

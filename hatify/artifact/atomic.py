@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -10,6 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import ArtifactError
+
+try:
+    import fcntl
+except ImportError:  # Windows: directories cannot be locked or flushed there
+    fcntl = None
 
 __all__ = ["check_file", "check_target", "new_directory", "new_file"]
 
@@ -56,7 +64,8 @@ def check_target(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
 def new_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """A temporary sibling to write into, which takes the place of ``path`` at the end of the block.
 
-    Whatever is raised inside, an interrupt included, leaves ``path`` as it was and no temporary directory.
+    Whatever is raised inside, an interrupt included, leaves ``path`` as it was and no temporary directory. A process that is killed leaves
+    ``path`` as it was or as it was to become; the temporary directory that may stay behind goes with the next one for the same path.
 
     Raises:
         ArtifactError: as ``check_target``; or the file system refuses (no space, no permission).
@@ -67,10 +76,14 @@ def new_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     try:
         try:
             temporary.mkdir(parents=True)
-            yield temporary
-            for file in temporary.iterdir():
-                _flush(file)
-            _swap(temporary, target)
+            with _held(temporary):
+                _remove_abandoned(target)
+                yield temporary
+                for file in temporary.iterdir():
+                    _flush(file)
+                _flush(temporary)
+                _swap(temporary, target)
+                _flush(target.parent)
         except OSError as error:
             raise ArtifactError(
                 f"{path} could not be written",
@@ -83,6 +96,11 @@ def new_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         for parent in absent:
             with suppress(OSError):  # not empty: somebody else uses it by now
                 parent.rmdir()
+        raise
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # what was at ``path`` before
+    except BaseException:  # interrupted, with the new one in place: the old one must not stay beside it
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
@@ -129,25 +147,85 @@ def new_file(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[
 
 
 def _swap(temporary: Path, target: Path) -> None:
-    """Two renames on one file system; the old directory comes back if the second one does not happen."""
+    """Puts ``temporary`` in the place of ``target``; what was there is called ``temporary`` then.
+
+    One step where the system has it. Elsewhere two renames, and the old directory comes back if the second one does not happen.
+    """
+    if not target.exists():
+        temporary.rename(target)
+        return
+    if _exchange(temporary, target):
+        return
     old = temporary.with_suffix(".old")
-    replaced = target.exists()
+    target.rename(old)
     try:
-        if replaced:
-            target.rename(old)
         temporary.rename(target)
     except BaseException:
-        if old.exists() and not target.exists():
+        if not target.exists():
             old.rename(target)
         raise
+    old.rename(temporary)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchanges two directories in one step; False where the system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    here, swap = -100, 2  # AT_FDCWD; RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
+    if hasattr(libc, "renameat2"):
+        failed = libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), swap)
+    elif hasattr(libc, "renamex_np"):
+        failed = libc.renamex_np(os.fsencode(a), os.fsencode(b), swap)
+    else:
+        return False
+    code = ctypes.get_errno()
+    if failed and code not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        raise OSError(code, os.strerror(code))
+    return not failed
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """Others see that a living process writes there."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(directory, os.O_RDONLY)
     try:
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:  # interrupted, with the new one in place: the old one must not stay beside it
-        shutil.rmtree(old, ignore_errors=True)
-        raise
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
-def _flush(file: Path) -> None:
+def _remove_abandoned(target: Path) -> None:
+    """What killed processes left behind of the same target; after a kill between two renames, the old directory comes back."""
+    if fcntl is None:
+        return
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.(tmp|old)")
+    for path in [p for p in target.parent.iterdir() if pattern.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]:
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError:  # gone by now, or not ours
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        else:
+            if path.suffix == ".old" and not target.exists():
+                path.rename(target)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(handle)
+
+
+def _flush(path: Path) -> None:
     # Before the rename: a crash must not leave a complete directory of empty files.
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
+    if fcntl is None and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,18 +1,23 @@
-"""``save`` and ``load``: a conversion as a directory.
+"""``save`` and ``load``: a model as a directory.
 
-    config.json                  format, versions, source, settings, structure of the example inputs
-    model.safetensors            hat.state_dict(): weights, masks, locks, task-indexed copies
+    config.json                  format, versions, settings, digest of every file
+    model.json                   graphs, modules, gates, report: all but the tensors
+    model.safetensors            weights, masks, task-indexed copies, marks of finished tasks (in shards above a size)
+    gates.safetensors            the mask algebra: expressions, and the gates of masks, tensors and locks
     example_inputs.safetensors   the tensors of the example call
     graph.py                     the generated code, for people to read; never executed
+    README.md                    a model card
 
-Loading builds the architecture again, converts it with the same settings and loads the state.
+Loading needs neither the original's code nor its library, and runs nothing of the directory.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..errors import ArtifactError, HatifyError
-from ..sources import Source
-from ..structure import Structure, flatten, unflatten
+from ..errors import ArtifactError
 from .atomic import new_directory
-from .config import FORMAT, VERSION, read_config
+from .card import card
+from .config import FORMAT, VERSION, hat_config_of, read_config, seal, settings_of, source_of
+from .description import Rebuilt, describe_model
+from .fields import Fields, check_file, dump, parse, read_bytes
+from .known import known_classes
 from .tensors import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -32,204 +39,289 @@ if TYPE_CHECKING:
 
 __all__ = ["load", "save"]
 
-CONFIG, WEIGHTS, INPUTS, GRAPH = "config.json", "model.safetensors", "example_inputs.safetensors", "graph.py"
+CONFIG, MODEL, GATES, INPUTS, GRAPH, CARD = (
+    "config.json", "model.json", "gates.safetensors", "example_inputs.safetensors", "graph.py", "README.md"
+)  # fmt: skip
+WEIGHTS = "model{suffix}.safetensors"
+INDEX = "model.safetensors.index.json"
+OWN = re.compile(r"config\.json|model\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|gates\.safetensors|"
+                 r"example_inputs\.safetensors|graph\.py|README\.md")  # fmt: skip
+"""Names of all that such a directory holds."""
 
-FILES = (CONFIG, WEIGHTS, INPUTS, GRAPH)
-"""All that such a directory holds."""
 
-_SHOWN = 5
-
-
-def save(hat: HATModel, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Writes a converted model to the directory ``path``, whole or not at all.
+def save(
+    hat: HATModel,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Writes a model to the directory ``path``, whole or not at all.
 
     Args:
-        hat: the model. Its state is stored as it is: dtypes, masks, finished tasks.
+        hat: the model. Its state is stored as it is: weights, masks, finished tasks, modes.
         path: a directory that does not exist, unless ``overwrite``. Parents are made.
         overwrite: replace an existing directory (all of it) once the new one is complete.
+        dtype: store floating-point tensors in this type; the model itself stays as it is.
+        max_shard_size: bytes of one file of weights, or text such as ``"2GB"``.
 
     Returns:
         The absolute path.
 
     Raises:
-        ArtifactError: the directory exists or cannot be written, or the state holds more than tensors.
+        ArtifactError: the directory exists or cannot be written; a layer or operator that cannot be stored; a finished task is being
+            trained again at the moment.
     """
-    inputs = hat.example_inputs
-    tensors, structure = flatten(inputs, "example_inputs") if inputs is not None else ([], None)
+    check_session(hat)
+    check_dtype(dtype)
+    hat._guard.restore()
+    described = describe_model(hat)
+    with new_directory(path, overwrite) as directory:
+        write_model(directory, hat, described, dtype, max_shard_size)
+    return Path(os.path.realpath(path))
+
+
+def check_session(hat: HATModel) -> None:
+    """A model in the middle of a session is stored as it is, but for one case.
+
+    Raises:
+        ArtifactError: a finished task is being trained again: its weights of before are not in the model.
+    """
+    session = hat._guard.session
+    if session is not None and session.retraining:
+        raise ArtifactError(
+            f"task {session.task} is finished and being trained again",
+            why="what it was before is kept by the session, and would be lost with the directory",
+            fix="hat.finish_task() or hat.abandon_task(), then save",
+        )
+
+
+def check_dtype(dtype: Any) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ArtifactError(f"dtype must be a floating-point type, not {dtype!r}", fix="dtype=torch.float16")
+
+
+def write_model(directory: Path, hat: HATModel, described: Any, dtype: torch.dtype | None, max_shard_size: int | str) -> None:
+    """All files of a model, into an empty directory."""
+    files: dict[str, Any] = {}
+    data, tensors = described.data, described.tensors
+    if dtype is not None:
+        data, tensors = _cast(data, tensors, dtype)
+    for name, held in _shards(tensors, max_shard_size).items():
+        files[name] = write_tensors(directory / name, held)
+    weights = [*files]
+    if len(weights) > 1:
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": {}}
+        for name, held in _shards(tensors, max_shard_size).items():
+            index["weight_map"].update(dict.fromkeys(held, name))
+        files[INDEX] = _write(directory / INDEX, dump(index))
+    files[GATES] = write_tensors(directory / GATES, described.gates)
+    inputs = {f"input_{i}": t for i, t in enumerate(hat._facts.inputs)}
+    files[INPUTS] = write_tensors(directory / INPUTS, inputs)
+    files[MODEL] = _write(directory / MODEL, dump(data))
+    header = "# The model as generated code, to be read. hatify never runs this file.\n\n"
+    files[GRAPH] = _write(directory / GRAPH, header + hat.code.strip() + "\n")
+    files[CARD] = _write(directory / CARD, card(hat))
     config = {
         "format": FORMAT,
         "format_version": VERSION,
         "hatify_version": __version__,
         "torch_version": str(torch.__version__),
-        "source": hat.source.to_json() if hat.source is not None else None,
+        "model": hat._facts.name,
+        "source": None if hat.source is None else hat.source.to_json(),
         "settings": hat.settings,
         "training": hat.training,
-        "example_inputs": structure.to_json() if structure is not None else None,
+        "active_task": hat.active_task,
+        "example_inputs": [{"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for t in inputs.values()],
+        "weights": weights,
+        "files": files,
     }
-    try:
-        text = json.dumps(config, indent=2)
-    except (TypeError, ValueError) as error:
-        raise ArtifactError("the settings cannot be stored", where="hat.settings", why=str(error)) from error
-    with new_directory(path, overwrite) as directory:
-        write_tensors(directory / WEIGHTS, hat.state_dict())
-        if structure is not None:
-            write_tensors(directory / INPUTS, {_input_name(index): tensor for index, tensor in enumerate(tensors)})
-        header = "# The converted model as generated code, to be read. hatify never runs this file.\n\n"
-        (directory / GRAPH).write_text(header + hat.code.strip() + "\n", encoding="utf-8")
-        (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
-    return Path(os.path.realpath(path))
+    _write(directory / CONFIG, dump(seal(parse(dump(config).encode(), CONFIG))))
 
 
-def load(path: str | os.PathLike[str], *, factory: Callable[[], nn.Module] | None = None) -> HATModel:
-    """Reads what ``save`` wrote, onto the CPU.
+def _write(path: Path, text: str) -> dict[str, Any]:
+    data = text.encode("utf-8")
+    path.write_bytes(data)
+    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+
+def _cast(data: dict[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The same in another type; one tensor after the other is cast when it is written."""
+    from .tensors import Cast, dtype_name
+
+    name = dtype_name(dtype)
+
+    def entry(part: Any) -> Any:
+        cast = isinstance(part, dict) and part.get("dtype") in FLOATS
+        return {**part, "dtype": name} if cast else part
+
+    modules = [
+        {k: {n: entry(p) for n, p in v.items()} if k in ("parameters", "buffers") else v for k, v in module.items()}
+        for module in data["modules"]
+    ]
+    return {**data, "modules": modules}, {k: Cast(t, dtype) if t.is_floating_point() else t for k, t in tensors.items()}
+
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def _shards(tensors: Mapping[str, Tensor], size: int | str) -> dict[str, dict[str, Tensor]]:
+    """Which tensors go into which file, as the Hub's own helper splits them."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    plan = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_id=lambda tensor: None,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern=WEIGHTS,
+        max_shard_size=size,
+    )
+    return {name: {key: tensors[key] for key in keys} for name, keys in plan.filename_to_tensors.items()}
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    factory: Callable[[], nn.Module] | None = None,
+    layers: Iterable[type] = (),
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> HATModel:
+    """Reads what ``save`` wrote. Needs neither the original's code nor its library, and runs nothing of the directory.
 
     Args:
         path: the directory.
-        factory: returns the original model (any weights). Needed where the model is not one of timm,
-            torchvision or transformers: a directory must not decide which function of yours is called.
+        factory: returns the original model (any weights), for :func:`hatify.verify` to compare with; without it, parity cannot be
+            measured. A directory of format 1 needs it, unless the model is one of timm, torchvision or transformers.
+        layers: classes of yours that the directory names (it says so if it needs one): layers, and classes of what the model returns.
+        device: where the tensors go, one by one; ``"meta"`` gives the model without values.
+        dtype: the type of all floating-point tensors.
 
     Raises:
-        ArtifactError: no saved model, an unknown format, incomplete, or another model than ``factory``'s.
+        ArtifactError: no saved model, or anything in it that is not as it was written; names the file and the field.
     """
+    check_dtype(dtype)
     directory = Path(path)
     config = read_config(directory / CONFIG)
-    state = read_tensors(directory / WEIGHTS)
-    settings, source = config["settings"], config["source"]
+    where = None if device is None else torch.device(device)
+    if config.data["format_version"] < VERSION:
+        from .migration import load_first
 
-    from .. import convert  # not before the files have been checked: the core takes a while to import
-
-    with torch.random.fork_rng(devices=[]):  # the random weights of the new model are overwritten below
-        model = _build(directory, source, factory)
-        _take_dtypes(model, state)
-        _take_buffers(model, state)
-        hat = convert(
-            model,
-            tasks=settings["classes"] or settings["tasks"],
-            example_inputs=_example_inputs(directory, config["example_inputs"]),
-            config=_hat_config(directory, settings["config"]),
-            heads=settings["heads"],
-            locking=settings["locking"],
-            norms=settings.get("norms", "live"),
-            residuals=settings.get("residuals", "or"),
-            verify=False,
-            inplace=True,
-        )
-    hat.source = source
-    _take_dtypes(hat, state)
-    _check_keys(directory, hat.state_dict(), state)
-    try:
-        hat.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise _other_model(directory, str(error)) from error
-    hat.train(config["training"])
-    return hat
+        hat = load_first(directory, config, factory)
+        return hat if where is None and dtype is None else hat.to(device=where, dtype=dtype)
+    return _Reader(directory, config, known_classes(layers), where, dtype).model(factory)
 
 
-def _build(directory: Path, source: Source | None, factory: Callable[[], nn.Module] | None) -> nn.Module:
-    if factory is not None:
-        model = factory()
-        if not isinstance(model, nn.Module):
-            raise ArtifactError("the factory does not give a model", why=f"it returned a {type(model).__name__}")
-        return model
-    if source is not None and source.kind != "factory":
-        try:
-            return source.build()
-        except HatifyError:
-            raise
-        except Exception as error:  # the library's own refusal of a name or an argument that the file gave
+class _Reader:
+    """Reads one directory: small files first, everything checked, tensors last."""
+
+    def __init__(
+        self, directory: Path, config: Fields, known: list[type], device: torch.device | None, dtype: torch.dtype | None
+    ) -> None:
+        self.directory, self.config, self.known, self.device, self.dtype = directory, config, known, device, dtype
+
+    def model(self, factory: Callable[[], nn.Module] | None) -> HATModel:
+        config = self.config
+        settings, source, hat_config = settings_of(config), source_of(config), hat_config_of(config)
+        training = config.get("training", bool)
+        active = None if config.at("active_task").data is None else config.at("active_task").count(0, hat_config.num_tasks - 1)
+        for name in self.config.data["files"]:
+            self._sized(name)
+        description = Fields(parse(self._bytes(MODEL), str(self.directory / MODEL)), str(self.directory / MODEL))
+        gates = self._tensors([GATES], None)
+        inputs = self._inputs()
+        self._bytes(GRAPH), self._bytes(CARD)
+        with nullcontext() if self.device is None else torch.device("cpu"):
+            rebuilt = Rebuilt(description, hat_config, settings, training, gates, str(self.directory / GATES), inputs, self.known)
+        self._fill(rebuilt)
+        hat = rebuilt.model()
+        hat.train(training) if hat.training != training else None
+        hat.source = source
+        hat.active_task = active
+        if factory is not None:
+            from .reference import take_reference
+
+            take_reference(hat, factory, self.directory)
+        if self.device is None or self.device.type != "meta":
+            hat._guard.refresh()
+        return hat
+
+    def _fill(self, rebuilt: Rebuilt) -> None:
+        """Weights straight to where they belong."""
+        tree, meta = rebuilt.tree, self.device is not None and self.device.type == "meta"
+        names = self.config.list("weights", str)
+        expected = dict(tree.expected)
+        maps = [expected] if len(names) == 1 else self._split(names, expected)
+
+        def convert(key: str, tensor: Tensor) -> Tensor:
+            return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+
+        if meta:
+            for name, held in zip(names, maps):
+                read_tensors(self.directory / name, held, self._digest(name), tree.fill, only=tree.is_state)
+            for key, (dtype, shape) in expected.items():
+                if not tree.is_state(key):
+                    tree.fill(key, convert(key, torch.empty(shape, dtype=dtype, device="meta")))
+            return
+        for name, held in zip(names, maps):
+            read_tensors(self.directory / name, held, self._digest(name), tree.fill, device=self.device, convert=convert)
+
+    def _split(self, names: list[str], expected: dict[str, Any]) -> list[dict[str, Any]]:
+        """What each shard must hold, by the index."""
+        where = str(self.directory / INDEX)
+        index = Fields(parse(self._bytes(INDEX), where), where).only("metadata", "weight_map")
+        maps: list[dict[str, Any]] = [{} for _ in names]
+        for key, part in index.at("weight_map").pairs():
+            if key not in expected:
+                raise part.wrong(repr(key[:100]), "a tensor of the model")
+            maps[names.index(part.one_of(*names))][key] = expected[key]
+        missing = next((key for key in expected if not any(key in held for held in maps)), None)
+        if missing is not None:
+            raise index.at("weight_map").wrong(f"no {missing}", "every tensor of the model")
+        return maps
+
+    def _inputs(self) -> list[Tensor]:
+        described = []
+        for part in self.config.at("example_inputs").items():
+            part.only("dtype", "shape")
+            dtype = getattr(torch, part.get("dtype", str), None)
+            if not isinstance(dtype, torch.dtype):
+                raise part.at("dtype").wrong(repr(part.data["dtype"])[:60], "a type")
+            described.append((dtype, tuple(p.count() for p in part.at("shape").items())))
+        expected = {f"input_{i}": entry for i, entry in enumerate(described)}
+        found = self._tensors([INPUTS], expected)
+        return [found[name] for name in expected]
+
+    def _tensors(self, names: list[str], expected: Any) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name in names:
+            read_tensors(self.directory / name, expected, self._digest(name), found.__setitem__)
+        return found
+
+    def _sized(self, name: str) -> None:
+        size = check_file(self.directory / name)
+        if size != self.config.data["files"][name]["bytes"]:
             raise ArtifactError(
-                "the model cannot be built",
-                where=f"{directory / CONFIG}: source",
-                why=f"{source.text}: {type(error).__name__}: {error}",
-                fix=f"hatify.load({str(directory)!r}, factory=make_model)",
-            ) from error
-    if source is None:
-        why = "the directory does not say which model it was made of"
-        fix = f"hatify.load({str(directory)!r}, factory=make_model); make_model() returns the original"
-    else:
-        module, _, name = source.name.partition(":")
-        why = f"it was made by {source.name}, and a directory does not decide which code is run"
-        fix = f"from {module} import {name}; hatify.load({str(directory)!r}, factory={name})"
-    raise ArtifactError("the original model is needed", where=str(directory), why=why, fix=fix)
+                "a file is not what was written",
+                where=str(self.directory / name),
+                why=f"it has {size} bytes, not {self.config.data['files'][name]['bytes']}",
+                fix="copy the directory again, or save again",
+            )
 
+    def _digest(self, name: str) -> str:
+        files = self.config.data["files"]
+        if name not in files:
+            raise ArtifactError("a file is missing", where=f"{self.directory / CONFIG}: files", why=f"no {name}", fix="save again")
+        return files[name]["sha256"]
 
-def _example_inputs(directory: Path, structure: Structure | None) -> Any:
-    if structure is None:
-        return None
-    tensors = read_tensors(directory / INPUTS)
-    names = [_input_name(index) for index in range(structure.leaves)]
-    missing = [name for name in names if name not in tensors]
-    value = unflatten([tensors[name] for name in names], structure) if not missing else None
-    shaped = isinstance(value, tuple) and len(value) == 2
-    if missing or not shaped or not isinstance(value[0], tuple) or not isinstance(value[1], dict):
-        raise ArtifactError(
-            "the example inputs cannot be read",
-            where=str(directory / INPUTS),
-            why=f"it lacks {', '.join(missing)}" if missing else "they are not the arguments of a call",
-            fix="save again",
-        )
-    args, kwargs = value
-    return kwargs if kwargs and not args else args
-
-
-def _input_name(index: int) -> str:
-    return f"input_{index}"
-
-
-def _hat_config(directory: Path, stored: dict[str, Any] | None) -> Any:
-    if stored is None:
-        return None
-    from ..modules import HATConfig
-
-    try:
-        return HATConfig(**stored)
-    except (TypeError, HatifyError) as error:
-        raise ArtifactError(
-            "a field of the configuration is wrong",
-            where=f"{directory / CONFIG}: settings.config",
-            why=str(error),
-            fix="convert and save again",
-        ) from error
-
-
-def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """A model saved in half precision comes back so; `load_state_dict` alone would cast to float32."""
-    for key, value in model.state_dict(keep_vars=True).items():
-        stored = state.get(key)
-        if isinstance(value, Tensor) and stored is not None and value.dtype != stored.dtype:
-            value.data = value.data.to(stored.dtype)
-
-
-def _take_buffers(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Index tables and masks are data to the conversion: it must see those that were saved, not those of a new model."""
-    for name, buffer in model.named_buffers():
-        stored = state.get(name)
-        if stored is not None and stored.shape == buffer.shape:
-            buffer.data.copy_(stored)
-
-
-def _check_keys(directory: Path, own: dict[str, Any], state: dict[str, Tensor]) -> None:
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    shapes = [
-        key
-        for key, value in own.items()
-        if isinstance(value, Tensor)
-        and key in state
-        and state[key].shape != value.shape
-        # what a module keeps as extra state has the size it needs
-        and not key.endswith("_extra_state")
-    ]
-    named = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    lines = [f"{title} ({len(keys)}): {', '.join(keys[:_SHOWN])}" for title, keys in named.items() if keys]
-    if lines:
-        raise _other_model(directory, "\n".join(lines))
-
-
-def _other_model(directory: Path, why: str) -> ArtifactError:
-    return ArtifactError(
-        "the saved weights do not fit the model",
-        where=str(directory / WEIGHTS),
-        why=why,
-        fix="give the factory of the very model that was converted; the same versions of its library help",
-    )
+    def _bytes(self, name: str) -> bytes:
+        digest, data = self._digest(name), read_bytes(self.directory / name)
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise ArtifactError(
+                "a file is not what was written",
+                where=str(self.directory / name),
+                why="its sha256 is not the one that the configuration says",
+                fix="copy the directory again, or save again",
+            )
+        return data

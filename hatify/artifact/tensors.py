@@ -1,77 +1,243 @@
-"""Named tensors in a safetensors file: each piece of memory once, aliases by name in the file's metadata."""
+"""Named tensors in safetensors files: written and hashed in one pass, read into memory that was checked for before it is taken."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoints import alias_groups
 from ..errors import ArtifactError
+from .fields import Fields, check_file, parse
 
-__all__ = ["read_tensors", "write_tensors"]
+__all__ = ["DTYPES", "dtype_name", "read_tensors", "write_tensors"]
 
-_ALIASES = "aliases"
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool, "C64": torch.complex64,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+HEADER = 100_000_000
+"""Bytes of a header that are read, as in the safetensors library."""
+
+Expected = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
-    """Writes tensors of any layout; those that are the same tensor under several names are written once.
+def dtype_name(dtype: torch.dtype) -> str | None:
+    """What the format calls a dtype, or None where it has no name for it."""
+    return _NAMES.get(dtype)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Writes tensors of any strides and device, one at a time; readable by every safetensors library.
+
+    Returns:
+        ``sha256`` and ``bytes`` of the file.
 
     Raises:
-        ArtifactError: a value that is no tensor, or has no values (meta); or the file cannot be written.
+        ArtifactError: a tensor on the meta device.
+        OSError: the file cannot be written.
     """
-    for key, value in tensors.items():
-        problem = None
-        if not isinstance(value, Tensor):
-            problem = f"it is a {type(value).__name__}, not a tensor"
-        elif value.device.type == "meta":
-            problem = "it is on the meta device and has no values"
-        elif value.layout is not torch.strided:
-            problem = f"its layout is {value.layout}"
-        if problem:
-            raise ArtifactError("a state entry cannot be stored", where=key, why=problem)
-    aliases = {other: first for first, *others in alias_groups(tensors) for other in others}
-    stored: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for key, value in tensors.items():
-        if key in aliases:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    ordered = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # as the library: aligned to their own size
+    start = 0
+    for key in ordered:
+        tensor = tensors[key]
+        if tensor.device.type == "meta":
+            raise ArtifactError(
+                "a tensor has no values",
+                where=key,
+                why="it is on the meta device",
+                fix="load the model on a device that holds values",
+            )
+        end = start + tensor.numel() * tensor.element_size()
+        header[key] = {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb", buffering=0) as file, _Hash() as digest:
+        _write(file, memoryview(len(text).to_bytes(8, "little") + text), digest)
+        for key in ordered:
+            _write(file, _bytes(tensors[key].detach().contiguous().cpu()), digest)
+        size = file.tell()
+    return {"sha256": digest.text(), "bytes": size}
+
+
+class Cast:
+    """A tensor that is written in another type, cast when its turn comes."""
+
+    def __init__(self, tensor: Tensor, dtype: torch.dtype) -> None:
+        self.tensor, self.dtype, self.shape, self.device = tensor, dtype, tensor.shape, tensor.device
+        self.nbytes = tensor.numel() * dtype.itemsize
+
+    def numel(self) -> int:
+        return self.tensor.numel()
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    def detach(self) -> Tensor:
+        return self.tensor.detach().to(self.dtype)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor; a tensor that shares memory until written keeps doing so."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    if torch._C._is_cow_tensor(tensor):
+        tensor = tensor.clone()  # asking for the address of shared memory would part it for good
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _write(file: BinaryIO, data: memoryview, digest: _Hash) -> None:
+    digest.add(data)
+    while len(data):
+        data = data[file.write(data) :]
+
+
+class _Hash:
+    """sha256 beside the reading or writing of the same bytes: both leave Python to the other."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._queue: queue.Queue[memoryview | None] = queue.Queue(maxsize=4)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> _Hash:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def add(self, data: memoryview) -> None:
+        """More bytes, which must stay as they are until the end."""
+        if len(data):
+            self._queue.put(data)
+
+    def _run(self) -> None:
+        while (data := self._queue.get()) is not None:
+            self._hash.update(data)
+
+    def text(self) -> str:
+        """The digest, after the end."""
+        return self._hash.hexdigest()
+
+
+def read_tensors(
+    path: Path,
+    expected: Expected | None,
+    digest: str,
+    fill: Callable[[str, Tensor], None],
+    *,
+    device: torch.device | None = None,
+    convert: Callable[[str, Tensor], Tensor] | None = None,
+    only: Callable[[str], bool] | None = None,
+) -> None:
+    """Reads a file, tensor by tensor, in the order of the file.
+
+    Args:
+        expected: dtype and shape of every tensor that the file must hold, no more and no less; None takes what there is.
+        digest: sha256 of the file.
+        fill: takes each tensor, in memory of its own. The digest is only known when all have been read: an error then says that what was
+            filled in is not to be used.
+        device: where they go; each is moved before the next one is read.
+        convert: what becomes of each, on its device.
+        only: which tensors are filled in; the others are read for the digest alone.
+
+    Raises:
+        ArtifactError: anything that is not as it was written.
+    """
+    size = check_file(path)
+    try:
+        with path.open("rb", buffering=0) as file, _Hash() as hashed:
+            entries = _header(file, path, size, expected, hashed)
+            for key, dtype, shape, nbytes in entries:
+                tensor = torch.empty(shape, dtype=dtype)
+                if nbytes:
+                    data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+                    _read(file, data, path)
+                    hashed.add(data)
+                if dtype is torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
+                    raise _wrong(path, key, "a bool that is neither 0 nor 1")
+                if only is not None and not only(key):
+                    continue
+                moved = tensor if device is None else tensor.to(device)
+                fill(key, moved if convert is None else convert(key, moved))
+    except OSError as error:
+        raise ArtifactError("a file cannot be read", where=str(path), why=error.strerror or str(error)) from error
+    if hashed.text() != digest:
+        raise ArtifactError(
+            "a file is not what was written",
+            where=str(path),
+            why=f"its sha256 is {hashed.text()[:16]}…, the configuration says {digest[:16]}…",
+            fix="copy the directory again, or save again",
+        )
+
+
+def _header(file: BinaryIO, path: Path, size: int, expected: Expected | None, hashed: _Hash) -> Iterator[tuple]:
+    """The entries in the order of their data, all of them checked before the first one is given."""
+    first = bytearray(8)
+    if size < 8:
+        raise _wrong(path, "header", f"the file has {size} bytes")
+    _read(file, memoryview(first), path)
+    length = int.from_bytes(first, "little")
+    if length > min(HEADER, size - 8):
+        raise _wrong(path, "header", f"its length would be {length} bytes of {size}")
+    text = bytearray(length)
+    _read(file, memoryview(text), path)
+    hashed.add(memoryview(bytes(first) + bytes(text)))
+    fields = Fields(parse(bytes(text), str(path)), str(path))
+    entries = []
+    for key, part in fields.pairs():
+        if key == "__metadata__":
+            for _, value in part.pairs():
+                value.is_a(str)
             continue
-        value = value.detach().contiguous()
-        memory = value.untyped_storage().data_ptr()
-        # Views of one storage that are not the same tensor: the format has no views, each gets its own copy.
-        stored[key] = value.clone() if memory in seen or value.untyped_storage().nbytes() > value.nbytes else value
-        seen.add(memory)
-    try:
-        save_file(stored, path, metadata={"format": "pt", _ALIASES: json.dumps(aliases)})
-    except SafetensorError as error:  # the writer's own wrapping of errors of the file system
-        raise ArtifactError(
-            "the tensors could not be written",
-            where=path.name,
-            why=f"{error}; nothing was left there",
-            fix="free some space, or give another directory",
-        ) from error
+        part.only("dtype", "shape", "data_offsets")
+        dtype = DTYPES[part.at("dtype").one_of(*DTYPES)]
+        shape = tuple(p.count(most=size) for p in part.at("shape").items())
+        offsets = [p.count(most=size) for p in part.at("data_offsets").items()]
+        nbytes = dtype.itemsize
+        for dim in shape:
+            nbytes *= dim
+        if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
+            raise part.at("data_offsets").wrong(str(offsets), f"{nbytes} bytes for {shape}")
+        if expected is not None and expected.get(key) != (dtype, shape):
+            found = f"{part.data['dtype']} {list(shape)}"
+            wanted = "no such tensor" if key not in expected else f"{dtype_name(expected[key][0])} {list(expected[key][1])}"
+            raise part.wrong(found, wanted)
+        entries.append((offsets[0], key, dtype, shape, nbytes))
+    for key in expected or ():
+        if key not in fields.data:
+            raise _wrong(path, key, "the file does not hold it")
+    entries.sort(key=lambda e: (e[0], e[4]))
+    end = 0
+    for start, key, _, _, nbytes in entries:
+        if start != end:
+            raise _wrong(path, key, f"its data begins at {start}, the one before ends at {end}")
+        end += nbytes
+    if 8 + length + end != size:
+        raise _wrong(path, "header", f"it describes {8 + length + end} bytes, the file has {size}")
+    return ((key, dtype, shape, nbytes) for _, key, dtype, shape, nbytes in entries)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors again, aliases as the same tensor under each of their names, on the CPU.
+def _read(file: BinaryIO, data: memoryview, path: Path) -> None:
+    while len(data):
+        count = file.readinto(data)  # type: ignore[attr-defined]
+        if not count:
+            raise _wrong(path, "data", "the file ends too early")
+        data = data[count:]
 
-    Raises:
-        ArtifactError: no such file, or not one that ``write_tensors`` wrote.
-    """
-    if not path.is_file():
-        raise ArtifactError("a file is missing", where=str(path), why="the directory is incomplete", fix="save again")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            aliases = json.loads((file.metadata() or {}).get(_ALIASES, "{}"))
-        return {**tensors, **{key: tensors[stored] for key, stored in aliases.items()}}
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ArtifactError(
-            "a file cannot be read", where=str(path), why=f"{type(error).__name__}: {error}", fix="save again"
-        ) from error
+
+def _wrong(path: Path, key: str, why: str) -> ArtifactError:
+    return ArtifactError("a file is not what was written", where=f"{path}: {key}", why=why, fix="save again")

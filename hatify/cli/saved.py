@@ -41,12 +41,12 @@ def check_replaceable(path: Path, out: Path | None) -> Path:
         ArtifactError: the directory holds files that are not the model's, or cannot be written.
     """
     from ..artifact.atomic import check_target
-    from ..artifact.directory import FILES
+    from ..artifact.directory import OWN
     from ..errors import ArtifactError
 
     if out is not None and out.resolve() != path.resolve():
         return check_target(out)
-    others = sorted(file.name for file in path.iterdir() if file.name not in FILES) if path.is_dir() else []
+    others = sorted(file.name for file in path.iterdir() if not OWN.fullmatch(file.name)) if path.is_dir() else []
     if others:
         raise ArtifactError(
             f"{path} is not replaced",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ MAX_ATOMS = 256
 """An expression over more atoms than this widens to TOP."""
 MAX_ATOMS_MIXED = 8
 """The same for a tensor whose gates vary along several dimensions, where the expressions multiply."""
+
+
+KINDS = ("const", "top", "atom", "or", "and")
 
 
 class GateTable:
@@ -135,6 +139,15 @@ class GateTable:
             self.atoms_in.append(inside)
         return found
 
+    def stored(self, maskers: list[str]) -> Tensor:
+        """All expressions as numbers, int32 of shape ``(expressions, 3)``: what it is (an index of ``KINDS``) and, for an atom, the
+        index of its masker in ``maskers`` and its channel, for OR and AND two earlier expressions."""
+        numbers = {name: i for i, name in enumerate(maskers)}
+        rows = [(0, 0, 0), (1, 0, 0)]
+        for key, parts in zip(self.keys[2:], self.parts[2:]):
+            rows.append((2, numbers[key[1]], key[2]) if parts is None else (KINDS.index(key[0]), *parts))
+        return torch.tensor(rows, dtype=torch.int32)
+
     def describe(self, ids: Tensor) -> str:
         """The gates in words, channels of one masker gathered into ranges: ``conv1[0:64] | conv3[0:64]``."""
         distinct = torch.unique_consecutive(ids.reshape(-1)).tolist()
@@ -169,3 +182,27 @@ class GateTable:
 
         text = spell(gate)
         return text[1:-1] if text.startswith("(") else text, shared
+
+
+class StoredTable(GateTable):
+    """The table whose :meth:`GateTable.stored` is ``entries``; built when it is first asked for, which many uses of a model never do."""
+
+    def __init__(self, maskers: list[str], entries: Tensor) -> None:
+        self._maskers, self._entries = maskers, entries
+
+    def stored(self, maskers: list[str]) -> Tensor:
+        return self._entries if maskers == self._maskers and "keys" not in self.__dict__ else super().stored(maskers)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("keys", "parts", "atoms_in", "_ids", "_pairs"):
+            raise AttributeError(name)
+        super().__init__()
+        for kind, a, b in self._entries[2:].tolist():
+            if kind == 2:
+                self._intern(("atom", self._maskers[a], b), None)
+            else:
+                op = KINDS[kind]
+                self._intern((op, self._members(op, a) | self._members(op, b)), (a, b))
+        if len(self.keys) != len(self._entries):
+            raise ValueError("an expression is stored twice")
+        return self.__dict__[name]

@@ -182,7 +182,8 @@ class Converted(Network):
         return [(hat.indexed(name), value) for name, value in held]
 
     def plain(self, path: str) -> nn.Module:
-        return self.module._facts.reference.get_submodule(path)
+        reference = self.module._facts.reference  # None for a model that was loaded
+        return (self.module if reference is None else reference).get_submodule(path)
 
     def copy_to(self, task: int, source: int | None) -> None:
         if source is None:

@@ -38,7 +38,7 @@ def exported(hat: HATModel, module: nn.Module) -> ExportedProgram:
     except Exception as error:  # whatever the exporter meets in somebody else's layers
         raise HatifyError(
             "the extracted module cannot be exported",
-            where=type(hat._facts.reference).__name__,
+            where=hat._facts.name,
             why=f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:200]}",
             fix="--out NAME.safetensors writes its weights alone",
         ) from error

@@ -59,7 +59,7 @@ def extract(hat: HATModel, task: int, slim: bool = False) -> fx.GraphModule:
     folded = fold(plain, picture)
     before = sum(p.numel() for p in plain.root.parameters())
     slimmed = slim_down(plain, picture) if slim else []
-    module = module_of(plain, picture, f"{type(hat._facts.reference).__name__}Task{task}")
+    module = module_of(plain, picture, f"{hat._facts.name}Task{task}")
     module.to(next((p.device for p in hat.parameters()), torch.device("cpu")))
     worst, scale = measured(hat, task, module)
     report = {
@@ -77,7 +77,7 @@ def extract(hat: HATModel, task: int, slim: bool = False) -> fx.GraphModule:
     if not worst <= scale:
         raise ExtractionError(
             f"the extracted network does not give what task {task} gives",
-            where=type(hat._facts.reference).__name__,
+            where=hat._facts.name,
             why=f"outputs differ by {worst:.3g}, rounding explains {scale:.3g}",
             fix="hatify.extract(hat, task, slim=False) instead; please report it" if slim else "please report it",
         )

@@ -86,6 +86,15 @@ class Masker(nn.Module):
         self.begun: set[int] = set()
         self.embeddings = nn.ParameterList(self._drawn() for _ in range(config.num_tasks))
 
+    @classmethod
+    def empty(cls, channels: int, config: HATConfig) -> Masker:
+        """A masker whose embeddings are still to come."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.channels, made.config, made.finished, made.begun = channels, config, set(), set()
+        made._registered()
+        return made
+
     def _registered(self, copied_from: tuple[str, ...] = ()) -> None:
         """Takes a key of its own: two copies of a network never share an atom. ``copied_from`` are the keys of those that
         it is a copy of, the nearest last."""

@@ -58,20 +58,56 @@ class _Kept(torch.autograd.Function):
         return _Kept.apply(tangent, bits)
 
 
-class Mask(nn.Module):
-    """Applies the mask of one value; the identity without a task.
+class _Gated(nn.Module):
+    """What masks share: the gates of one value, and the program that makes its mask.
 
     Args:
-        program: how the mask is made from the maskers' masks.
-        shape: shape of the mask, broadcastable to the value.
-        soft: whether the soft factor is still to be multiplied in.
-        fill: value at dead positions.
+        program: how the mask is made from the maskers' masks, or a function that says so when it is first needed.
+        ids: the gates, int64, broadcastable to the value; the mask has their shape.
         words: gives the gates in words.
     """
 
-    def __init__(self, program: Program, shape: tuple[int, ...], soft: bool, fill: float, words: Callable[[], str]) -> None:
+    def __init__(self, program: Program | Callable[[], Program], ids: Tensor, words: Callable[[], str]) -> None:
         super().__init__()
-        self.program, self.shape, self.soft, self.fill, self.words = program, tuple(shape), soft, fill, words
+        self.ids, self.shape = ids, tuple(ids.shape)
+        self.bind(program, words)
+
+    def bind(self, program: Program | Callable[[], Program], words: Callable[[], str]) -> None:
+        """Another program, of the same ids."""
+        self._program, self.words = program, words
+
+    @property
+    def program(self) -> Program:
+        if not isinstance(self._program, Program):
+            self._program = _made(self._program)
+        return self._program
+
+    def __deepcopy__(self, memo: dict) -> _Gated:
+        copied = self.__class__.__new__(self.__class__)
+        nn.Module.__init__(copied)
+        copied.__dict__.update({k: v for k, v in self.__dict__.items() if k not in copied.__dict__})  # programs are immutable
+        return copied.train(self.training)
+
+
+@torch.compiler.disable
+def _made(program: Callable[[], Program]) -> Program:
+    return program()
+
+
+class Mask(_Gated):
+    """Applies the mask of one value; the identity without a task.
+
+    Args:
+        program, ids, words: as for all masks.
+        soft: whether the soft factor is still to be multiplied in.
+        fill: value at dead positions.
+    """
+
+    def __init__(
+        self, program: Program | Callable[[], Program], ids: Tensor, soft: bool, fill: float, words: Callable[[], str]
+    ) -> None:
+        super().__init__(program, ids, words)
+        self.soft, self.fill = soft, fill
 
     def forward(self, x: Tensor, task: TaskContext | None) -> Tensor:
         if task is None:
@@ -79,26 +115,16 @@ class Mask(nn.Module):
         mask = task.mask(self.program).reshape(self.shape)
         return apply_mask(x, mask, soft=self.soft and not task.hard, fill=self.fill)
 
-    def __deepcopy__(self, memo: dict) -> Mask:
-        return type(self)(self.program, self.shape, self.soft, self.fill, self.words)  # programs are immutable
-
     def extra_repr(self) -> str:
         how = "fill with 1" if self.fill else "apply" if self.soft else "zero"
         return f"{how}: {self.words()}"
 
 
-class LiveMask(nn.Module):
+class LiveMask(_Gated):
     """The mask itself, for a normalisation that counts live channels; None without a task."""
-
-    def __init__(self, program: Program, shape: tuple[int, ...], words: Callable[[], str]) -> None:
-        super().__init__()
-        self.program, self.shape, self.words = program, tuple(shape), words
 
     def forward(self, task: TaskContext | None) -> Tensor | None:
         return None if task is None else task.mask(self.program).reshape(self.shape)
-
-    def __deepcopy__(self, memo: dict) -> LiveMask:
-        return type(self)(self.program, self.shape, self.words)
 
     def extra_repr(self) -> str:
         return self.words()

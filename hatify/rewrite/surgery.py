@@ -125,13 +125,11 @@ class Surgery:
     def add_mask(self, name: str, ids: Tensor, soft: bool, fill: float) -> str:
         """A mask node's module; returns its path."""
         words = partial(self.analysis.table.describe, ids)
-        return self._add_to("masks", name, Mask(self.program(ids), tuple(ids.shape), soft, fill, words))
+        return self._add_to("masks", name, Mask(self.program(ids), ids, soft, fill, words))
 
     def add_live(self, name: str, ids: Tensor) -> str:
         """A live mask for a norm; returns its path."""
-        return self._add_to(
-            "masks", name, LiveMask(self.program(ids), tuple(ids.shape), partial(self.analysis.table.describe, ids))
-        )
+        return self._add_to("masks", name, LiveMask(self.program(ids), ids, partial(self.analysis.table.describe, ids)))
 
     def add_constant(self, name: str, value: Tensor) -> str:
         """A tensor of the graph that no module holds; returns its path."""

@@ -1,0 +1,327 @@
+"""``model.json``: everything of a model but its tensors, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..analysis.plan import Analysis, LayerPlan
+from ..calling import Structure
+from ..errors import ArtifactError
+from ..gates import compile_gates
+from ..inspection import Row, rows_of
+from ..model import Facts, HATModel, Sizes
+from ..modules import HATConfig
+from ..report import ConversionReport
+from ..verification import VerificationReport
+from .expressions import guard_from, guard_to
+from .fields import Fields
+from .gates import TABLE, Ids, StoredIds, table_from, uses_from, uses_to
+from .graphs import graph_from, graph_to
+from .layers import LayerReader, LayerWriter
+from .lowered import Recipe
+from .lowering import lower_layers
+from .meanings import meaning_from, meaning_to
+from .signatures import signature_from, signature_to, structure_from
+from .tree import TreeReader, TreeWriter, bind_masks
+
+__all__ = ["Description", "describe_model", "Rebuilt"]
+
+_PLAN = ("path", "role", "rung", "reason", "masker", "channels")
+
+
+class Description:
+    """A model taken apart.
+
+    Attributes:
+        data: what goes into ``model.json``.
+        tensors: parameters, buffers, marks of finished tasks.
+        gates: the tensors of the mask algebra.
+    """
+
+    def __init__(self, hat: HATModel) -> None:
+        facts = hat._facts
+        ids = Ids()
+        lowering = lower_layers(hat)
+        layers = LayerWriter(lowering.recipes, lowering.refusals)
+        tree = TreeWriter(hat, layers, ids)
+        self.tensors = tree.tensors
+        maskers = [*facts.analysis.sizes]
+        graphs = {"eval": hat.graph, **({} if hat.train_graph is None else {"train": hat.train_graph})}
+        self.data: dict[str, Any] = {
+            "name": facts.name,
+            "graphs": {name: graph_to(graph, name) for name, graph in graphs.items()},
+            "outputs": {"eval": facts.output.to_json(), "train": facts.train_output.to_json()},
+            "signature": signature_to(facts.signature),
+            "sizes": _sizes_to(facts.check_sizes),
+            "modules": tree.entries,
+            "recipes": [_recipe_to(recipe) for recipe in layers.recipes],
+            "room": facts.room,
+            "maskers": {name: {"path": facts.masker_paths[name], "channels": facts.analysis.sizes[name]} for name in maskers},
+            "indexed": {
+                "paths": dict(facts.indexed_paths),
+                "parameters": list(facts.indexed),
+                "buffers": list(facts.indexed_buffers),
+            },
+            "uses": uses_to(facts.uses, ids),
+            "original": {"keys": list(facts.original_keys), "names": list(facts.original_names)},
+            "switches": facts.switches,
+            "can_train": facts.can_train,
+            "asks": {"train" if mode else "eval": list(places) for mode, places in facts.asks.items()},
+            "plans": _plans_to(facts.analysis),
+            "rows": [_row_to(row, ids) for row in rows_of(hat)],
+            "report": None if hat.report is None else hat.report.to_dict(),
+            "verification": None if hat.verification is None else asdict(hat.verification),
+        }
+        self.gates = ids.tensors(facts.analysis.table, maskers)
+        self.data["selections"] = list(facts.selections)
+        for number, value in enumerate(facts.selections.values()):
+            self.gates[f"selections.{number}"] = value
+
+
+def describe_model(hat: HATModel) -> Description:
+    """Takes a model apart.
+
+    Raises:
+        ArtifactError: a layer, a function or a constant that cannot be stored; names it, and the fix.
+    """
+    return Description(hat)
+
+
+def _sizes_to(sizes: Sizes) -> dict[str, Any]:
+    try:
+        guards = [guard_to(guard) for guard in sizes.guards]
+    except ValueError as error:
+        raise ArtifactError(
+            "a condition on sizes cannot be stored", why=str(error), fix="convert with other example inputs"
+        ) from error
+    return {
+        "names": list(sizes.names),
+        "fixed": [[name, dim, size] for (name, dim), size in sizes.fixed.items()],
+        "guards": guards,
+        "inputs": [{"dims": t.dim(), "floating": t.dtype.is_floating_point} for t in sizes.example],
+    }
+
+
+def _sizes_from(fields: Fields, names: list[str]) -> Sizes:
+    fields.only("names", "fixed", "guards", "inputs")
+    if fields.list("names", str) != names:
+        raise fields.at("names").wrong(str(fields.data["names"])[:80], f"the names of the inputs, {names}")
+    example = []
+    for part in fields.at("inputs").items():
+        part.only("dims", "floating")
+        dtype = torch.float32 if part.get("floating", bool) else torch.int64
+        example.append(torch.empty([1] * part.at("dims").count(most=64), dtype=dtype, device="meta"))
+    if len(example) != len(names):
+        raise fields.at("inputs").wrong(str(len(example)), f"{len(names)} inputs")
+    fixed = {}
+    for part in fields.at("fixed").items():
+        name = part.at(0).one_of(*names)
+        fixed[name, part.at(1).count(most=64)] = part.at(2).count()
+    guards = [guard_from(part, [t.dim() for t in example]) for part in fields.at("guards").items()]
+    return Sizes.of(names, fixed, guards, example)
+
+
+def _recipe_to(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "was": recipe.was,
+        "graphs": {mode: graph_to(graph, f"{recipe.was}, {mode}") for mode, graph in recipe.graphs.items()},
+        "outputs": {mode: structure.to_json() for mode, structure in recipe.outputs.items()},
+        "signature": signature_to(recipe.signature),
+        "sizes": _sizes_to(recipe.sizes),
+        "meaning": meaning_to(recipe.meaning),
+    }
+
+
+def _plans_to(analysis: Analysis) -> dict[str, Any]:
+    plans = {}
+    for shelf in ("layers", "parameters"):
+        plans[shelf] = {name: {f: getattr(plan, f) for f in _PLAN} for name, plan in getattr(analysis, shelf).items()}
+    return {**plans, "class_heads": sorted(analysis.class_heads)}
+
+
+def _plans_from(fields: Fields, analysis: Analysis) -> None:
+    fields.only("layers", "parameters", "class_heads")
+    for shelf in ("layers", "parameters"):
+        for name, part in fields.at(shelf).pairs():
+            part.only(*_PLAN)
+            values = {f: part.get(f, str) for f in ("path", "role", "rung", "reason")}
+            plan = LayerPlan(**values, masker=part.get("masker", str, optional=True), channels=part.at("channels").count())
+            getattr(analysis, shelf)[name] = plan
+    analysis.class_heads = set(fields.list("class_heads", str))
+
+
+def _row_to(row: Row, ids: Ids) -> dict[str, Any]:
+    return {**asdict(row), "shape": list(row.shape), "ids": ids.add(row.ids), "inputs": list(row.inputs)}
+
+
+def _row_from(fields: Fields, ids: StoredIds) -> Row:
+    fields.only("name", "op", "target", "shape", "ids", "state", "scope", "inputs", "constant", "gated")
+    texts = {name: fields.get(name, str) for name in ("name", "op", "target", "state", "scope")}
+    flags = {name: fields.get(name, bool) for name in ("constant", "gated")}
+    return Row(
+        **texts,
+        **flags,
+        shape=tuple(fields.list("shape", str)),
+        inputs=tuple(fields.list("inputs", str)),
+        ids=ids.get(fields.at("ids")),
+    )
+
+
+class Rebuilt:
+    """A model put together again from its description: first all but the tensors, checked; then :meth:`model`.
+
+    Attributes:
+        tree: the modules, with the tensors that they expect.
+    """
+
+    def __init__(
+        self,
+        fields: Fields,
+        config: HATConfig,
+        settings: dict[str, Any],
+        training: bool,
+        gates: Mapping[str, Tensor],
+        gates_file: str,
+        inputs: list[Tensor],
+        known: Iterable[type],
+    ) -> None:
+        fields.only("name", "graphs", "outputs", "signature", "sizes", "modules", "recipes", "room", "maskers", "indexed", "uses",
+                    "original", "switches", "can_train", "asks", "selections", "plans", "rows", "report", "verification")  # fmt: skip
+        self.fields = fields
+        known = list(known)
+        classes = {f"{c.__module__}:{c.__qualname__}": c for c in known}
+        ids = StoredIds(gates, gates_file)
+        recipes = [_recipe_head(part, classes) for part in fields.at("recipes").items()]
+        modules = [cls for cls in known if issubclass(cls, nn.Module)]
+        self.tree = TreeReader(fields.at("modules"), training, config, LayerReader(recipes, modules), ids)
+        for recipe, part in zip(recipes, fields.at("recipes").items()):
+            user = next((m for m in self.tree.modules() if getattr(m, "recipe", None) is recipe), None)
+            if user is None:
+                raise part.wrong("a recipe of no layer", "one that a layer names")
+            recipe.graphs = {mode: graph_from(g, user) for mode, g in part.at("graphs").pairs()}
+            _check_modes(part, recipe.graphs)
+        root = self.tree.root
+        self.graphs = {name: graph_from(part, root) for name, part in fields.at("graphs").pairs()}
+        _check_modes(fields, self.graphs)
+        analysis = Analysis()
+        paths = {}
+        for name, part in fields.at("maskers").pairs():
+            part.only("path", "channels")
+            paths[name] = part.get("path", str)
+            analysis.sizes[name] = part.at("channels").count(1)
+            masker = self.tree.module(paths[name])
+            if getattr(masker, "channels", None) != analysis.sizes[name]:
+                raise part.wrong(repr(paths[name][:100]), f"a masker of {analysis.sizes[name]} channels")
+        analysis.table = table_from(gates[TABLE], [*paths], analysis.sizes, gates_file)
+        numels = {n: p.numel() for n, p in root.named_parameters(remove_duplicate=False)}
+        analysis.uses = uses_from(fields.at("uses"), ids, numels)
+        _plans_from(fields.at("plans"), analysis)
+        program = compile_gates(analysis.table, analysis.sizes)
+        bind_masks(self.tree, program, analysis.table.describe)
+        signature = signature_from(fields.at("signature"))
+        sizes = _sizes_from(fields.at("sizes"), signature.names)
+        if [(t.dim(), t.dtype.is_floating_point) for t in inputs] != [(t.dim(), t.dtype.is_floating_point) for t in sizes.example]:
+            raise fields.at("sizes").wrong("other inputs", "the ranks of the example inputs")
+        outputs = {mode: _bound(structure_from(part), classes) for mode, part in fields.at("outputs").only("eval", "train").pairs()}
+        indexed = fields.at("indexed").only("paths", "parameters", "buffers")
+        original = fields.at("original").only("keys", "names")
+        self.facts = Facts(
+            name=fields.get("name", str),
+            config=config,
+            settings=settings,
+            signature=signature,
+            inputs=inputs,
+            output=outputs["eval"],
+            train_output=outputs["train"],
+            check_sizes=sizes,
+            room=self._room(),
+            masker_paths=paths,
+            indexed_paths={name: self._path(part) for name, part in indexed.at("paths").pairs()},
+            program=program,
+            uses=analysis.uses,
+            indexed=self._named(indexed.at("parameters")),
+            indexed_buffers=self._named(indexed.at("buffers")),
+            original_keys=original.list("keys", str),
+            original_names=self._named(original.at("names")),
+            reference=None,
+            analysis=analysis,
+            values={},
+            rows=[_row_from(part, ids) for part in fields.at("rows").items()],
+            switches=fields.get("switches", bool),
+            can_train=fields.get("can_train", bool),
+            selections={
+                part.data: self._selection(part, n, gates, gates_file) for n, part in enumerate(fields.at("selections").items())
+            },
+            asks={mode == "train": part.is_a(list) for mode, part in fields.at("asks").only("train", "eval").pairs()},
+        )
+
+    def _room(self) -> str:
+        room = self.fields.at("room").name()
+        found = self.tree.module(room)
+        if found is None or [*found._modules] != ["maskers", "masks", "indexed", "constants", "status"]:
+            raise self.fields.at("room").wrong(repr(room[:60]), "the module that holds what the conversion added")
+        return room
+
+    def _path(self, fields: Fields) -> str:
+        if self.tree.module(fields.is_a(str)) is None:
+            raise fields.wrong(repr(fields.data[:100]), "the path of a module")
+        return fields.data
+
+    def _selection(self, fields: Fields, number: int, gates: Mapping[str, Tensor], file: str) -> Tensor:
+        """The value of a buffer that the graph took for known."""
+        owner, _, name = fields.is_a(str).rpartition(".")
+        module, value = self.tree.module(owner), gates.get(f"selections.{number}")
+        buffer = None if module is None else module._buffers.get(name)
+        if buffer is None or value is None or value.shape != buffer.shape:
+            raise fields.wrong(repr(fields.data[:100]), f"a buffer, and its value in {file}")
+        return value
+
+    def _named(self, fields: Fields) -> list[str]:
+        """Names of tensors that are there."""
+        for part in fields.items():
+            owner, _, name = part.is_a(str).rpartition(".")
+            module = self.tree.module(owner)
+            if module is None or (name not in module._parameters and name not in module._buffers):
+                raise part.wrong(repr(part.data[:100]), "the name of a tensor")
+        return list(fields.data)
+
+    def model(self) -> HATModel:
+        """The model, once all tensors are filled in."""
+        self.tree.layers.filled(self.tree.modules())
+        hat = HATModel(self.tree.root, self.graphs["eval"], self.graphs.get("train"), self.facts)
+        report, proof = self.fields.at("report"), self.fields.at("verification")
+        if report.data is not None:
+            hat.report = report.decoded(lambda d: ConversionReport(**d), "a report")
+        if proof.data is not None:
+            hat.verification = proof.decoded(lambda d: VerificationReport(**d), "a proof")
+        return hat
+
+
+def _check_modes(fields: Fields, graphs: Mapping[str, Any]) -> None:
+    if [*graphs] not in (["eval"], ["eval", "train"]):
+        raise fields.at("graphs").wrong(str([*graphs])[:80], "eval, and train where it differs")
+
+
+def _recipe_head(fields: Fields, classes: Mapping[str, type]) -> Recipe:
+    fields.only("was", "graphs", "outputs", "signature", "sizes", "meaning")
+    signature = signature_from(fields.at("signature"))
+    outputs = {mode: _bound(structure_from(part), classes) for mode, part in fields.at("outputs").pairs()}
+    if [*outputs] != [*fields.at("graphs").is_a(dict)]:
+        raise fields.at("outputs").wrong(str([*outputs])[:80], "one for each graph")
+    return Recipe(
+        fields.get("was", str),
+        {},
+        outputs,
+        signature,
+        _sizes_from(fields.at("sizes"), signature.names),
+        meaning_from(fields.at("meaning")),
+    )
+
+
+def _bound(structure: Structure, classes: Mapping[str, type]) -> Structure:
+    return structure.bound(classes)

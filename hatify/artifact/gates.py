@@ -1,0 +1,156 @@
+"""Gates as data: the table of expressions, ids of masks, values and locks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArtifactError
+from ..gates import GateTable, Use
+from ..gates.table import StoredTable
+from .fields import Fields
+
+__all__ = ["Ids", "StoredIds", "table_from", "uses_from", "uses_to"]
+
+TABLE, IDS, POSITIONS = "table", "ids", "positions"
+
+
+class Ids:
+    """Collects gate ids of any shapes in one vector; equal ones are stored once."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+        self._offsets: dict[bytes, int] = {}
+        self._total = 0
+        self._positions: dict[int, int] = {}
+        self._kept: list[Tensor] = []
+
+    def add(self, ids: Tensor) -> list[Any]:
+        """``[offset, shape]`` of these ids in the vector."""
+        flat = ids.detach().reshape(-1).to(torch.int32)
+        key = flat.numpy().tobytes()
+        if key not in self._offsets:
+            self._offsets[key] = self._total
+            self._parts.append(flat)
+            self._total += flat.numel()
+        return [self._offsets[key], list(ids.shape)]
+
+    def add_positions(self, positions: Tensor) -> int:
+        """The number of an index tensor of its own."""
+        if id(positions) not in self._positions:
+            self._positions[id(positions)] = len(self._kept)
+            self._kept.append(positions)
+        return self._positions[id(positions)]
+
+    def tensors(self, table: GateTable, maskers: list[str]) -> dict[str, Tensor]:
+        """What goes into the file."""
+        ids = torch.cat(self._parts) if self._parts else torch.zeros(0, dtype=torch.int32)
+        positions = {f"{POSITIONS}.{n}": p.to(torch.int64) for n, p in enumerate(self._kept)}
+        return {TABLE: table.stored(maskers), IDS: ids, **positions}
+
+
+class StoredIds:
+    """The other way: ids and index tensors by what :class:`Ids` gave, checked."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], file: str) -> None:
+        self.file, self.tensors = file, tensors
+        for name in (TABLE, IDS):
+            if name not in tensors or tensors[name].dtype != torch.int32:
+                raise ArtifactError("a tensor is missing", where=f"{file}: {name}", why="or no int32", fix="save again")
+        self.ids = tensors[IDS].to(torch.int64).reshape(-1)
+        size = tensors[TABLE].shape[0]
+        if self.ids.numel() and not (int(self.ids.min()) >= 0 and int(self.ids.max()) < size):
+            raise ArtifactError("a gate is not in the table", where=f"{file}: {IDS}", fix="save again")
+
+    def get(self, fields: Fields) -> Tensor:
+        """The ids at ``[offset, shape]``: int64."""
+        if len(fields.is_a(list)) != 2:
+            raise fields.wrong(str(fields.data)[:60], "an offset and a shape")
+        start = fields.at(0).count()
+        shape = [part.count() for part in fields.at(1).items()]
+        numel = 1
+        for size in shape:
+            numel *= size
+            if numel > self.ids.numel():
+                raise fields.wrong(str(shape), f"at most {self.ids.numel()} ids")
+        if start + numel > self.ids.numel():
+            raise fields.wrong(str(start), f"ids among {self.ids.numel()}")
+        return self.ids[start : start + numel].view(shape)
+
+    def positions(self, fields: Fields, shape: tuple[int, ...], numel: int) -> Tensor:
+        """An index tensor of that shape into a parameter of ``numel`` elements."""
+        found = self.tensors.get(f"{POSITIONS}.{fields.count()}")
+        fits = found is not None and found.dtype == torch.int64 and tuple(found.shape) == shape
+        if not fits or (found.numel() and not (int(found.min()) >= -1 and int(found.max()) < numel)):
+            raise fields.wrong(str(fields.data), f"an index tensor of shape {shape} in {self.file}")
+        return found
+
+
+def table_from(entries: Tensor, maskers: list[str], sizes: Mapping[str, int], file: str) -> GateTable:
+    """The table of the stored entries, checked as a whole; its expressions are built when they are first asked for.
+
+    Raises:
+        ArtifactError: an entry that is none.
+    """
+    where = f"{file}: {TABLE}"
+    if entries.dim() != 2 or entries.shape[1] != 3 or entries[:2].tolist() != [[0, 0, 0], [1, 0, 0]]:
+        raise ArtifactError(
+            "the table of gates is wrong", where=where, why=f"its shape is {tuple(entries.shape)}", fix="save again"
+        )
+    kind, a, b = entries.to(torch.int64).unbind(1)
+    number = torch.arange(len(entries))
+    channels = torch.tensor([sizes[m] for m in maskers] or [0])
+    atom = (kind == 2) & (a >= 0) & (a < len(maskers)) & (b >= 0) & (b < channels[a.clamp(0, len(channels) - 1)])
+    joined = ((kind == 3) | (kind == 4)) & (a > 1) & (b > 1) & (a < number) & (b < number) & (a != b)
+    good = atom | joined | (number < 2)
+    if not bool(good.all()):
+        row = int((~good).nonzero()[0])
+        raise ArtifactError("the table of gates is wrong", where=where, why=f"row {row}: {entries[row].tolist()}", fix="save again")
+    return StoredTable(maskers, entries)
+
+
+def uses_to(uses: Mapping[str, list[Use]], ids: Ids) -> list[dict[str, Any]]:
+    """Every use of every shared parameter."""
+    out = []
+    for parameter, found in uses.items():
+        for use in found:
+            entry = {"parameter": parameter, "rows": ids.add(use.rows), "cols": ids.add(use.cols), "shape": list(use.shape)}
+            if use.positions is not None:
+                entry["positions"] = ids.add_positions(use.positions)
+            if use.grouped:
+                entry["grouped"] = True
+            if use.groups is not None:
+                entry["groups"] = ids.add_positions(use.groups)
+            if use.site:
+                entry["site"] = use.site
+            out.append(entry)
+    return out
+
+
+def uses_from(fields: Fields, ids: StoredIds, numels: Mapping[str, int]) -> dict[str, list[Use]]:
+    """The uses again; ``numels`` are the parameters that there are, with their sizes."""
+    found: dict[str, list[Use]] = {}
+    for entry in fields.items():
+        entry.only("parameter", "rows", "cols", "shape", "positions", "grouped", "groups", "site")
+        parameter = entry.at("parameter").one_of(*numels) if entry.data.get("parameter") not in numels else entry.data["parameter"]
+        shape = tuple(part.count() for part in entry.at("shape").items())
+        rows, cols = ids.get(entry.at("rows")), ids.get(entry.at("cols"))
+        numel = 1
+        for size in shape:
+            numel *= size
+        positions = ids.positions(entry.at("positions"), shape, numels[parameter]) if entry.has("positions") else None
+        if positions is None and numel != numels[parameter]:
+            raise entry.at("shape").wrong(str(shape), f"{numels[parameter]} elements")
+        for name, part in (("rows", rows), ("cols", cols)):
+            fits = part.dim() <= len(shape) and all(p in (1, s) for p, s in zip(reversed(part.shape), reversed(shape)))
+            if not fits:
+                raise entry.at(name).wrong(str(tuple(part.shape)), f"a shape that broadcasts to {shape}")
+        grouped = entry.get("grouped", bool) if entry.has("grouped") else False
+        site = entry.get("site", str) if entry.has("site") else ""
+        groups = ids.positions(entry.at("groups"), (numels[parameter],), numels[parameter]) if entry.has("groups") else None
+        use = Use(parameter, rows, cols, shape, positions=positions, grouped=grouped, groups=groups, site=site)
+        found.setdefault(parameter, []).append(use)
+    return found

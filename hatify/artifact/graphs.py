@@ -1,0 +1,138 @@
+"""Graphs as data: nodes, operators by name, arguments; every reference checked before a node is made."""
+
+from __future__ import annotations
+
+import keyword
+from typing import Any
+
+from torch import fx, nn
+
+from ..errors import ArtifactError
+from .constants import constant_from, constant_to
+from .fields import Fields
+from .operators import ATTRIBUTES, operator_from, operator_name
+
+__all__ = ["graph_from", "graph_to"]
+
+OPS = ("placeholder", "get_attr", "call_module", "call_function", "output")
+NOTES = ("scope", "line", "gates", "norm")
+"""Metadata of a node that is kept: text for people."""
+
+
+def graph_to(graph: fx.Graph, where: str) -> list[dict[str, Any]]:
+    """The nodes of a graph, in order.
+
+    Raises:
+        ArtifactError: a function or a constant that cannot be stored; names the node and its source line.
+    """
+    return [_node_to(node, where) for node in graph.nodes]
+
+
+def _node_to(node: fx.Node, where: str) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": node.name, "op": node.op}
+    if node.op == "call_function":
+        entry["target"] = operator_name(node.target)
+        if entry["target"] is None:
+            raise _not_stored(node, where, f"it calls {_spelled(node.target)}, which only your code has", node.target)
+    elif node.op != "output":
+        entry["target"] = node.target
+    try:
+        if node.args:
+            entry["args"] = [constant_to(a) for a in node.args]
+        if node.kwargs:
+            entry["kwargs"] = {k: constant_to(v) for k, v in node.kwargs.items()}
+    except ValueError as error:
+        raise _not_stored(node, where, str(error), None) from error
+    for note in NOTES:
+        text = node.meta.get(note)
+        if isinstance(text, str) and text:
+            entry[note] = text.rpartition("/")[2] if note == "line" else text  # not where the code was on this machine
+    return entry
+
+
+def _spelled(target: Any) -> str:
+    return f"{getattr(target, '__module__', '?')}.{getattr(target, '__qualname__', target)}"
+
+
+def _not_stored(node: fx.Node, where: str, why: str, target: Any) -> ArtifactError:
+    fix = "register the layer that calls it, hatify.register(MyLayer, hatify.TaskIndexedLayer()), convert again and save"
+    return ArtifactError(
+        "a node of the graph cannot be stored",
+        where=f"{where}: {node.name}, {node.meta.get('line') or node.meta.get('scope') or 'no source line'}",
+        why=why,
+        fix=fix if target is not None else "write it with tensors and plain numbers",
+    )
+
+
+def graph_from(fields: Fields, root: nn.Module) -> fx.Graph:
+    """The graph over the modules and tensors of ``root``.
+
+    Raises:
+        ArtifactError: an operator, a reference, a name or a constant that does not belong there.
+    """
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+
+    def known(name: str) -> fx.Node:
+        if name not in nodes:
+            raise ValueError(f"the node {name[:60]!r} does not come before")
+        return nodes[name]
+
+    entries = list(fields.items())
+    for number, entry in enumerate(entries):
+        entry.only("name", "op", "target", "args", "kwargs", *NOTES)
+        op, name = entry.at("op").one_of(*OPS), entry.get("name", str)
+        if not name.isidentifier() or keyword.iskeyword(name) or name in nodes or len(name) > 1000:
+            raise entry.at("name").wrong(repr(name[:60]), "a new identifier")
+        if (op == "output") != (number == len(entries) - 1):
+            raise entry.at("op").wrong(repr(op), "one output, at the end")
+        args = tuple(entry.at("args").decoded(lambda a: constant_from(a, known), "arguments")) if entry.has("args") else ()
+        kwargs: dict[str, Any] = {}
+        if entry.has("kwargs"):
+            kwargs = entry.at("kwargs").decoded(lambda k: constant_from({"dict": k}, known), "keywords")
+        target = _target(entry, op, args, kwargs, root, name)
+        node = graph.create_node(op, target, args, kwargs, name=name)
+        if node.name != name:
+            raise entry.at("name").wrong(repr(name[:60]), f"a name that a graph may use ({node.name})")
+        node.meta.update({note: entry.get(note, str) for note in NOTES if entry.has(note)})
+        nodes[name] = node
+    if not entries:
+        raise fields.wrong("no nodes", "a graph that ends with an output")
+    return graph
+
+
+def _target(entry: Fields, op: str, args: tuple, kwargs: dict[str, Any], root: nn.Module, name: str) -> Any:
+    if op == "output":
+        if entry.has("target") or kwargs or len(args) != 1 or not isinstance(args[0], tuple):
+            raise entry.wrong("another output", "a tuple of results")
+        return "output"
+    target = entry.get("target", str)
+    if op == "call_function":
+        found = entry.at("target").decoded(operator_from, "an operator")
+        if found is getattr and (kwargs or len(args) != 2 or not isinstance(args[0], fx.Node) or args[1] not in ATTRIBUTES):
+            raise entry.at("args").wrong(str(args)[:60], f"a node and one of {ATTRIBUTES}")
+        return found
+    if op == "placeholder":
+        if not target.isidentifier() or keyword.iskeyword(target) or kwargs or args not in ((), (None,)):
+            raise entry.at("target").wrong(repr(target[:60]), "the name of an argument")
+        return target
+    entry.at("target").module_path()
+    if not _is_there(root, target, op):
+        raise entry.at("target").wrong(
+            repr(target[:100]), "the path of a module" if op == "call_module" else "the path of a tensor"
+        )
+    return target
+
+
+def _is_there(root: nn.Module, path: str, op: str) -> bool:
+    if op == "get_attr" and path == "training":
+        return True
+    owner: Any = root
+    *parents, last = path.split(".")
+    for part in parents:
+        owner = owner._modules.get(part)
+        if owner is None:
+            return False
+    if op == "call_module":
+        return owner._modules.get(last) is not None
+    return owner._parameters.get(last) is not None or owner._buffers.get(last) is not None

@@ -1,0 +1,192 @@
+"""Torch's own layers as data: class by its plain name, attributes by name and type, no constructor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .constants import constant_from, constant_to
+from .fields import Fields
+
+__all__ = ["LAYERS", "attributes_from", "attributes_to", "empty_layer", "plain_class"]
+
+_CONV = (
+    "in_channels:i out_channels:i kernel_size:t stride:t padding:ts dilation:t transposed:b output_padding:t groups:i padding_mode:s "
+    "_reversed_padding_repeated_twice:t"
+)
+_NORM = "num_features:i eps:f momentum:f? affine:b track_running_stats:b"
+_RNN = (
+    "mode:s input_size:i hidden_size:i num_layers:i bias:b batch_first:b dropout:f bidirectional:b proj_size:i _flat_weights_names:S "
+    "_all_weights:S"
+)
+_CELL = "input_size:i hidden_size:i bias:b"
+_MAX_POOL = "kernel_size:t stride:t padding:t dilation:t return_indices:b ceil_mode:b"
+_AVG_POOL = "kernel_size:t stride:t padding:t ceil_mode:b count_include_pad:b"
+_PAD = "padding:t"
+
+_LINES = {
+    "Linear Bilinear": "in_features:i? in1_features:i? in2_features:i? out_features:i",
+    "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d": _CONV,
+    "BatchNorm1d BatchNorm2d BatchNorm3d InstanceNorm1d InstanceNorm2d InstanceNorm3d": _NORM,
+    "SyncBatchNorm": f"{_NORM} process_group:none",
+    "LayerNorm": "normalized_shape:t eps:f elementwise_affine:b",
+    "RMSNorm": "normalized_shape:t eps:f? elementwise_affine:b",
+    "GroupNorm": "num_groups:i num_channels:i eps:f affine:b",
+    "LocalResponseNorm CrossMapLRN2d": "size:i alpha:f beta:f k:f",
+    "Embedding": "num_embeddings:i embedding_dim:i padding_idx:i? max_norm:f? norm_type:f scale_grad_by_freq:b sparse:b",
+    "EmbeddingBag": "num_embeddings:i embedding_dim:i max_norm:f? norm_type:f scale_grad_by_freq:b padding_idx:i? mode:s sparse:b "
+    "include_last_offset:b",
+    "RNN": f"nonlinearity:s {_RNN}",
+    "LSTM GRU": _RNN,
+    "RNNCell": f"{_CELL} nonlinearity:s",
+    "LSTMCell GRUCell": _CELL,
+    "MaxPool1d MaxPool2d MaxPool3d": _MAX_POOL,
+    "AvgPool1d": _AVG_POOL,
+    "AvgPool2d AvgPool3d": f"{_AVG_POOL} divisor_override:i?",
+    "AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d": "output_size:t?",
+    "AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d": "output_size:t? return_indices:b",
+    "LPPool1d LPPool2d LPPool3d": "norm_type:f kernel_size:t stride:t? ceil_mode:b",
+    "MaxUnpool1d MaxUnpool2d MaxUnpool3d": "kernel_size:t stride:t padding:t",
+    "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout": "p:f inplace:b",
+    "ReLU SELU SiLU Mish Hardswish Hardsigmoid": "inplace:b",
+    "ReLU6 Hardtanh": "min_val:f max_val:f inplace:b",
+    "LeakyReLU": "negative_slope:f inplace:b",
+    "RReLU": "lower:f upper:f inplace:b",
+    "PReLU": "num_parameters:i init:f",
+    "ELU CELU": "alpha:f inplace:b",
+    "GELU": "approximate:s",
+    "GLU": "dim:i",
+    "Sigmoid Tanh Tanhshrink Softsign LogSigmoid Identity Softmax2d": "",
+    "Softmax LogSoftmax Softmin": "dim:i?",
+    "Hardshrink Softshrink": "lambd:f",
+    "Softplus": "beta:f threshold:f",
+    "Threshold": "threshold:f value:f inplace:b",
+    "PixelShuffle": "upscale_factor:i",
+    "PixelUnshuffle": "downscale_factor:i",
+    "ChannelShuffle": "groups:i",
+    "ZeroPad1d ZeroPad2d ZeroPad3d ConstantPad1d ConstantPad2d ConstantPad3d": f"{_PAD} value:f",
+    "ReflectionPad1d ReflectionPad2d ReflectionPad3d ReplicationPad1d ReplicationPad2d ReplicationPad3d": _PAD,
+    "CircularPad1d CircularPad2d CircularPad3d": _PAD,
+    "Flatten": "start_dim:i end_dim:i",
+    "Unflatten": "dim:i unflattened_size:t",
+    "Fold": "output_size:t kernel_size:t dilation:t padding:t stride:t",
+    "Unfold": "kernel_size:t dilation:t padding:t stride:t",
+    "Upsample UpsamplingBilinear2d UpsamplingNearest2d": "name:s size:t? scale_factor:F? mode:s align_corners:b? "
+    "recompute_scale_factor:b?",
+    "CosineSimilarity": "dim:i eps:f",
+}
+
+LAYERS: dict[str, dict[str, str]] = {
+    name: dict(part.split(":") for part in text.split()) for names, text in _LINES.items() for name in names.split()
+}
+"""Attributes that the forward of each class reads, with their types: i(nt), f(loat or int), b(ool), s(tring), t (an int or integers in a
+tuple or list), F (floats likewise), S (nested lists of strings); ``?``: may be None or absent."""
+
+
+def plain_class(module: nn.Module, cls: type | None = None) -> str | None:
+    """The name of torch's class that does exactly what ``module`` does as a ``cls`` (default: its own class), or None."""
+    cls = cls or type(module)
+    if "forward" in vars(module):
+        return None
+    for base in cls.__mro__:
+        if base.__module__.startswith("torch.nn.modules.") and LAYERS.get(base.__name__) is not None:
+            return base.__name__ if getattr(nn, base.__name__) is base and _adds_nothing(cls, base) else None
+    return None
+
+
+def _adds_nothing(cls: type, base: type) -> bool:
+    """Whether nothing that ``base`` calls is another thing in ``cls``; constructors and texts do not run in forward."""
+    between = cls.__mro__[: cls.__mro__.index(base)]
+    if cls is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        return True
+    texts = {"__init__", "__doc__", "__module__", "__repr__", "extra_repr", "reset_parameters", "__qualname__", "__annotations__",
+             "__constants__", "__firstlineno__", "__static_attributes__", "_load_from_state_dict", "_reset_parameters",
+             "__parameters__", "_version"}  # fmt: skip
+    return not any(hasattr(base, name) for c in between for name in vars(c) if name not in texts)
+
+
+def attributes_to(module: nn.Module, name: str) -> dict[str, Any]:
+    """The attributes of a layer as JSON.
+
+    Raises:
+        ValueError: one of another type than torch's own constructor gives.
+    """
+    schema = LAYERS[name]
+    return {a: v if schema[a].startswith("S") else constant_to(v) for a, v in attributes_of(module, name).items()}
+
+
+def attributes_of(module: nn.Module, name: str) -> dict[str, Any]:
+    """The attributes that a class of torch reads.
+
+    Raises:
+        ValueError: one of another type than torch's own constructor gives.
+    """
+    found = {}
+    for attribute, kind in LAYERS[name].items():
+        value = getattr(module, attribute, None)
+        if value is None and kind.endswith("?") and not hasattr(module, attribute):
+            continue
+        if not _fits(value, kind):
+            raise ValueError(f"{attribute} is {value!r}")
+        found[attribute] = value
+    return found
+
+
+def attributes_from(fields: Fields, name: str) -> dict[str, Any]:
+    """The attributes again, checked.
+
+    Raises:
+        ArtifactError: an unknown attribute, or one of the wrong type.
+    """
+    schema = LAYERS[name]
+    fields.only(*schema)
+    found = {}
+    for attribute, kind in schema.items():
+        if not fields.has(attribute):
+            if kind.endswith("?"):
+                continue
+            fields.at(attribute)
+        part = fields.at(attribute)
+        value = part.data if kind.rstrip("?") == "S" else part.decoded(constant_from, "a constant")
+        if not _fits(value, kind):
+            raise part.wrong(str(value)[:60], f"the {attribute} of a {name}")
+        found[attribute] = value
+    return found
+
+
+def _fits(value: Any, kind: str) -> bool:
+    if value is None:
+        return kind.endswith("?") or kind == "none"
+    kind = kind.rstrip("?")
+    if kind == "i":
+        return type(value) is int
+    if kind == "f":
+        return type(value) in (int, float)
+    if kind == "b":
+        return type(value) is bool
+    if kind == "s":
+        return type(value) is str
+    if kind == "S":
+        return isinstance(value, list) and all(_fits(v, "S") or (type(v) is str and v.isidentifier()) for v in value)
+    number = (lambda v: type(v) is int or v is None) if kind.startswith("t") else (lambda v: type(v) in (int, float))
+    many = isinstance(value, tuple | list) and all(number(v) for v in value)
+    return many or number(value) or (kind == "ts" and value in ("same", "valid"))
+
+
+def empty_layer(name: str, attributes: dict[str, Any]) -> nn.Module:
+    """A layer of torch with these attributes and without parameters, as its constructor never ran."""
+    cls = getattr(nn, name)
+    layer = cls.__new__(cls)
+    nn.Module.__init__(layer)
+    layer.__dict__.update(attributes)
+    return layer
+
+
+def settle(module: nn.Module) -> None:
+    """After its parameters are there: recurrent layers keep a list of them."""
+    if isinstance(module, nn.RNNBase):
+        with torch.no_grad():
+            module._flat_weights = [getattr(module, n, None) for n in module._flat_weights_names]
+            module._init_flat_weights()
