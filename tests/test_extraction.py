@@ -17,6 +17,7 @@ import hatify
 from hatify import HATModel
 from hatify.calling import flatten
 from hatify.errors import TaskError
+from hatify.lifecycle.exactness import inexact_nodes
 
 ROUNDING = 1e-5
 """Relative to the largest output."""
@@ -269,3 +270,17 @@ def test_refusals_carry_the_fix() -> None:
         hatify.extract(hat, 0)
     with pytest.raises(hatify.HatifyError, match="a converted model, not Linear"):
         hatify.extract(torch.nn.Linear(2, 2), 0)
+
+
+def test_the_node_where_a_difference_begins_is_named() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 6, 3), torch.nn.ReLU()
+    )
+    x = torch.randn(4, 3, 8, 8)
+    hat = finished(hatify.convert(net, 2, example_inputs=x, verify=False, heads="hat").eval(), 1)
+    plain = hatify.extract(hat, 1)
+    assert plain.extraction["inexact"] == inexact_nodes(hat, 1, plain, [x], [x]) == []
+    with torch.no_grad():
+        plain.get_submodule("3").weight.mul_(1.001)
+    assert inexact_nodes(hat, 1, plain, [x], [x]) == ["_3"], "what follows from it is not named again"

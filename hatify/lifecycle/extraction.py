@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from hatify.calling import flatten
 from hatify.errors import HatifyError, TaskError
+from hatify.lifecycle.exactness import inexact_nodes
 from hatify.lifecycle.folding import Folded, fold
 from hatify.lifecycle.lowering import module_of
 from hatify.lifecycle.picture import Picture
@@ -40,7 +41,7 @@ def extract(hat: HATModel, task: int, slim: bool = False) -> fx.GraphModule:
 
     The result's ``extraction`` is a dict of plain data: ``task``, ``slim``, ``folded`` and ``stayed`` (mask nodes; those that stay
     with the reason), ``difference`` (the largest absolute one measured on the example inputs, at several batch sizes) and
-    ``bit_equal``, ``inexact`` (the nodes where a difference begins), ``parameters`` (before, after), ``notes``.
+    ``bit_equal``, ``inexact`` (without ``slim``: the nodes where a difference begins), ``parameters`` (before, after), ``notes``.
 
     Args:
         hat: a converted model; not changed.
@@ -71,6 +72,7 @@ def extract(hat: HATModel, task: int, slim: bool = False) -> fx.GraphModule:
         "whole": [{"node": s.name, "where": s.scope, "why": s.why} for s in slimmed if s.why],
         "difference": worst,
         "bit_equal": worst == 0.0,
+        "inexact": [] if worst == 0.0 or slim else _inexact(hat, task, module),
         "parameters": {"before": before, "after": sum(p.numel() for p in module.parameters())},
         "notes": _notes(hat),
     }
@@ -148,6 +150,16 @@ def measured(hat: HATModel, task: int, module: torch.nn.Module) -> tuple[float, 
                     largest = float(finite.abs().max()) if finite.numel() else 0.0
                     scale = max(scale, ROUNDING * torch.finfo(out.dtype).eps * max(largest, 1e-3))
     return worst, scale
+
+
+def _inexact(hat: HATModel, task: int, module: fx.GraphModule) -> list[str]:
+    device = next((p.device for p in hat.parameters()), torch.device("cpu"))
+    found: list[str] = []
+    for tensors in input_batches(hat):
+        tensors = [t.to(device) for t in tensors]
+        with _evaluating(hat), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            found += inexact_nodes(hat, task, module, [t.clone() for t in tensors], values_of(hat, [t.clone() for t in tensors]))
+    return list(dict.fromkeys(found))
 
 
 def plain_call(hat: HATModel, tensors: list[Tensor]) -> tuple[tuple, dict]:
