@@ -17,8 +17,8 @@ class Statistics:
     """The running statistics of one task's norms, and the last batches that it was trained on.
 
     While masks are soft, other channels are live, and each contributes another share, than at the end; running averages over the last
-    ten steps or so are still full of that. Measured with ``benchmarks/split_digits.py`` (13 steps an epoch): the accuracy of
-    finished tasks, 86.8 % as the training left the statistics, is 91.8 % with them gathered again.
+    ten steps or so are still full of that. Measured with ``benchmarks/split_digits.py`` (``split-quarter``, 13 steps an epoch, one seed):
+    98.1 % of the test images with the statistics gathered again, 97.1 % as the training left them.
 
     Args:
         network: the network.
