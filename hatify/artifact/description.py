@@ -15,7 +15,7 @@ from ..errors import ArtifactError
 from ..gates import compile_gates
 from ..inspection import Row, rows_of
 from ..model import Facts, HATModel, Sizes
-from ..modules import HATConfig
+from ..modules import HATConfig, TaskIndexedParameter
 from ..report import ConversionReport
 from ..verification import VerificationReport
 from .expressions import guard_from, guard_to
@@ -205,6 +205,7 @@ class Rebuilt:
                 raise part.wrong("a recipe of no layer", "one that a layer names")
             recipe.graphs = {mode: graph_from(g, user) for mode, g in part.at("graphs").pairs()}
             _check_modes(part, recipe.graphs)
+            _check_calls(part, recipe.graphs, recipe.outputs, len(recipe.signature.names))
         root = self.tree.root
         self.graphs = {name: graph_from(part, root) for name, part in fields.at("graphs").pairs()}
         _check_modes(fields, self.graphs)
@@ -227,7 +228,9 @@ class Rebuilt:
         sizes = _sizes_from(fields.at("sizes"), signature.names)
         if [(t.dim(), t.dtype.is_floating_point) for t in inputs] != [(t.dim(), t.dtype.is_floating_point) for t in sizes.example]:
             raise fields.at("sizes").wrong("other inputs", "the ranks of the example inputs")
-        outputs = {mode: _bound(structure_from(part), classes) for mode, part in fields.at("outputs").only("eval", "train").pairs()}
+        held = fields.at("outputs").only("eval", "train")
+        outputs = {mode: _bound(structure_from(held.at(mode)), classes) for mode in ("eval", "train")}
+        _check_calls(fields, self.graphs, outputs, len(signature.names) + 1)  # and the task
         indexed = fields.at("indexed").only("paths", "parameters", "buffers")
         original = fields.at("original").only("keys", "names")
         self.facts = Facts(
@@ -241,7 +244,7 @@ class Rebuilt:
             check_sizes=sizes,
             room=self._room(),
             masker_paths=paths,
-            indexed_paths={name: self._path(part) for name, part in indexed.at("paths").pairs()},
+            indexed_paths=self._copies(indexed),
             program=program,
             uses=analysis.uses,
             indexed=self._named(indexed.at("parameters")),
@@ -267,10 +270,15 @@ class Rebuilt:
             raise self.fields.at("room").wrong(repr(room[:60]), "the module that holds what the conversion added")
         return room
 
-    def _path(self, fields: Fields) -> str:
-        if self.tree.module(fields.is_a(str)) is None:
-            raise fields.wrong(repr(fields.data[:100]), "the path of a module")
-        return fields.data
+    def _copies(self, indexed: Fields) -> dict[str, str]:
+        """Where the task copies of raw parameters and buffers are, by the name of what they are copies of."""
+        paths = {name: part.is_a(str) for name, part in indexed.at("paths").pairs()}
+        for shelf in ("parameters", "buffers"):
+            for part in indexed.at(shelf).items():
+                held = self.tree.module(paths.get(part.is_a(str), ""))
+                if not isinstance(held, TaskIndexedParameter) or held.buffer != (shelf == "buffers"):
+                    raise part.wrong(repr(part.data[:100]), "a name with task copies")
+        return paths
 
     def _selection(self, fields: Fields, number: int, gates: Mapping[str, Tensor], file: str) -> Tensor:
         """The value of a buffer that the graph took for known."""
@@ -300,6 +308,18 @@ class Rebuilt:
         if proof.data is not None:
             hat.verification = proof.decoded(lambda d: VerificationReport(**d), "a proof")
         return hat
+
+
+def _check_calls(fields: Fields, graphs: Mapping[str, Any], outputs: Mapping[str, Structure], inputs: int) -> None:
+    """Every graph takes as many values as the call has, and gives as many as the result has."""
+    for mode, graph in graphs.items():
+        nodes = list(graph.nodes)
+        taken, given = sum(n.op == "placeholder" for n in nodes), len(nodes[-1].args[0])
+        part = fields.at("graphs").at(mode)
+        if taken != inputs:
+            raise part.wrong(f"{taken} inputs", str(inputs))
+        if given != outputs[mode].leaves:
+            raise part.wrong(f"{given} results", str(outputs[mode].leaves))
 
 
 def _check_modes(fields: Fields, graphs: Mapping[str, Any]) -> None:
