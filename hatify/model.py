@@ -15,6 +15,7 @@ from hatify.capture import Captured
 from hatify.capture.selections import check_selections
 from hatify.errors import CallError, ConversionError, HatifyError, TaskError
 from hatify.gates import evaluate, locked
+from hatify.hub import HubMethods
 from hatify.learning import Guard, Learning
 from hatify.learning.hooks import watch_state
 from hatify.learning.network import Converted, network_of
@@ -38,7 +39,7 @@ class Facts:
         return self
 
 
-class HATModel(fx.GraphModule):
+class HATModel(fx.GraphModule, HubMethods):
     """A network that learns one task after another.
 
     Calls: ``hat(x)`` (no task: exactly the original), ``hat(x, task=3)``, ``hat(x, task=3, mask_scale=20.0)``,

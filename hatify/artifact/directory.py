@@ -82,6 +82,11 @@ def save(
     return Path(os.path.realpath(path))
 
 
+def only_ours(path: Path) -> bool:
+    """Whether there is a directory that holds a saved model and nothing else, or nothing at all."""
+    return path.is_dir() and all(OWN.fullmatch(file.name) and file.is_file() for file in path.iterdir())
+
+
 def check_session(hat: HATModel) -> None:
     """A model in the middle of a session is stored as it is, but for one case.
 

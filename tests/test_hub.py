@@ -1,0 +1,65 @@
+"""The Hub's methods, offline: local directories, and a Hub that is a directory."""
+
+import os
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+from torch import nn
+
+import hatify
+from hatify.errors import ArtifactError
+
+
+@pytest.fixture(scope="module")
+def hat():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    return hatify.convert(model, tasks=2, example_inputs=torch.randn(2, 4), verify=False).eval()
+
+
+def same(hat, other):
+    mine, theirs = hat.state_dict(), other.state_dict()
+    x = torch.randn(5, 4)
+    assert list(mine) == list(theirs) and all(torch.equal(mine[k], theirs[k]) for k in mine)
+    assert isinstance(other, hatify.HATModel) and torch.equal(hat(x, task=1), other(x, task=1))
+
+
+def test_a_directory_is_written_replaced_and_read(hat, tmp_path):
+    for _ in range(2):
+        hat.save_pretrained(tmp_path / "saved", max_shard_size="100KB")
+    same(hat, hatify.HATModel.from_pretrained(tmp_path / "saved"))
+    half = hatify.HATModel.from_pretrained(str(tmp_path / "saved"), dtype=torch.float16, device="cpu")
+    assert half.get_parameter("0.weight").dtype == torch.float16
+    (tmp_path / "saved" / "mine.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="exists"):
+        hat.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "mine.txt").read_text() == "mine"
+
+
+def test_what_is_pushed_can_be_pulled_through_the_links_of_the_cache(hat, tmp_path, monkeypatch):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    calls = {}
+
+    def create_repo(self, repo_id, **options):
+        calls["created"] = repo_id, options
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def upload_folder(self, *, folder_path, repo_id, **options):
+        calls["uploaded"] = repo_id, options["commit_message"]
+        shutil.copytree(folder_path, blobs)
+        snapshot.mkdir(parents=True)
+        for name in os.listdir(blobs):
+            (snapshot / name).symlink_to(blobs / name)
+        return "commit"
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: str(snapshot))
+    assert hat.push_to_hub("me/model", commit_message="first") == "commit"
+    assert calls["created"][0] == calls["uploaded"][0] == "me/model" and calls["uploaded"][1] == "first"
+    assert huggingface_hub.ModelCard.load(blobs / "README.md").data.library_name == "hatify"
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda *args, **options: str(snapshot / "config.json"))
+    same(hat, hatify.HATModel.from_pretrained("me/model"))
+    assert os.listdir(snapshot.parent) == ["main"]
