@@ -195,6 +195,9 @@ def load(
 ) -> HATModel:
     """Reads what ``save`` wrote. Needs neither the original's code nor its library, and runs nothing of the directory.
 
+    One thing does need the original's code (``factory``): a call without a task, with gradients off, of a model that asks whether they are
+    on, such as torch's own ``nn.TransformerEncoder``. Without it such a call takes the path with gradients, which differs by rounding.
+
     Args:
         path: the directory.
         factory: returns the original model (any weights), for :func:`hatify.verify` to compare with; without it, parity cannot be
