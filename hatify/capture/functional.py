@@ -58,7 +58,9 @@ def written_through_leaves(graph: fx.Graph) -> set[str]:
     found: set[str] = set()
     for write in inplace:
         target = mutated(write)
-        unseen = actual.of(target) - seen.of(target)
+        unseen = {
+            alias for alias in actual.of(target) - seen.of(target) if order[alias] < order[write]
+        }  # later ones hold what was written
         if any(order[user] > order[write] for alias in unseen for user in alias.users):
             found.update(leaf.target for leaf in leaves if leaf in actual.of(target))
     return found
