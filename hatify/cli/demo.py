@@ -28,7 +28,7 @@ def demo(
 ) -> None:
     """Learn ten digits as five tasks with a small ResNet, forget nothing, then forget one task on purpose.
 
-    Offline, about a minute on two cores. Exit code 1 if an output that must not change did.
+    Offline, a minute or two on two cores. Exit code 1 if an output that must not change did.
     """
     with failures(debug):
         with quiet(debug), contextlib.redirect_stdout(sys.stderr), _progress() as progress:
