@@ -13,9 +13,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hatify
-from hatify import verification
 from hatify.modules import copies
 from hatify.modules.copies import READERS, can_share, copy_module, copy_of, shareable
+from hatify.proof import drift
 
 SIDE = 256
 """Large enough that torch's kernels split the work between threads."""
@@ -495,7 +495,7 @@ def test_verification_leaves_memory_as_it_was(pair, monkeypatch):
     def fail(parameters):
         raise RuntimeError("half way")
 
-    monkeypatch.setattr(verification, "_nan", fail)  # the weights that are worked on are noise by then
+    monkeypatch.setattr(drift, "_nan", fail)  # the weights that are worked on are noise by then
     with pytest.raises(RuntimeError, match="half way"):
         hatify.verify(hat)
     state = hat.state_dict(keep_vars=True)

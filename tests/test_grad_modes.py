@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import hatify
 from hatify import HATModel
-from hatify.verification import difference
+from hatify.proof.differences import difference
 
 TOKENS = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
 PADDED = torch.tensor([[False] * 4, [False] * 2 + [True] * 2, [False] * 3 + [True]])

@@ -9,7 +9,7 @@ from tasks import converted, small
 from torch import Tensor, nn
 
 import hatify
-from hatify.gradient_proof import Smooth
+from hatify.proof.gradients import Smooth
 from hatify.verification import prove_by_gradients
 
 TIGHT = ["conv1d", "unet", "depthwise", "groupnorm_net", "mixer", "stacked_both_ways", "projected_lstm", "text_cnn", "weight_norm"]

@@ -14,7 +14,7 @@ from hatify.artifact.atomic import new_file
 from hatify.artifact.tensors import write_tensors
 from hatify.errors import HatifyError
 from hatify.lifecycle.extraction import plain_call
-from hatify.verification import input_batches
+from hatify.proof.inputs import input_batches
 
 if TYPE_CHECKING:
     from hatify.model import HATModel

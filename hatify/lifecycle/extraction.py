@@ -18,8 +18,9 @@ from hatify.lifecycle.picture import Picture
 from hatify.lifecycle.plain import specialise
 from hatify.lifecycle.slimming import slim_down
 from hatify.model import HATModel
+from hatify.proof.differences import difference
+from hatify.proof.inputs import input_batches
 from hatify.structure import unflatten
-from hatify.verification import difference, input_batches
 
 ROUNDING = 1e3
 """How many units in the last place, relative to the largest output, an extracted network may differ by. Far more than was ever

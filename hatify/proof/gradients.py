@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from hatify.model import HATModel
 from hatify.modules import TaskContext
+from hatify.proof.keeping import kept, seeded
+from hatify.proof.noise import draw
 
 DRAWS, INPUTS = 3, 3
 """How often masks and weights are drawn anew, and inputs for each of them."""
@@ -31,32 +32,30 @@ class GradientProof:
     by_parameter: dict[str, float] = field(default_factory=dict)
 
 
-def measure_gradients(
-    hat: HATModel,
-    drawn: Callable[[torch.Generator, Sequence[int]], AbstractContextManager],
-    *,
-    without_locks: Sequence[str] = (),
-    whole: Sequence[str] = (),
-    seed: int = 0,
+def prove_by_gradients(
+    hat: HATModel, *, without_locks: Sequence[str] = (), whole: Sequence[str] = (), seed: int = 0
 ) -> GradientProof:
-    """Gradients of two tasks' outputs with binary masks, in eval mode.
+    """Gradients of two tasks' outputs with random weights and binary masks, in eval mode; the model is as before afterwards.
 
     A dead ReLU hides weights that count, so the tightness is measured with smooth functions in place of ReLU and its like (they keep
     zero at zero, and the sign where that is promised); the leak with and without them. Rows of tables that no input named are not
     counted.
 
     Args:
-        drawn: a context in which weights and the masks of the given tasks are drawn with a generator.
         without_locks: parameters whose locks are left out: a negative control, which must leak.
         whole: parameters that are locked as a whole: a negative control, which must be less tight.
         seed: of weights, masks and inputs.
     """
-    generator = torch.Generator().manual_seed(seed)
+    with seeded(seed):
+        return _measure(hat, without_locks, whole, torch.Generator().manual_seed(seed))
+
+
+def _measure(hat: HATModel, without_locks: Sequence[str], whole: Sequence[str], generator: torch.Generator) -> GradientProof:
     tasks = range(min(2, hat.config.num_tasks))
     leak: float | None = None
     counts: dict[str, tuple[int, int]] = {}
     for _ in range(DRAWS):
-        with drawn(generator, tasks):
+        with _drawn(hat, generator, tasks):
             hat.eval()
             locks = [_locks(hat, [task], without_locks, whole) for task in tasks]
             together = _locks(hat, tasks, without_locks, whole)
@@ -78,6 +77,16 @@ def measure_gradients(
     locked = sum(of for _, of in counts.values())
     shares = {name: part / of for name, (part, of) in counts.items() if of}
     return GradientProof(leak, sum(part for part, _ in counts.values()) / locked if locked else None, shares)
+
+
+@contextlib.contextmanager
+def _drawn(hat: HATModel, generator: torch.Generator, tasks: Sequence[int]) -> Iterator[None]:
+    """Weights and the masks of ``tasks`` drawn anew, but for copies that none of these tasks reads."""
+    others = [t for t in range(hat.config.num_tasks) if t not in tasks]
+    unread = {id(c) for _, copies in hat.task_copies() for t in others for c in copies(t)}
+    with kept(hat):
+        draw(hat, [p for p in hat.parameters() if p.dtype.is_floating_point and id(p) not in unread], generator, tasks)
+        yield
 
 
 def _locks(hat: HATModel, tasks: Sequence[int], without: Sequence[str], whole: Sequence[str]) -> dict[str, Tensor]:

@@ -1,0 +1,27 @@
+"""Random weights and masks, to try a promise with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hatify.model import HATModel
+
+
+@torch.no_grad()
+def draw(hat: HATModel, parameters: Sequence[Tensor], generator: torch.Generator, tasks: Sequence[int]) -> None:
+    """Noise on weights (zero-initialised gains would hide whole branches), and random masks for ``tasks``."""
+    for parameter in parameters:
+        parameter.add_(0.1 * noise(parameter, generator))
+    for masker in hat.maskers.values():
+        for embedding in (masker.embeddings[t] for t in tasks):
+            embedding.copy_(torch.randn(embedding.shape, generator=generator))
+
+
+def noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise as large as the weights it replaces."""
+    scale = float(like.float().std()) if like.numel() > 1 else float(like.float().abs().max()) if like.numel() else 0.0
+    scale = scale if scale > 1e-3 else 0.5
+    return torch.empty(like.shape).normal_(0.0, scale, generator=generator).to(like)

@@ -1,0 +1,164 @@
+"""Parity: without a task the model equals the original, run beside it on the same weights."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hatify.calling import flatten
+from hatify.model import HATModel
+from hatify.original import original_of
+from hatify.proof.differences import difference
+from hatify.proof.inputs import batch_size
+from hatify.proof.keeping import buffers_kept, own_buffers, seeded
+
+
+@dataclass
+class Parity:
+    """The largest differences that were found: 0.0 for none, None for what was not compared."""
+
+    evaluation: float | None
+    no_grad: float | None
+    training: float | None
+    gradients: float | None
+
+
+def measure_parity(hat: HATModel, batches: list[list[Tensor]], seed: int, notes: list[str]) -> Parity:
+    """Runs the model and the original's code beside each other, in every mode. What could not be compared is added to ``notes``.
+
+    Args:
+        batches: the inputs' tensors, as :func:`hatify.proof.inputs.input_batches` gives them; the first are the example inputs.
+    """
+    original = original_of(hat)
+    with _all_trainable(hat):
+        evaluation = max((_parity_eval(hat, original, tensors, notes, seed) for tensors in batches), default=0.0)
+    no_grad = _parity_without_gradients(hat, batches, notes, seed)
+    training, gradients = _parity_train(hat, original, batches[0], seed, notes) if hat.can_train else (None, None)
+    return Parity(evaluation, no_grad, training, gradients)
+
+
+def _parity_eval(hat: HATModel, original: nn.Module, tensors: list[Tensor], notes: list[str], seed: int) -> float:
+    args, kwargs = hat.signature.rebuild([t.clone() for t in tensors])
+    hat.eval(), original.eval()
+    with own_buffers(original), seeded(seed):
+        try:
+            expected = [o.detach() for o in flatten(original(*args, **kwargs))[0]]  # its activations must not live on beside ours
+        except Exception as error:
+            if tensors[0].shape == hat._facts.inputs[0].shape:
+                raise
+            notes.append(
+                f"the original itself fails at batch size {batch_size(tensors)} ({type(error).__name__}): not compared there"
+            )
+            return 0.0
+    args, kwargs = hat.signature.rebuild([t.clone() for t in tensors])
+    with buffers_kept(hat), seeded(seed):
+        return difference(expected, [o.detach() for o in flatten(hat(*args, task=None, **kwargs))[0]])
+
+
+def _parity_without_gradients(hat: HATModel, batches: list[list[Tensor]], notes: list[str], seed: int) -> float:
+    """Eval parity on the example inputs under ``no_grad``, and on the smallest batch in inference mode.
+
+    Both sides are fresh copies of the code: what it caches on itself in inference mode cannot take part in a backward later.
+    """
+    worst = 0.0
+    for mode, tensors in ((torch.no_grad, batches[0]), (torch.inference_mode, batches[-1])):
+        hat.__dict__.pop("_own_code_made", None)
+        with mode():
+            worst = max(worst, _parity_eval(hat, original_of(hat), tensors, notes, seed))
+    hat.__dict__.pop("_own_code_made", None)
+    return worst
+
+
+@contextlib.contextmanager
+def _all_trainable(hat: HATModel) -> Iterator[None]:
+    """Where the model asks whether gradients are on, the graph is proved for a network that trains as a whole; see ``runs_own_code``."""
+    frozen = [p for p in hat.parameters() if not p.requires_grad and p.is_floating_point()] if any(hat._facts.asks.values()) else []
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _parity_train(
+    hat: HATModel, original: nn.Module, tensors: list[Tensor], seed: int, notes: list[str]
+) -> tuple[float, float | None]:
+    """Outputs and statistics of one train-mode step, and its gradients (None where the original itself has no backward)."""
+    (expected, wanted, statistics), (got, digests, own) = (_train_step(m, hat, tensors, seed, None) for m in (original, hat))
+    names = list(statistics)
+    parity = max(difference(expected, got), difference([statistics[n] for n in names], [own[n] for n in names]))
+    if isinstance(wanted, Exception):
+        reason = (str(wanted).strip().splitlines() or [""])[0]
+        notes.append(f"the original's own backward fails ({type(wanted).__name__}: {reason}): gradients not compared")
+        return parity, None
+    if isinstance(digests, Exception):
+        notes.append(f"backward fails, the original's does not ({type(digests).__name__}: {digests})")
+        return parity, float("inf")
+    if wanted.keys() != digests.keys():
+        return parity, float("inf")
+    unequal = {n for n in wanted if wanted[n] != digests[n]}
+    if not unequal:
+        return parity, 0.0
+    (_, a, _), (_, b, _) = (_train_step(m, hat, tensors, seed, unequal) for m in (original, hat))
+    return parity, max(float((a[n] - b[n]).abs().max() / a[n].abs().max().clamp(min=1e-12)) for n in unequal)
+
+
+def _train_step(model: nn.Module, hat: HATModel, tensors: list[Tensor], seed: int, whole: set[str] | None):
+    """Outputs, gradients (digests, or the ``whole`` ones of some parameters) and statistics of one step in train mode."""
+    model.train()
+    held = hat.original_state()
+    with buffers_kept(model) if model is hat else own_buffers(model), seeded(seed):
+        args, kwargs = hat.signature.rebuild([t.clone() for t in tensors])
+        out = flatten(model(*args, **kwargs))[0]
+        gradients = _gradients(out, {n: t for n, t in held.items() if isinstance(t, nn.Parameter)}, seed, whole)
+        named = dict(model.named_buffers(remove_duplicate=False))
+        # a buffer that the original replaced by one of another shape is a cache, no statistic
+        statistics = {n: b.clone() for n, b in named.items() if n in held and held[n].shape == b.shape}
+    return [o.detach() for o in out], gradients, statistics
+
+
+def _gradients(
+    out: list[Tensor], parameters: dict[str, nn.Parameter], seed: int, whole: set[str] | None
+) -> dict[str, Any] | Exception:
+    """A digest of every gradient, freed as soon as it is there; or the gradients named in ``whole`` themselves; or the error of a
+    backward that fails."""
+    generator = torch.Generator().manual_seed(seed)
+    loss = sum((o.float() * torch.randn(o.shape, generator=generator).to(o.device)).sum() for o in out if o.requires_grad)
+    found: dict[str, Any] = {}
+    if not isinstance(loss, Tensor):
+        return found
+    hooks = []
+    distinct = {id(p): (n, p) for n, p in reversed(parameters.items())}
+    for name, parameter in distinct.values():
+        if parameter.requires_grad:
+
+            def keep(p: Tensor, name: str = name) -> None:
+                grad = p.grad.detach().to_dense() if p.grad.is_sparse else p.grad.detach()
+                if whole is None:
+                    found[name] = zlib.crc32((grad + 0.0).reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
+                elif name in whole:
+                    found[name] = grad.float()
+                p.grad = None
+
+            hooks.append(parameter.register_post_accumulate_grad_hook(keep))
+    kept = {n: p.grad for n, p in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None
+    try:
+        loss.backward()
+    except Exception as error:  # whatever the user's own backward raises: the caller says whose it was
+        return error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, parameter in parameters.items():
+            parameter.grad = kept[name]
+    return found
