@@ -11,6 +11,8 @@ from torch import nn
 
 import hatify
 from hatify.artifact import tensors
+from hatify.artifact.config import VERSION
+from hatify.artifact.digests import PIECE, Digests, entry_of
 from hatify.errors import ArtifactError
 from hatify.sources import Source
 
@@ -160,15 +162,47 @@ def test_files_are_those_of_the_safetensors_library(tmp_path):
     theirs = load_file(tmp_path / "x.safetensors")
     mine = {}
     expected = {k: (v.dtype, tuple(v.shape)) for k, v in state.items()}
-    tensors.read_tensors(tmp_path / "x.safetensors", expected, entry["sha256"], mine.__setitem__)
+    tensors.read_tensors(tmp_path / "x.safetensors", expected, entry, mine.__setitem__)
     for key, value in state.items():
         for other in (theirs[key], mine[key]):
             assert other.dtype == value.dtype and other.shape == value.shape
             assert torch.equal(other.nan_to_num(7), value.nan_to_num(7)), key
     save_file({"x": torch.arange(3)}, tmp_path / "y.safetensors")
-    digest = hashlib.sha256((tmp_path / "y.safetensors").read_bytes()).hexdigest()
-    tensors.read_tensors(tmp_path / "y.safetensors", {"x": (torch.int64, (3,))}, digest, mine.__setitem__)
+    entry = entry_of((tmp_path / "y.safetensors").read_bytes())
+    tensors.read_tensors(tmp_path / "y.safetensors", {"x": (torch.int64, (3,))}, entry, mine.__setitem__)
     assert mine["x"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("size", [0, 1, PIECE, PIECE + 1, 3 * PIECE + 70000])
+def test_a_large_file_has_a_digest_per_piece_and_a_small_one_the_usual(size):
+    data = torch.randint(256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy().tobytes()
+    pieces = [hashlib.sha256(data[i : i + PIECE]).hexdigest() for i in range(0, size, PIECE)]
+    whole = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": size}
+    wanted = whole if size <= PIECE else {"pieces": pieces, "bytes": size}
+    assert entry_of(data) == wanted and entry_of(data, whole=True) == whole
+    with Digests() as digests:  # however it comes: three bytes, the small, the large
+        view, start, steps = memoryview(data), 0, (3, 5000, PIECE // 3, 1 << 20)
+        while start < size:
+            step = steps[start % len(steps)]
+            digests.add(view[start : start + step])
+            start += step
+        assert digests.entry() == wanted
+
+
+def test_a_byte_of_a_large_file_is_refused_by_its_piece(tmp_path):
+    state = {"a": torch.zeros(PIECE // 4), "b": torch.zeros(PIECE // 4), "c": torch.zeros(7)}
+    path, taken = tmp_path / "x.safetensors", {}
+    entry = tensors.write_tensors(path, state)
+    assert len(entry["pieces"]) == 3
+    expected = {k: (v.dtype, tuple(v.shape)) for k, v in state.items()}
+    tensors.read_tensors(path, expected, entry, taken.__setitem__)
+    assert taken.keys() == state.keys()
+    for place, text in ((PIECE - 1, f"bytes 0 to {PIECE}"), (PIECE, f"bytes {PIECE} to {2 * PIECE}"), (-1, f"to {entry['bytes']}")):
+        content = bytearray(path.read_bytes())
+        content[place] ^= 1
+        (tmp_path / "y.safetensors").write_bytes(content)
+        with pytest.raises(ArtifactError, match=text):
+            tensors.read_tensors(tmp_path / "y.safetensors", expected, entry, taken.__setitem__)
 
 
 def test_a_model_without_values_is_not_stored(tied, tmp_path):
@@ -238,11 +272,11 @@ def test_more_tasks_are_stored_too(tied, tmp_path):
     assert torch.equal(again.eval()(x, y, task=4), hat.eval()(x, y, task=4)) and again.config.num_tasks == 6
 
 
-# Format 1
+# Formats 1 and 2
 
 
 class Old(nn.Module):
-    """What the stored example of format 1 was converted from."""
+    """What the stored examples of older formats were converted from."""
 
     def __init__(self):
         super().__init__()
@@ -255,11 +289,25 @@ class Old(nn.Module):
         return self.head(torch.relu(self.norm(self.stem(x))) * self.scale)
 
 
-FIRST = Path(__file__).parent / "artifacts" / "format1"
+STORED = Path(__file__).parent / "artifacts"
+FIRST, SECOND = STORED / "format1", STORED / "format2"
+
+
+def test_a_directory_of_format_2_is_read_without_help_and_written_in_the_present_one(tmp_path):
+    outputs = load_file(STORED / "format2_outputs.safetensors")
+    assert json.loads((SECOND / "config.json").read_text())["format_version"] == 2
+    old = hatify.load(SECOND)
+    new = hatify.load(hatify.save(old, tmp_path / "new"))
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["format_version"] == VERSION
+    for hat in (old, new):
+        assert hat.finished_tasks == {0}
+        for key, task in (("no_task", None), ("task_0", 0), ("task_1", 1)):
+            assert torch.allclose(hat(outputs["inputs"], task=task), outputs[key], atol=1e-6)  # another machine may round otherwise
+    equal_states(old, new)
 
 
 def test_a_directory_of_format_1_is_read_and_written_in_the_present_one(tmp_path):
-    outputs = load_file(FIRST.parent / "format1_outputs.safetensors")
+    outputs = load_file(STORED / "format1_outputs.safetensors")
     old = hatify.load(FIRST, factory=Old)
     new = hatify.load(hatify.save(old, tmp_path / "new"))
     for hat in (old, new):

@@ -16,7 +16,7 @@ from torch import nn
 
 import hatify
 from hatify.artifact import fields
-from hatify.artifact.config import seal
+from hatify.artifact.config import VERSION, seal
 from hatify.errors import ArtifactError
 
 EXAMPLES = int(os.environ.get("HATIFY_FUZZ", "150"))
@@ -105,6 +105,10 @@ def refused(path, **options):
         ({"active_task": 2}, "active_task"),
         ({"weights": ["other.safetensors"]}, "weights[0]"),
         ({"files__graph.py__sha256": "x"}, "files.graph.py.sha256"),
+        ({"files__graph.py": {"pieces": ["0" * 64], "bytes": 9}}, "files.graph.py.pieces"),
+        ({"files__graph.py": {"pieces": ["0" * 64], "bytes": 1 << 30}}, "files.graph.py.pieces"),
+        ({"files__graph.py": {"pieces": ["0" * 64, "x"], "bytes": 1 << 25}}, "files.graph.py.pieces[1]"),
+        ({"files__graph.py": {"pieces": ["0" * 64], "sha256": "0" * 64, "bytes": 9}}, "files.graph.py"),
         ({"files": {"../x": {"sha256": "0" * 64, "bytes": 1}}, "weights": []}, "files.../x"),
     ],
 )
@@ -114,9 +118,9 @@ def test_a_wrong_configuration_is_named_by_file_and_field(saved, changes, field)
 
 
 def test_a_newer_format_names_the_version_to_install(saved):
-    reseal(saved, format_version=3, hatify_version="7.1.0")
+    reseal(saved, format_version=VERSION + 1, hatify_version="7.1.0")
     assert refused(saved).fix == 'pip install "hatify>=7.1.0"'
-    reseal(saved, format_version=3, hatify_version="7; rm -rf /")
+    reseal(saved, format_version=VERSION + 1, hatify_version="7; rm -rf /")
     assert refused(saved).fix == "pip install --upgrade hatify"
 
 

@@ -12,12 +12,13 @@ from ..conversion import OPTIONS
 from ..errors import ArtifactError, HatifyError
 from ..modules import HATConfig
 from ..sources import Source
+from .digests import check_entry
 from .fields import Fields, read_json
 
 __all__ = ["FORMAT", "VERSION", "read_config", "seal"]
 
 FORMAT = "hatify"
-VERSION = 2
+VERSION = 3
 
 FIELDS = ("format", "format_version", "hatify_version", "torch_version", "model", "source", "settings", "training", "active_task",
           "example_inputs", "weights", "files", "sha256")  # fmt: skip
@@ -63,7 +64,7 @@ def read_config(path: Path) -> Fields:
             why=f"it reads formats up to {VERSION}; the directory was written by hatify {writer if known else 'of a later version'}",
             fix=f'pip install "hatify>={writer}"' if known else "pip install --upgrade hatify",
         )
-    if version == VERSION:
+    if version > 1:
         fields.only(*FIELDS)
         if fields.get("sha256", str) != _digest(fields.data):
             raise ArtifactError(
@@ -80,10 +81,7 @@ def _check_files(fields: Fields) -> None:
     for name, part in fields.at("files").pairs():
         if FILE_NAME.fullmatch(name) is None or ".." in name:
             raise part.wrong(repr(name), "the plain name of a file in the directory")
-        part.only("sha256", "bytes")
-        if re.fullmatch(r"[0-9a-f]{64}", part.get("sha256", str)) is None:
-            raise part.at("sha256").wrong(repr(part.data["sha256"])[:80], "64 hexadecimal digits")
-        part.at("bytes").count()
+        check_entry(part)
     for part in fields.at("weights").items():
         if part.is_a(str) not in fields.data["files"]:
             raise part.wrong(repr(part.data), "one of the files")

@@ -13,7 +13,6 @@ Loading needs neither the original's code nor its library, and runs nothing of t
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +29,7 @@ from .atomic import new_directory
 from .card import card
 from .config import FORMAT, VERSION, hat_config_of, read_config, seal, settings_of, source_of
 from .description import Rebuilt, describe_model
+from .digests import check_digests, entry_of
 from .fields import Fields, check_file, dump, parse, read_bytes
 from .known import known_classes
 from .tensors import read_tensors, write_tensors
@@ -148,7 +148,7 @@ def write_model(directory: Path, hat: HATModel, described: Any, dtype: torch.dty
 def _write(path: Path, text: str) -> dict[str, Any]:
     data = text.encode("utf-8")
     path.write_bytes(data)
-    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    return entry_of(data)
 
 
 def _cast(data: dict[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -213,7 +213,7 @@ def load(
     directory = Path(path)
     config = read_config(directory / CONFIG)
     where = None if device is None else torch.device(device)
-    if config.data["format_version"] < VERSION:
+    if config.data["format_version"] == 1:
         from .migration import load_first
 
         hat = load_first(directory, config, factory)
@@ -267,13 +267,13 @@ class _Reader:
 
         if meta:
             for name, held in zip(names, maps):
-                read_tensors(self.directory / name, held, self._digest(name), tree.fill, only=tree.is_state)
+                read_tensors(self.directory / name, held, self._entry(name), tree.fill, only=tree.is_state)
             for key, (dtype, shape) in expected.items():
                 if not tree.is_state(key):
                     tree.fill(key, convert(key, torch.empty(shape, dtype=dtype, device="meta")))
             return
         for name, held in zip(names, maps):
-            read_tensors(self.directory / name, held, self._digest(name), tree.fill, device=self.device, convert=convert)
+            read_tensors(self.directory / name, held, self._entry(name), tree.fill, device=self.device, convert=convert)
 
     def _split(self, names: list[str], expected: dict[str, Any]) -> list[dict[str, Any]]:
         """What each shard must hold, by the index."""
@@ -304,7 +304,7 @@ class _Reader:
     def _tensors(self, names: list[str], expected: Any) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name in names:
-            read_tensors(self.directory / name, expected, self._digest(name), found.__setitem__)
+            read_tensors(self.directory / name, expected, self._entry(name), found.__setitem__)
         return found
 
     def _sized(self, name: str) -> None:
@@ -317,19 +317,13 @@ class _Reader:
                 fix="copy the directory again, or save again",
             )
 
-    def _digest(self, name: str) -> str:
+    def _entry(self, name: str) -> dict[str, Any]:
         files = self.config.data["files"]
         if name not in files:
             raise ArtifactError("a file is missing", where=f"{self.directory / CONFIG}: files", why=f"no {name}", fix="save again")
-        return files[name]["sha256"]
+        return files[name]
 
     def _bytes(self, name: str) -> bytes:
-        digest, data = self._digest(name), read_bytes(self.directory / name)
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise ArtifactError(
-                "a file is not what was written",
-                where=str(self.directory / name),
-                why="its sha256 is not the one that the configuration says",
-                fix="copy the directory again, or save again",
-            )
+        entry, data = self._entry(name), read_bytes(self.directory / name)
+        check_digests(self.directory / name, entry_of(data, whole="pieces" not in entry), entry)
         return data

@@ -135,8 +135,18 @@ class Fields:
     >>> fields.get("heads", str)   # ArtifactError: config.json: heads
     """
 
-    def __init__(self, data: Any, file: str, path: str = "") -> None:
-        self.data, self.file, self.path = data, file, path
+    __slots__ = ("data", "file", "_above", "_key")
+
+    def __init__(self, data: Any, file: str, path: str | int = "", above: Fields | None = None) -> None:
+        self.data, self.file, self._key, self._above = data, file, path, above
+
+    @property
+    def path(self) -> str:
+        """Where in the file it stands; spelled only when somebody asks: there are tens of thousands of fields."""
+        above = "" if self._above is None else self._above.path
+        if isinstance(self._key, int):
+            return f"{above}[{self._key}]"
+        return f"{above}.{self._key}" if above else self._key
 
     def only(self, *names: str) -> Fields:
         """Itself, if it is an object that has none but these fields."""
@@ -148,6 +158,8 @@ class Fields:
 
     def is_a(self, kind: type | tuple[type, ...]) -> Any:
         """The value, if it is of that type (a bool is no int)."""
+        if type(self.data) is kind:
+            return self.data
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if type(self.data) not in kinds and not (float in kinds and type(self.data) is int):
             raise self.wrong(_shown(self.data), " or ".join(k.__name__ for k in kinds))
@@ -155,14 +167,14 @@ class Fields:
 
     def at(self, key: str | int) -> Fields:
         """One part."""
-        place = f"{self.path}[{key}]" if isinstance(key, int) else f"{self.path}.{key}" if self.path else key
         if isinstance(key, str):
             value = self.is_a(dict).get(key, _MISSING)
         else:
             value = self.is_a(list)[key] if key < len(self.data) else _MISSING
+        part = Fields(value, self.file, key, self)
         if value is _MISSING:
-            raise ArtifactError("a field is missing", where=f"{self.file}: {place}", fix="save again")
-        return Fields(value, self.file, place)
+            raise ArtifactError("a field is missing", where=f"{self.file}: {part.path}", fix="save again")
+        return part
 
     def get(self, key: str | int, kind: type | tuple[type, ...], *, optional: bool = False) -> Any:
         """The value of one part, which must be of that type, or None where ``optional``."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import queue
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
+from .digests import Digests, check_digests
 from .fields import Fields, check_file, parse
 
 __all__ = ["DTYPES", "dtype_name", "read_tensors", "write_tensors"]
@@ -40,7 +38,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Writes tensors of any strides and device, one at a time; readable by every safetensors library.
 
     Returns:
-        ``sha256`` and ``bytes`` of the file.
+        The digests and ``bytes`` of the file.
 
     Raises:
         ArtifactError: a tensor on the meta device.
@@ -63,12 +61,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb", buffering=0) as file, _Hash() as digest:
-        _write(file, memoryview(len(text).to_bytes(8, "little") + text), digest)
+    with path.open("wb", buffering=0) as file, Digests() as digests:
+        _write(file, memoryview(len(text).to_bytes(8, "little") + text), digests)
         for key in ordered:
-            _write(file, _bytes(tensors[key].detach().contiguous().cpu()), digest)
-        size = file.tell()
-    return {"sha256": digest.text(), "bytes": size}
+            _write(file, _bytes(tensors[key].detach().contiguous().cpu()), digests)
+        return digests.entry()
 
 
 class Cast:
@@ -97,46 +94,16 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def _write(file: BinaryIO, data: memoryview, digest: _Hash) -> None:
-    digest.add(data)
+def _write(file: BinaryIO, data: memoryview, digests: Digests) -> None:
+    digests.add(data)
     while len(data):
         data = data[file.write(data) :]
-
-
-class _Hash:
-    """sha256 beside the reading or writing of the same bytes: both leave Python to the other."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-        self._queue: queue.Queue[memoryview | None] = queue.Queue(maxsize=4)
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> _Hash:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self._queue.put(None)
-        self._thread.join()
-
-    def add(self, data: memoryview) -> None:
-        """More bytes, which must stay as they are until the end."""
-        if len(data):
-            self._queue.put(data)
-
-    def _run(self) -> None:
-        while (data := self._queue.get()) is not None:
-            self._hash.update(data)
-
-    def text(self) -> str:
-        """The digest, after the end."""
-        return self._hash.hexdigest()
 
 
 def read_tensors(
     path: Path,
     expected: Expected | None,
-    digest: str,
+    digests: Mapping[str, Any],
     fill: Callable[[str, Tensor], None],
     *,
     device: torch.device | None = None,
@@ -147,9 +114,9 @@ def read_tensors(
 
     Args:
         expected: dtype and shape of every tensor that the file must hold, no more and no less; None takes what there is.
-        digest: sha256 of the file.
-        fill: takes each tensor, in memory of its own. The digest is only known when all have been read: an error then says that what was
-            filled in is not to be used.
+        digests: the entry of the file in ``config.json``.
+        fill: takes each tensor, in memory of its own. The digests are only compared when all have been read: an error then says that what
+            was filled in is not to be used.
         device: where they go; each is moved before the next one is read.
         convert: what becomes of each, on its device.
         only: which tensors are filled in; the others are read for the digest alone.
@@ -159,7 +126,7 @@ def read_tensors(
     """
     size = check_file(path)
     try:
-        with path.open("rb", buffering=0) as file, _Hash() as hashed:
+        with path.open("rb", buffering=0) as file, Digests(whole="pieces" not in digests) as hashed:
             entries = _header(file, path, size, expected, hashed)
             for key, dtype, shape, nbytes in entries:
                 tensor = torch.empty(shape, dtype=dtype)
@@ -173,18 +140,13 @@ def read_tensors(
                     continue
                 moved = tensor if device is None else tensor.to(device)
                 fill(key, moved if convert is None else convert(key, moved))
+            found = hashed.entry()
     except OSError as error:
         raise ArtifactError("a file cannot be read", where=str(path), why=error.strerror or str(error)) from error
-    if hashed.text() != digest:
-        raise ArtifactError(
-            "a file is not what was written",
-            where=str(path),
-            why=f"its sha256 is {hashed.text()[:16]}…, the configuration says {digest[:16]}…",
-            fix="copy the directory again, or save again",
-        )
+    check_digests(path, found, dict(digests))
 
 
-def _header(file: BinaryIO, path: Path, size: int, expected: Expected | None, hashed: _Hash) -> Iterator[tuple]:
+def _header(file: BinaryIO, path: Path, size: int, expected: Expected | None, hashed: Digests) -> Iterator[tuple]:
     """The entries in the order of their data, all of them checked before the first one is given."""
     first = bytearray(8)
     if size < 8:
