@@ -15,6 +15,7 @@ from .forget import forget, prune
 from .inspect import inspect
 from .usage import usage
 from .verify import verify
+from .zoo import zoo
 
 __all__ = ["app", "main"]
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 for command in (convert, inspect, verify, usage, forget, prune, extract, demo):
     app.command()(command)
+app.add_typer(zoo, name="zoo")
 
 
 def _print_version(asked: bool) -> None:

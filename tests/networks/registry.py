@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hatify.zoo.weights import randomise
+
 Inputs = tuple[Any, ...] | dict[str, Any]
 Factory = Callable[[], nn.Module]
 
@@ -45,28 +47,6 @@ def network(name: str, inputs: Callable[[int], Inputs]) -> Callable[[Factory], F
         return factory
 
     return register
-
-
-@torch.no_grad()
-def randomise(model: nn.Module) -> nn.Module:
-    """Add noise to what initialisation leaves constant: norm scales, zero biases, running statistics.
-
-    With a zero shift a normalisation keeps dead channels at zero by accident, and with identity statistics
-    a leak through them cannot be seen; a test on such a network would pass for the wrong reason.
-    """
-    for parameter in model.parameters():
-        if parameter.numel() == 0 or not parameter.is_floating_point():
-            continue
-        first = parameter.flatten()[0]
-        # A scalar is what its author wrote, unless it switches a branch off.
-        if bool((parameter == first).all()) and (parameter.numel() > 1 or first == 0):
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.normal_(0.0, 0.2)
-        elif name.endswith("running_var"):
-            buffer.uniform_(0.5, 1.5)
-    return model
 
 
 def _generator(*key: int) -> torch.Generator:

@@ -1,0 +1,134 @@
+"""``hatify zoo``: which models convert, and the proof of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .failures import FAILED, failures, quiet
+from .saved import DebugOption, JsonOption
+
+__all__ = ["zoo"]
+
+zoo = typer.Typer(help="What converts, on which rungs, with which fixed sizes; `hatify zoo run` proves it.", no_args_is_help=False)
+
+
+class Library(StrEnum):
+    timm = "timm"
+    torchvision = "torchvision"
+    transformers = "transformers"
+
+
+SourceOption = Annotated[Library | None, typer.Option("--source", help="Only models of this library.", show_default=False)]
+
+
+@zoo.callback(invoke_without_command=True)
+def show(context: typer.Context, source: SourceOption = None, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """What converts, on which rungs, with which fixed sizes: the snapshots that ship with hatify."""
+    if context.invoked_subcommand is not None:
+        return
+    with failures(debug):
+        from ..zoo.snapshots import read_all
+
+        snapshots = [lines for lines in read_all() if source in (None, lines["source"])]
+        if as_json:
+            typer.echo(json.dumps(snapshots, indent=2))
+            return
+        from .render_zoo import print_zoo
+
+        print_zoo(snapshots)
+
+
+@zoo.command()
+def run(
+    pattern: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PATTERN]", help="A name, a family or a pattern such as 'resnet*'. \\[default: one model per family]"
+        ),
+    ] = None,
+    source: SourceOption = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at once.")] = 1,
+    every: Annotated[bool, typer.Option("--all", help="Every name, not one model per family.")] = False,
+    tightness: Annotated[bool, typer.Option("--tightness", help="Also measure how many locked weights count (slow).")] = False,
+    convert_only: Annotated[bool, typer.Option("--convert-only", help="Convert, prove nothing.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Write the snapshots and their page.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Run again what has a result of the same code.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for each model.", metavar="SECONDS")] = 1800,
+    memory: Annotated[
+        float | None, typer.Option(min=0.5, help="GB for each process. \\[default: its share of the machine's]", metavar="GB")
+    ] = None,
+    directory: Annotated[
+        Path | None, typer.Option("--records", help="Where results are kept. \\[default: ~/.cache/hatify/zoo]", metavar="DIR")
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Convert and prove models: parity in eval and train mode and without gradients, at three batch sizes, zero drift, state-dict keys.
+
+    Each model has a process of its own, with random weights; nothing is downloaded. A sweep that is interrupted goes on where it was; what
+    has a result of the same code is not run again. Exit code 1 if anything fails; a refusal with its reason is no failure.
+    """
+    if convert_only and (tightness or update):
+        raise typer.BadParameter("without a proof there is no tightness and no snapshot", param_hint="--convert-only")
+    asked = "conversion" if convert_only else "proof and tightness" if tightness else "proof"
+    with failures(debug):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        if update:
+            from ..zoo.snapshots import check_writable
+
+            check_writable()
+        with quiet(debug), contextlib.redirect_stdout(sys.stderr):
+            found = _sweep(pattern, source, every, asked, directory, jobs, timeout, memory, force)
+        written = _update(found) if update else []
+        if as_json:
+            typer.echo(json.dumps([record.to_dict() for record in found], indent=2))
+        else:
+            from .render_zoo import print_sweep
+
+            print_sweep(found, written)
+        if any(record.verdict == "failed" for record in found):
+            raise typer.Exit(FAILED)
+
+
+def _sweep(
+    pattern: str | None,
+    source: Library | None,
+    every: bool,
+    asked: str,
+    directory: Path | None,
+    jobs: int,
+    timeout: float,
+    memory: float | None,
+    force: bool,
+) -> list[Any]:
+    from ..zoo.catalogue import select
+    from ..zoo.records import default_directory
+    from ..zoo.sweep import Limits, sweep
+    from .render_zoo import Bar
+
+    entries = select(pattern, source, every)
+    limits = Limits(timeout, int(memory * 2**30) if memory is not None else _share(jobs))
+    with Bar(len(entries)) as bar:
+        return sweep(entries, asked, directory or default_directory(), jobs=jobs, limits=limits, watcher=bar, force=force)
+
+
+def _share(jobs: int) -> int:
+    """A process's share of the machine's memory, a tenth left for everything else; 0 where the system does not say."""
+    try:
+        return int(0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jobs)
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def _update(found: list[Any]) -> list[Path]:
+    from ..zoo import page, snapshots
+
+    return [*(snapshots.write(snapshots.snapshot_of(record)) for record in found), page.write()]

@@ -1,0 +1,80 @@
+"""``zoo_snapshots/README.md``: all snapshots on one page, for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from hatify.zoo.records import PROVED, VERDICTS
+from hatify.zoo.snapshots import directory, hat_share, read_all, reason
+
+NAME = "README.md"
+_LIBRARY = {"timm": "timm", "torchvision": "torchvision", "transformers": "transformers"}
+_HEAD = """# What converts
+
+One file for each model: rungs, maskers, mask nodes, gates, fixed sizes, operators, what was proved, and a digest of the generated code.
+`hatify zoo run --update` proves the models again and writes the files and this page; a change of the rules is a readable difference here.
+
+*HAT* is the share of parameters on the HAT rungs (element or row locks), output layers aside,
+which each task has of its own; *tightness* is the share of locked weights that a finished
+task feels (an unlocked weight that it feels would be a leak, and no proof); *open* means that other image sizes or lengths are taken.
+"""
+
+
+def write(folder: Path | None = None) -> Path:
+    path = (folder or directory()) / NAME
+    path.write_text(render(read_all(folder)), encoding="utf-8")
+    return path
+
+
+def render(snapshots: list[dict[str, Any]]) -> str:
+    """The page as Markdown."""
+    parts = [_HEAD]
+    for source in dict.fromkeys(lines["source"] for lines in snapshots):
+        parts.append(_section(_LIBRARY.get(source, source), [lines for lines in snapshots if lines["source"] == source]))
+    return "\n".join(parts)
+
+
+def summary(snapshots: list[dict[str, Any]]) -> str:
+    """Counts of verdicts and the mean share, in a line."""
+    counts = Counter(lines["verdict"] for lines in snapshots)
+    families = len({lines["family"] for lines in snapshots})
+    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+    shares = [share for lines in snapshots if (share := hat_share(lines)) is not None]
+    mean = f"; {100 * sum(shares) / len(shares):.1f} % of parameters on the HAT rungs on average" if shares else ""
+    return f"{len(snapshots)} models of {families} families: {said}{mean}."
+
+
+def sizes(lines: dict[str, Any]) -> str:
+    """The fixed sizes without the channels of images, which are fixed everywhere."""
+    fixed = [size for size in lines.get("fixed sizes", ()) if not size.endswith("[1] = 3")]
+    return ", ".join(fixed) or ("open" if "rungs" in lines else "")
+
+
+def _section(title: str, snapshots: list[dict[str, Any]]) -> str:
+    rows = [
+        f"## {title}",
+        "",
+        summary(snapshots),
+        "",
+        "| family | model | verdict | parameters | HAT | tightness | fixed sizes | one copy per task, or why not |",
+        "|---|---|---|---:|---:|---:|---|---|",
+    ]
+    return "\n".join([*rows, *map(_row, snapshots), ""])
+
+
+def _row(lines: dict[str, Any]) -> str:
+    share, tight, count = hat_share(lines), lines.get("tightness"), lines.get("parameters")
+    verdict = lines["verdict"] if lines["verdict"] == PROVED else f"**{lines['verdict']}**"
+    cells = [
+        lines["family"],
+        f"[{lines['model']}]({lines['source']}/{lines['model']}.json)",
+        verdict,
+        "" if count is None else f"{count:,}",
+        "" if share is None else f"{100 * share:.1f} %",
+        "" if tight is None else f"{tight:.3f}",
+        sizes(lines),
+        reason(lines).replace("|", "\\|"),
+    ]
+    return "| " + " | ".join(cells) + " |"

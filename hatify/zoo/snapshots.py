@@ -1,0 +1,115 @@
+"""``zoo_snapshots/``: what each model converts to, one readable file each. They ship with the package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hatify.errors import ArtifactError
+from hatify.zoo.records import CONVERTED, FAILED, PROVED, REFUSED, Record
+
+_PACKAGED = Path(__file__).with_name("packaged_snapshots")
+_CHECKOUT = Path(__file__).parents[2] / "zoo_snapshots"
+HEAD = "output layer"
+"""Why output layers are task-indexed."""
+_ORDER = {PROVED: 0, CONVERTED: 1, REFUSED: 2, FAILED: 3}
+
+
+def directory() -> Path:
+    """Where the snapshots are: in the checkout that this package runs from, else in the package itself."""
+    return _CHECKOUT if _CHECKOUT.is_dir() else _PACKAGED
+
+
+def check_writable() -> None:
+    """Whether there is a checkout to write snapshots to.
+
+    Raises:
+        ArtifactError: hatify runs from an installed package, whose files nobody reviews.
+    """
+    if not _CHECKOUT.is_dir():
+        raise ArtifactError(
+            "snapshots are written in a checkout only",
+            where=str(_CHECKOUT.parent),
+            why="they are reviewed like code, and this hatify is an installed package",
+            fix="clone the repository, pip install -e . there, and run hatify zoo run --update",
+        )
+
+
+def read_all(folder: Path | None = None) -> list[dict[str, Any]]:
+    """All snapshots, by source, family and name."""
+    paths = (folder or directory()).glob("*/*.json")
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return sorted(found, key=lambda s: (s["source"], s["family"], _ORDER[s["verdict"]], s["model"]))
+
+
+def path_of(key: str, folder: Path | None = None) -> Path:
+    return (folder or directory()) / f"{key}.json"
+
+
+def snapshot_of(record: Record) -> dict[str, Any]:
+    """The lines of a record that depend on the rules alone: no time, no memory, no machine."""
+    lines: dict[str, Any] = {"model": record.name, "source": record.source, "family": record.family, "verdict": record.verdict}
+    if record.reason:
+        lines["reason"] = {part: text for part, text in record.reason.items() if part != "step"}
+    if record.parameters is not None:
+        lines["parameters"] = record.parameters
+    if record.proof is not None:
+        lines["proof"] = _proof(record.proof)
+        if record.proof.get("tightness") is not None:
+            lines["tightness"] = round(record.proof["tightness"], 3)
+    return {**lines, **(record.snapshot or {})}
+
+
+def _proof(proof: dict[str, Any]) -> dict[str, Any]:
+    gradients = proof["gradients"]
+    said = (
+        "not compared"
+        if gradients is None
+        else "equal"
+        if gradients == 0
+        else "equal up to rounding"
+        if gradients < 1e-4
+        else "differ"
+    )
+    return {
+        "parity": proof["parity"],
+        "parity without gradients": proof["parity_no_grad"],
+        "parity in train mode": proof["parity_train"],
+        "gradients": said,
+        "drift": proof["drift"],
+        "batch sizes": proof["batch_sizes"],
+        "notes": [note.splitlines()[0] for note in proof["notes"]],
+    }
+
+
+def write(lines: dict[str, Any], folder: Path | None = None) -> Path:
+    """Replaces the snapshot of a model. A tightness that was measured before stays where it was not measured now."""
+    path = path_of(f"{lines['source']}/{lines['model']}", folder)
+    if path.exists() and "tightness" not in lines and lines["verdict"] == PROVED:
+        old = json.loads(path.read_text(encoding="utf-8")).get("tightness")
+        if old is not None:
+            at = list(lines).index("proof") + 1
+            items = list(lines.items())
+            lines = dict([*items[:at], ("tightness", old), *items[at:]])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def hat_share(lines: dict[str, Any]) -> float | None:
+    """The share of parameters on the HAT rungs, output layers aside: each task has classes of its own. None for what does not convert."""
+    rungs = lines.get("rungs")
+    if rungs is None:
+        return None
+    heads = lines["task-indexed because"].get(HEAD, 0)
+    shared = sum(rung["parameters"] for rung in rungs.values()) - heads
+    return (rungs["hat"]["parameters"] + rungs["row-locked"]["parameters"]) / max(shared, 1)
+
+
+def reason(lines: dict[str, Any]) -> str:
+    """Why a model does not convert, or why part of it is not shared, in one line."""
+    if "reason" in lines:
+        return " ".join(lines["reason"].get(part, "").splitlines()[0] for part in ("what", "why") if lines["reason"].get(part))
+    lower = {name: count for name, count in lines.get("task-indexed because", {}).items() if name != HEAD}
+    return ", ".join(f"{name} ({count:,})" for name, count in sorted(lower.items(), key=lambda item: -item[1]))

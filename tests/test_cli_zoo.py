@@ -1,0 +1,91 @@
+"""``hatify zoo`` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hatify.cli.main import app
+from hatify.zoo import snapshots
+
+LINES = {
+    "model": "net_a",
+    "source": "timm",
+    "family": "nets",
+    "verdict": "proved",
+    "parameters": 100,
+    "rungs": {
+        "hat": {"layers": 2, "parameters": 80, "share": 0.8},
+        "row-locked": {"layers": 0, "parameters": 0, "share": 0.0},
+        "task-indexed": {"layers": 2, "parameters": 20, "share": 0.2},
+        "frozen": {"layers": 0, "parameters": 0, "share": 0.0},
+    },
+    "task-indexed because": {"normalisation": 4, "output layer": 16},
+    "fixed sizes": ["x[1] = 3", "x[2] = 32"],
+}
+REFUSAL = {"model": "net_b", "source": "timm", "family": "nets", "verdict": "refused", "reason": {"what": "it cannot be traced"}}
+
+
+def _run(*args: str, code: int = 0):
+    result = CliRunner().invoke(app, ["zoo", *args])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(snapshots, "_CHECKOUT", tmp_path)
+    for lines in (LINES, REFUSAL):
+        path = snapshots.path_of(f"timm/{lines['model']}")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(lines))
+    return tmp_path
+
+
+def test_what_converts_is_shown_from_the_snapshots(folder: Path) -> None:
+    shown = _run().stdout
+    row = next(line for line in shown.splitlines() if "net_a" in line)
+    assert "nets" in row and "proved" in row and "80.0 %" in row and "20.0 %" in row and "x[2] = 32" in row
+    assert "it cannot be traced" in next(line for line in shown.splitlines() if "net_b" in line)
+    assert "2 models of 1 families: 1 proved, 1 refused; 95.2 % of parameters on the HAT rungs on average" in shown
+    assert json.loads(_run("--json").stdout) == [LINES, REFUSAL]
+    assert "no snapshots" in _run("--source", "torchvision").stdout
+
+
+def test_showing_needs_no_torch() -> None:
+    code = (
+        "import sys\nfrom hatify.cli.main import main\nsys.argv = ['hatify', 'zoo', '--json']\n"
+        "try: main()\nexcept SystemExit as e: assert not e.code\n"
+        "assert not {'torch', 'timm', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_model_is_proved_and_not_twice(tmp_path: Path) -> None:
+    args = ["run", "test_efficientnet", "--records", str(tmp_path), "--json", "--timeout", "500"]
+    first = _run(*args)
+    (record,) = json.loads(first.stdout)
+    assert record["key"] == "timm/test_efficientnet" and record["verdict"] == "proved" and record["proof"]["ok"]
+    assert "timm/test_efficientnet" in first.stderr
+    again = _run(*args)
+    assert json.loads(again.stdout) == [record]
+    assert "timm/test_efficientnet" not in again.stderr
+    summary = _run(*args[:4]).stdout
+    assert "1 models of 1 families: 1 proved" in summary
+
+
+def test_a_failure_is_shown_and_is_the_exit_code(tmp_path: Path) -> None:
+    shown = _run("run", "test_efficientnet", "--records", str(tmp_path), "--timeout", "1", code=1).stdout
+    assert "failed  timm/test_efficientnet" in shown and "not done after 1 seconds" in shown
+
+
+def test_usage_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no model is called 'resnet_of_my_dreams'" in _run("run", "resnet_of_my_dreams", code=1).stderr
+    assert "--convert-only" in _run("run", "--convert-only", "--update", code=2).stderr
+    monkeypatch.setattr(snapshots, "_CHECKOUT", tmp_path / "nowhere")
+    assert "checkout" in _run("run", "test_efficientnet", "--update", code=1).stderr
