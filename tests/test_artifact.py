@@ -224,8 +224,49 @@ def test_another_floating_point_type(tied, tmp_path, when):
     got = again.state_dict()
     assert list(got) == list(want) and all(torch.equal(got[k], want[k]) and got[k].dtype == want[k].dtype for k in want)
     assert tied.get_parameter("first.weight").dtype == torch.float32
-    with pytest.raises(ArtifactError, match="floating-point"):
-        hatify.load(path, dtype=torch.int8)
+    inputs, _ = again.example_inputs
+    assert all(i.dtype == torch.bfloat16 for i in inputs)
+    assert torch.equal(again.eval()(*inputs, task=1), hatify.load(path, dtype=torch.bfloat16).eval()(*inputs, task=1))
+    assert ("stored in | torch.bfloat16" in (path / "README.md").read_text()) == (when == "save")
+    for wrong in (torch.int8, torch.float8_e5m2, "float16"):
+        with pytest.raises(ArtifactError, match="floating-point"):
+            hatify.load(path, dtype=wrong)
+
+
+@pytest.mark.parametrize("when", ["save", "load"])
+def test_another_type_changes_no_binary_mask(tied, tmp_path, when):
+    import copy
+
+    hat = copy.deepcopy(tied)
+    rounded = {0: [1e-9, -1e-9, 1.0, 0.0, -1.0, 2.0], 1: [-0.5, -0.50001, -3.0, -0.50002, -0.6, -7.0]}
+    with torch.no_grad():
+        for masker in hat.maskers.values():
+            for task, values in rounded.items():
+                masker.embeddings[task].copy_(torch.tensor(values))
+    path = hatify.save(hat, tmp_path / "saved", **({"dtype": torch.float16} if when == "save" else {}))
+    again = hatify.load(path, **({"dtype": torch.float16} if when == "load" else {}))
+    for name, masker in hat.maskers.items():
+        other = again.maskers[name]
+        assert all(torch.equal(masker.live(t), other.live(t)) for t in range(3))
+        assert all(
+            not torch.equal(e.half(), o) for e, o in zip(masker.embeddings[:2], other.embeddings[:2])
+        )  # plain rounding would
+        assert torch.equal(masker.embeddings[2].half(), other.embeddings[2])
+
+
+@pytest.mark.parametrize("when", ["save", "load"])
+def test_a_number_that_the_type_does_not_reach_is_refused_by_name(tied, tmp_path, when):
+    import copy
+
+    hat = copy.deepcopy(tied)
+    with torch.no_grad():
+        hat.get_parameter("third.weight")[0, 0] = 7e4
+    with pytest.raises(ArtifactError) as caught:
+        path = hatify.save(hat, tmp_path / "saved", **({"dtype": torch.float16} if when == "save" else {}))
+        hatify.load(path, dtype=torch.float16)
+    assert caught.value.where == "third.weight" and "bfloat16" in caught.value.fix
+    assert (tmp_path / "saved").exists() == (when == "load")
+    hatify.save(hat, tmp_path / "wide", dtype=torch.bfloat16)
 
 
 def test_large_weights_are_split(tied, tmp_path):

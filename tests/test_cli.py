@@ -115,6 +115,13 @@ def test_convert_writes_a_directory_and_says_what_it_did(work):
     assert hat.source.text == "test_resnet"
 
 
+def test_weights_are_stored_in_another_type(work, factory):
+    run("convert", f"{factory}:make", "--img-size", 16, "--tasks", 2, "--dtype", "bfloat16", "--out", "x")
+    assert {p.dtype for p in hatify.load(work / "x").parameters()} == {torch.bfloat16}
+    assert "bfloat16" in run("convert", f"{factory}:make", "--dtype", "int8", code=2).stderr
+    run("verify", "x")
+
+
 def test_json_is_the_only_thing_on_stdout(work, factory):
     out = run("convert", f"{factory}:chatter", "--img-size", 16, "--classes", "2,3", "--json", "--out", "x").stdout
     report = json.loads(out)

@@ -6,13 +6,21 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from ..model import HATModel
 
 __all__ = ["card"]
 
 
-def card(hat: HATModel) -> str:
-    """What the model is, what it has learned, how to use it; with the metadata of the Hub in front."""
+def card(hat: HATModel, inputs: list[Tensor], dtype: torch.dtype | None) -> str:
+    """What the model is, what it has learned, how to use it; with the metadata of the Hub in front.
+
+    Args:
+        inputs: the example inputs as they are stored.
+        dtype: the type that the model is stored in, where it is another one than its own.
+    """
     report, proof, name = hat.report, hat.verification, _plain(hat._facts.name)
     source = _plain(hat.source.text) if hat.source is not None else name
     done = sorted(hat.finished_tasks)
@@ -29,6 +37,8 @@ def card(hat: HATModel) -> str:
         lines += [f"| fixed size | {_plain(f['input'])} dim {f['dim']} is {f['size']} |" for f in report.fixed_sizes]
     if proof is not None:
         lines.append(f"| verification | {'proved' if proof.ok else 'FAILED'}: parity {proof.parity}, drift {proof.drift} |")
+    if dtype is not None:
+        lines.append(f"| stored in | {_plain(str(dtype))}; what is said above was measured before |")
     lines += [
         "",
         "## Use",
@@ -38,7 +48,7 @@ def card(hat: HATModel) -> str:
         "",
         'hat = hatify.load("this/directory")  # needs no other library',
     ]
-    call = ", ".join(f"torch.zeros({', '.join(map(str, t.shape))}, dtype={t.dtype})" for t in hat._facts.inputs)
+    call = ", ".join(f"torch.zeros({', '.join(map(str, t.shape))}, dtype={t.dtype})" for t in inputs)
     lines += [f"inputs = [{call}]", "args, kwargs = hat.signature.rebuild(inputs)"]
     lines += ["hat(*args, **kwargs)  # without a task: the original network", "hat(*args, task=0, **kwargs)", "```", ""]
     lines += ["`graph.py` shows the generated code. It is there to be read; loading runs nothing of this directory.", ""]

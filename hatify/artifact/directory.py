@@ -27,12 +27,13 @@ from .. import __version__
 from ..errors import ArtifactError
 from .atomic import new_directory
 from .card import card
+from .casting import Cast, cast, check_dtype
 from .config import FORMAT, VERSION, hat_config_of, read_config, seal, settings_of, source_of
 from .description import Rebuilt, describe_model
 from .digests import check_digests, entry_of
 from .fields import Fields, check_file, dump, parse, read_bytes
 from .known import known_classes
-from .tensors import read_tensors, write_tensors
+from .tensors import dtype_name, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from ..model import HATModel
@@ -63,7 +64,8 @@ def save(
         hat: the model. Its state is stored as it is: weights, masks, finished tasks, modes.
         path: a directory that does not exist, unless ``overwrite``. Parents are made.
         overwrite: replace an existing directory (all of it) once the new one is complete.
-        dtype: store floating-point tensors in this type; the model itself stays as it is.
+        dtype: store floating-point tensors in this type; the model itself stays as it is. Binary masks do not change; outputs do, by
+            rounding, and once: of the stored model they never change again.
         max_shard_size: bytes of one file of weights, or text such as ``"2GB"``.
 
     Returns:
@@ -71,7 +73,7 @@ def save(
 
     Raises:
         ArtifactError: the directory exists or cannot be written; a layer or operator that cannot be stored; a finished task is being
-            trained again at the moment.
+            trained again at the moment; a number that ``dtype`` does not reach.
     """
     check_session(hat)
     check_dtype(dtype)
@@ -102,11 +104,6 @@ def check_session(hat: HATModel) -> None:
         )
 
 
-def check_dtype(dtype: Any) -> None:
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ArtifactError(f"dtype must be a floating-point type, not {dtype!r}", fix="dtype=torch.float16")
-
-
 def write_model(directory: Path, hat: HATModel, described: Any, dtype: torch.dtype | None, max_shard_size: int | str) -> None:
     """All files of a model, into an empty directory."""
     files: dict[str, Any] = {}
@@ -122,12 +119,12 @@ def write_model(directory: Path, hat: HATModel, described: Any, dtype: torch.dty
             index["weight_map"].update(dict.fromkeys(held, name))
         files[INDEX] = _write(directory / INDEX, dump(index))
     files[GATES] = write_tensors(directory / GATES, described.gates)
-    inputs = {f"input_{i}": t for i, t in enumerate(hat._facts.inputs)}
+    inputs = {name: cast(name, t, dtype) for name, t in ((f"input_{i}", t) for i, t in enumerate(hat._facts.inputs))}
     files[INPUTS] = write_tensors(directory / INPUTS, inputs)
     files[MODEL] = _write(directory / MODEL, dump(data))
     header = "# The model as generated code, to be read. hatify never runs this file.\n\n"
     files[GRAPH] = _write(directory / GRAPH, header + hat.code.strip() + "\n")
-    files[CARD] = _write(directory / CARD, card(hat))
+    files[CARD] = _write(directory / CARD, card(hat, [*inputs.values()], dtype))
     config = {
         "format": FORMAT,
         "format_version": VERSION,
@@ -153,22 +150,22 @@ def _write(path: Path, text: str) -> dict[str, Any]:
 
 def _cast(data: dict[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The same in another type; one tensor after the other is cast when it is written."""
-    from .tensors import Cast, dtype_name
+    floating = {key for key, tensor in tensors.items() if tensor.is_floating_point()}
 
-    name = dtype_name(dtype)
-
-    def entry(part: Any) -> Any:
-        cast = isinstance(part, dict) and part.get("dtype") in FLOATS
-        return {**part, "dtype": name} if cast else part
+    def entry(path: str, name: str, part: Any) -> Any:
+        key = f"{path}.{name}" if path else name
+        return {**part, "dtype": dtype_name(dtype)} if isinstance(part, dict) and key in floating else part
 
     modules = [
-        {k: {n: entry(p) for n, p in v.items()} if k in ("parameters", "buffers") else v for k, v in module.items()}
+        {
+            k: {n: entry(module["path"], n, p) for n, p in v.items()} if k in ("parameters", "buffers") else v
+            for k, v in module.items()
+        }
         for module in data["modules"]
     ]
-    return {**data, "modules": modules}, {k: Cast(t, dtype) if t.is_floating_point() else t for k, t in tensors.items()}
-
-
-FLOATS = ("F64", "F32", "F16", "BF16")
+    maskers = tuple(f"{module['path']}.embeddings." for module in modules if module["kind"] == "masker")
+    held = {k: Cast(k, t, dtype, k.startswith(maskers)) if k in floating else t for k, t in tensors.items()}
+    return {**data, "modules": modules}, held
 
 
 def _shards(tensors: Mapping[str, Tensor], size: int | str) -> dict[str, dict[str, Tensor]]:
@@ -204,7 +201,7 @@ def load(
             measured. A directory of format 1 needs it, unless the model is one of timm, torchvision or transformers.
         layers: classes of yours that the directory names (it says so if it needs one): layers, and classes of what the model returns.
         device: where the tensors go, one by one; ``"meta"`` gives the model without values.
-        dtype: the type of all floating-point tensors.
+        dtype: the type of all floating-point tensors, as in :func:`hatify.save`.
 
     Raises:
         ArtifactError: no saved model, or anything in it that is not as it was written; names the file and the field.
@@ -263,7 +260,7 @@ class _Reader:
         maps = [expected] if len(names) == 1 else self._split(names, expected)
 
         def convert(key: str, tensor: Tensor) -> Tensor:
-            return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+            return cast(key, tensor, self.dtype, tree.is_embedding(key))
 
         if meta:
             for name, held in zip(names, maps):
@@ -299,7 +296,7 @@ class _Reader:
             described.append((dtype, tuple(p.count() for p in part.at("shape").items())))
         expected = {f"input_{i}": entry for i, entry in enumerate(described)}
         found = self._tensors([INPUTS], expected)
-        return [found[name] for name in expected]
+        return [cast(name, found[name], self.dtype) for name in expected]
 
     def _tensors(self, names: list[str], expected: Any) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

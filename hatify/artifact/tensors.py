@@ -68,23 +68,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         return digests.entry()
 
 
-class Cast:
-    """A tensor that is written in another type, cast when its turn comes."""
-
-    def __init__(self, tensor: Tensor, dtype: torch.dtype) -> None:
-        self.tensor, self.dtype, self.shape, self.device = tensor, dtype, tensor.shape, tensor.device
-        self.nbytes = tensor.numel() * dtype.itemsize
-
-    def numel(self) -> int:
-        return self.tensor.numel()
-
-    def element_size(self) -> int:
-        return self.dtype.itemsize
-
-    def detach(self) -> Tensor:
-        return self.tensor.detach().to(self.dtype)
-
-
 def _bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor; a tensor that shares memory until written keeps doing so."""
     if tensor.numel() == 0:

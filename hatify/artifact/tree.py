@@ -239,6 +239,10 @@ class TreeReader:
         """Whether a stored tensor is no tensor of the model but marks which tasks are finished."""
         return key in self._stated
 
+    def is_embedding(self, key: str) -> bool:
+        """Whether a stored tensor is a mask embedding."""
+        return isinstance(self._by_path.get(key.rpartition(".embeddings.")[0]), Masker)
+
     def modules(self) -> list[nn.Module]:
         """All modules, in order."""
         return [*self._by_path.values()]

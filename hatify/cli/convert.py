@@ -26,6 +26,13 @@ class Heads(StrEnum):
     hat = "hat"
 
 
+class Dtype(StrEnum):
+    float64 = "float64"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
 class Locking(StrEnum):
     exact = "exact"
     paper = "paper"
@@ -57,6 +64,9 @@ def convert(
     ] = None,
     heads: Annotated[Heads, typer.Option(help="One head per task, or a shared, masked one.")] = Heads.task_indexed,
     locking: Annotated[Locking, typer.Option(help="Which weights a task locks.")] = Locking.exact,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Store weights in this type.  \\[default: the model's own]", show_default=False)
+    ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the proof of parity and zero drift.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the directory if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -74,7 +84,7 @@ def convert(
     with failures(debug):
         with quiet(debug), Steps() as steps, contextlib.redirect_stdout(sys.stderr):
             hat, path = _run(steps, model, wanted, target, force, img_size, pretrained, checkpoint,
-                             heads.value, locking.value, not no_verify)  # fmt: skip
+                             heads.value, locking.value, not no_verify, dtype and dtype.value)  # fmt: skip
         weights = "pretrained" if pretrained else f"checkpoint {checkpoint}" if checkpoint else "random"
         _print(hat, model, weights, path, {**steps.seconds, **hat.report.seconds}, as_json)
         if path is None:
@@ -94,11 +104,13 @@ def _run(
     heads: str,
     locking: str,
     verify: bool,
+    dtype: str | None,
 ) -> tuple[Any, Path | None]:
     """The converted model, and where it was written (None if the proof failed)."""
     steps("import")
     from ..artifact import save
     from ..artifact.atomic import check_target
+    from ..artifact.casting import named
     from ..sources import find_example_inputs, parse_source
 
     check_target(target, overwrite=force)  # before the work, not after it
@@ -122,7 +134,7 @@ def _run(
     if hat.verification is not None and not hat.verification.ok:
         return hat, None
     steps("save")
-    return hat, save(hat, target, overwrite=force)
+    return hat, save(hat, target, overwrite=force, dtype=None if dtype is None else named(dtype))
 
 
 def _tasks(tasks: int | None, classes: str | None) -> int | list[int]:

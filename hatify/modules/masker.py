@@ -66,6 +66,12 @@ def soft_mask(embedding: Tensor, scale: float | Tensor, config: HATConfig) -> Te
     return _SoftMask.apply(embedding, scale, config.max_mask_scale, config.max_embedding, config.max_exponent)
 
 
+def live_channels(embedding: Tensor) -> Tensor:
+    """Which channels a binary mask keeps: bool, the shape of ``embedding``."""
+    top = embedding.max()
+    return (embedding > 0) | ((embedding == top) & (top <= 0))
+
+
 class Masker(nn.Module):
     """One mask embedding per task over the output channels of a layer: ``a = sigmoid(s * e)`` (equation 1).
 
@@ -126,9 +132,7 @@ class Masker(nn.Module):
 
     def live(self, task: int) -> Tensor:
         """Which channels the binary mask of ``task`` keeps: bool, shape ``(channels,)``."""
-        embedding = self.embeddings[task].detach()
-        top = embedding.max()
-        return (embedding > 0) | ((embedding == top) & (top <= 0))
+        return live_channels(self.embeddings[task].detach())
 
     def __deepcopy__(self, memo: dict) -> Masker:
         copied = self.__class__.__new__(self.__class__)
