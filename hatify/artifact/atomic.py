@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -66,6 +67,7 @@ def new_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
 
     Whatever is raised inside, an interrupt included, leaves ``path`` as it was and no temporary directory. A process that is killed leaves
     ``path`` as it was or as it was to become; the temporary directory that may stay behind goes with the next one for the same path.
+    Of several at once for the same path, the last one to end stays, whole; without ``overwrite``, the first.
 
     Raises:
         ArtifactError: as ``check_target``; or the file system refuses (no space, no permission).
@@ -73,17 +75,22 @@ def new_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     target = check_target(path, overwrite)
     absent = [parent for parent in target.parents if not parent.exists()]
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    handle = None
     try:
         try:
-            temporary.mkdir(parents=True)
-            with _held(temporary):
-                _remove_abandoned(target)
-                yield temporary
-                for file in temporary.iterdir():
-                    _flush(file)
-                _flush(temporary)
-                _swap(temporary, target)
-                _flush(target.parent)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _alone(target.parent) as alone:
+                temporary.mkdir()
+                handle = _held(temporary)
+                if alone:  # else one that was made but is not held yet would look abandoned
+                    _remove_abandoned(target)
+            yield temporary
+            for file in temporary.iterdir():
+                _flush(file)
+            _flush(temporary)
+            with _alone(target.parent):
+                _swap(temporary, target, overwrite)
+            _flush(target.parent)
         except OSError as error:
             raise ArtifactError(
                 f"{path} could not be written",
@@ -97,6 +104,9 @@ def new_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
             with suppress(OSError):  # not empty: somebody else uses it by now
                 parent.rmdir()
         raise
+    finally:
+        if handle is not None:
+            os.close(handle)
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # what was at ``path`` before
     except BaseException:  # interrupted, with the new one in place: the old one must not stay beside it
@@ -146,16 +156,30 @@ def new_file(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[
         temporary.unlink(missing_ok=True)
 
 
-def _swap(temporary: Path, target: Path) -> None:
+def _swap(temporary: Path, target: Path, overwrite: bool) -> None:
     """Puts ``temporary`` in the place of ``target``; what was there is called ``temporary`` then.
 
     One step where the system has it. Elsewhere two renames, and the old directory comes back if the second one does not happen.
     """
-    if not target.exists():
-        temporary.rename(target)
-        return
-    if _exchange(temporary, target):
-        return
+    for _ in range(1000):  # what another process does between two steps is seen in the next round
+        try:
+            temporary.rename(target)  # where nothing is (or an empty directory)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        if not overwrite:
+            check_target(target)
+            continue
+        with suppress(FileNotFoundError):  # gone again
+            if _exchange(temporary, target):
+                return
+            _rename_twice(temporary, target)
+            return
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+
+def _rename_twice(temporary: Path, target: Path) -> None:
     old = temporary.with_suffix(".old")
     target.rename(old)
     try:
@@ -183,16 +207,38 @@ def _exchange(a: Path, b: Path) -> bool:
     return not failed
 
 
-@contextmanager
-def _held(directory: Path) -> Iterator[None]:
-    """Others see that a living process writes there."""
+def _held(directory: Path) -> int | None:
+    """Others see that a living process writes there, until what is returned is closed. None where the file system has no locks."""
     if fcntl is None:
-        yield
-        return
+        return None
     handle = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+@contextmanager
+def _alone(parent: Path) -> Iterator[bool]:
+    """One process after the other, for a moment; whether it is so. Who holds the directory for longer (``flock . command``) is not waited
+    for, and some file systems have no locks: what is done inside is right without, but for what it says."""
+    if fcntl is None:
+        yield False
+        return
+    handle, alone = os.open(parent, os.O_RDONLY), False
+    try:
+        for _ in range(100):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                alone = True
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
+            except OSError:
+                break
+        yield alone
     finally:
         os.close(handle)
 
@@ -209,7 +255,7 @@ def _remove_abandoned(target: Path) -> None:
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError:  # held by a living process, or there are no locks here
             continue
         else:
             if path.suffix == ".old" and not target.exists():

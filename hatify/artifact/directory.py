@@ -207,15 +207,43 @@ def load(
         ArtifactError: no saved model, or anything in it that is not as it was written; names the file and the field.
     """
     check_dtype(dtype)
-    directory = Path(path)
+    directory, layers = Path(path), list(layers)
+    for attempt in range(_ATTEMPTS):
+        seen = _identity(directory)
+        try:
+            return _load(directory, factory, layers, None if device is None else torch.device(device), dtype)
+        except ArtifactError:
+            if seen == _identity(directory) or attempt == _ATTEMPTS - 1:
+                raise  # else another process saved there in the meantime: once more, from the new one
+    raise AssertionError
+
+
+_ATTEMPTS = 100
+
+
+def _identity(directory: Path) -> tuple[int, ...] | None:
+    """Which directory is there."""
+    try:
+        found = directory.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def _load(
+    directory: Path,
+    factory: Callable[[], nn.Module] | None,
+    layers: list[type],
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+) -> HATModel:
     config = read_config(directory / CONFIG)
-    where = None if device is None else torch.device(device)
     if config.data["format_version"] == 1:
         from .migration import load_first
 
         hat = load_first(directory, config, factory)
-        return hat if where is None and dtype is None else hat.to(device=where, dtype=dtype)
-    return _Reader(directory, config, known_classes(layers), where, dtype).model(factory)
+        return hat if device is None and dtype is None else hat.to(device=device, dtype=dtype)
+    return _Reader(directory, config, known_classes(layers), device, dtype).model(factory)
 
 
 class _Reader:
