@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from hatify.analysis import functional
-from hatify.analysis.analyst import FRESH, channels_of
+from hatify.analysis.leaf_calls import channels_of
+from hatify.analysis.operators import FRESH
 from hatify.analysis.plan import Ratio, Size
 from hatify.gates import Value
 from hatify.gates.layers import ChannelNorm, Elementwise, MixingNorm, Moving, Spatial, Weighted

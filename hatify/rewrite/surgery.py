@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from hatify.analysis import Analysis, LayerPlan
-from hatify.analysis.analyst import channels_of
+from hatify.analysis.leaf_calls import channels_of
 from hatify.errors import ConversionError
 from hatify.gates import Program, compile_gates
 from hatify.modules import HATConfig, HATLayer, LiveMask, Mask, Masker, TaskIndexed, TaskIndexedParameter, hat_class

@@ -1,0 +1,18 @@
+"""Families of operators whose results the analysis knows something of, by name."""
+
+from __future__ import annotations
+
+from hatify.analysis.origins import CASTS, MOVES
+
+SWITCHES = {"_set_grad_enabled", "is_grad_enabled", "enter_autocast", "exit_autocast"}
+"""Calls that open, close or ask for a region of the user's forward."""
+FRESH = {"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like",
+         "randn_like", "randint_like", "new_empty_strided"}  # fmt: skip
+"""Operators that read the shape and type of an operand, not its values."""
+FINITE = {*MOVES, *CASTS, *FRESH, "add", "sub", "mul", "sigmoid", "tanh", "relu", "gelu", "silu", "linear", "matmul", "mean", "softmax",
+          "layer_norm", "zeros", "ones", "arange", "linspace", "sin", "cos", "neg", "abs", "upsample_bilinear2d", "upsample_bicubic2d",
+          "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "bernoulli", "rand", "randn", "div"}  # fmt: skip
+"""Operators that make no infinities out of finite constants."""
+RANDOM = {"bernoulli", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "multinomial",
+          "empty", "new_empty", "empty_like", "uniform", "dropout", "native_dropout", "exponential"}  # fmt: skip
+"""Operators that give other values each time, or whatever memory held."""
