@@ -15,8 +15,9 @@ from hatify.capture import Captured, capture
 from hatify.capture.regions import SWITCHES
 from hatify.capture.tree import copy_tree
 from hatify.errors import ConversionError
+from hatify.facts import Facts, Sizes
 from hatify.gates import compile_gates
-from hatify.model import Facts, HATModel, Sizes
+from hatify.model import HATModel
 from hatify.modules import HATConfig
 from hatify.modules.copies import copy_module
 from hatify.report import make_report

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,35 +10,24 @@ import torch
 from torch import Tensor, fx, nn
 
 from hatify.calling import Signature, unflatten
-from hatify.capture import Captured
 from hatify.capture.selections import check_selections
+from hatify.children import ChildrenByName
 from hatify.errors import CallError, ConversionError, HatifyError, TaskError
-from hatify.gates import evaluate, locked
+from hatify.facts import Facts
 from hatify.hub import HubMethods
-from hatify.learning import Guard, Learning
+from hatify.learning import Guard
 from hatify.learning.hooks import watch_state
+from hatify.learning.methods import LearningMethods
 from hatify.learning.network import Converted, network_of
-from hatify.modules import HATConfig, HATPayload, Masker, TaskContext, TaskIndexed, TaskIndexedParameter
+from hatify.locking import LockMethods
+from hatify.modules import HATConfig, HATPayload, Masker, TaskContext
 from hatify.original import OwnCode
 from hatify.rewrite.graph import readable, spelled
 from hatify.rewrite.scope import Scope
+from hatify.task_copies import TaskCopies
 
 
-class Facts:
-    """What a HAT model knows of its making; immutable (:meth:`HATModel.add_tasks` replaces it), shared by its copies.
-
-    ``uses`` are the uses of every shared parameter, ``masker_paths`` where each masker lives, ``original_keys`` the keys of the
-    original's state dict in order, ``reference`` the original's tree on the meta device (its code, without its weights).
-    """
-
-    def __init__(self, **facts: Any) -> None:
-        self.__dict__.update(facts)
-
-    def __deepcopy__(self, memo: dict) -> Facts:
-        return self
-
-
-class HATModel(fx.GraphModule, HubMethods):
+class HATModel(ChildrenByName, LearningMethods, LockMethods, TaskCopies, fx.GraphModule, HubMethods):
     """A network that learns one task after another.
 
     Calls: ``hat(x)`` (no task: exactly the original), ``hat(x, task=3)``, ``hat(x, task=3, mask_scale=20.0)``,
@@ -72,38 +60,6 @@ class HATModel(fx.GraphModule, HubMethods):
                 code.on_generate_code(lambda _: partial(spelled, hidden=hidden))
         self.train_graph = train_graph
         self.graph = graph
-
-    # names
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(type(self), name):  # what the class has is never a child, even if a child is called so
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def __getitem__(self, key: int | str) -> nn.Module | Tensor:
-        """A child, parameter or buffer by its name, or a child by its number as in a sequential model."""
-        name = str(key)
-        for shelf in (self._modules, self._parameters, self._buffers):
-            if name in shelf:
-                return shelf[name]
-        raise KeyError(name)
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """A module of the original by its path; see :meth:`torch.nn.Module.get_submodule`."""
-        name, _, below = target.partition(".")
-        child = self._modules.get(name)
-        return super().get_submodule(target) if child is None else child.get_submodule(below)
-
-    def get_parameter(self, target: str) -> nn.Parameter:
-        """A parameter of the original by its path."""
-        found = self._parameters.get(target)
-        return super().get_parameter(target) if found is None else found
-
-    def get_buffer(self, target: str) -> Tensor:
-        """A buffer of the original by its path."""
-        found = self._buffers.get(target)
-        return super().get_buffer(target) if found is None else found
 
     # calling
 
@@ -254,78 +210,7 @@ class HATModel(fx.GraphModule, HubMethods):
                 code += "".join(f"#     {place}\n" for place in places)
         return code
 
-    # learning
-
-    def learning(self, task: int, optimizer: Any = None, **options: Any) -> Learning:
-        """A session that trains one task; see :class:`hatify.Learning` for all options.
-
-        >>> with hat.learning(task=0, optimizer=optimizer, steps_per_epoch=len(loader)) as run:  # doctest: +SKIP
-        ...     for x, y in loader:
-        ...         loss = F.cross_entropy(hat(x), y) + run.regularization()
-        ...         optimizer.zero_grad(); loss.backward(); optimizer.step()
-        """
-        return Learning(self, task, optimizer, **options)
-
-    def begin_task(self, task: int, optimizer: Any = None, **options: Any) -> Learning:
-        """:meth:`learning` without a block, for frameworks: ends with :meth:`finish_task` or :meth:`abandon_task`."""
-        return self.learning(task, optimizer, **options).begin()
-
-    def finish_task(self) -> None:
-        """Finishes the task of the open session: binary masks, locked weights.
-
-        Raises:
-            TaskError: no session is open.
-        """
-        self._session().finish()
-
-    def abandon_task(self) -> None:
-        """Ends the open session without locking anything; a finished task in retraining is as it was before.
-
-        Raises:
-            TaskError: no session is open.
-        """
-        self._session().abandon()
-
-    def protect(self, optimizer: Any) -> None:
-        """Makes an optimizer forget what it remembers (momentum, averages) of locked weights; a session does it by itself.
-
-        What is locked is put back after the step of any optimizer; this keeps it from being moved in between.
-
-        Raises:
-            TaskError: the optimizer holds none of the model's parameters.
-        """
-        self._guard.protect(optimizer)
-
-    def _session(self) -> Learning:
-        if self._guard.session is None:
-            raise TaskError("no task is being learned", fix="hat.begin_task(task=0, optimizer=optimizer, steps_per_epoch=100)")
-        return self._guard.session
-
-    def add_tasks(self, tasks: int | Sequence[int | None], optimizer: Any = None) -> list[int]:
-        """More tasks than were planned; those there are stay as they are, to the last bit.
-
-        New copies are made of the state without a task, new masks drawn by ``config.mask_init``, as at conversion. Other copies of the
-        model keep their own number of tasks.
-
-        Args:
-            tasks: how many more, or the class count of each (None keeps the original's).
-            optimizer: one or several, each of which gets one more param group per group that holds masks or copies of other tasks,
-                with that group's settings (a learning-rate scheduler made before does not know of it). The others have to be
-                told, or made anew.
-
-        Returns:
-            The numbers of the new tasks.
-
-        Raises:
-            ConversionError: counts that make no sense, or class counts that no head can take. Nothing is changed then.
-            TaskError: a session is open, or an optimizer holds nothing that belongs to a task.
-
-        >>> hat.add_tasks([2, 3], optimizer=optimizer)  # doctest: +SKIP
-        [5, 6]
-        """
-        from hatify.lifecycle.growth import grow  # which needs conversion, and that this module
-
-        return grow(self, tasks, optimizer)
+    # modes and devices
 
     def train(self, mode: bool = True) -> HATModel:
         """As any module's; a finished task's norms and heads stay in eval mode, so that a replay leaves their statistics alone."""
@@ -339,45 +224,6 @@ class HATModel(fx.GraphModule, HubMethods):
         super()._apply(fn, recurse)
         self._guard.follow()
         return self
-
-    # locks
-
-    def live(self, ids: Tensor, task: int) -> Tensor:
-        """Which gates are live for the binary mask of ``task``: bool, the shape of ``ids``."""
-        program = self._facts.program(ids)
-        masks = {name: m.live(task).float().cpu() for name, m in self.maskers.items() if name in program.maskers()}
-        return (evaluate(program, masks.__getitem__, {}) > 0).reshape(ids.shape)
-
-    def locks(self, tasks: Any, *, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
-        """For every shared parameter, the elements that ``tasks`` need: bool, the parameter's shape (section 2, locking).
-
-        Args:
-            tasks: the tasks to protect.
-            without: parameters whose locks are left out, for negative controls.
-        """
-        return dict(self.each_lock(tasks, without=without))
-
-    def each_lock(self, tasks: Any, *, without: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
-        """:meth:`locks` one parameter at a time: all together take a byte per weight."""
-        tasks = [self.checked_task(t) for t in tasks]
-        memo: dict[tuple, Tensor] = {}
-        masks = {t: {n: m.live(t).float().cpu() for n, m in self.maskers.items()} for t in tasks}
-        evaluated: dict[int, dict] = {t: {} for t in tasks}
-
-        def live(ids: Tensor, task: int) -> Tensor:
-            key = (ids.data_ptr(), tuple(ids.shape), tuple(ids.stride()), task)
-            if key not in memo:
-                program = self._facts.program(ids)
-                memo[key] = (evaluate(program, masks[task].__getitem__, evaluated[task]) > 0).reshape(ids.shape)
-            return memo[key]
-
-        for name, uses in self._facts.uses.items():
-            parameter = self.get_parameter(name)
-            total = torch.zeros(parameter.numel(), dtype=torch.bool)
-            if name not in without:
-                for use in uses:
-                    total |= locked(use, parameter.numel(), live, tasks, self.settings["locking"] == "paper")
-            yield name, total.view(parameter.shape)
 
     # state
 
@@ -422,45 +268,10 @@ class HATModel(fx.GraphModule, HubMethods):
                 own[key].copy_(state_dict[key])
         self.copy_to_tasks(range(self.config.num_tasks))
 
-    def copy_to_tasks(self, tasks: Any) -> None:
-        """Copies the state without a task into the task copies of ``tasks``, where shapes agree (a head of another class count
-        keeps its own)."""
-        with torch.no_grad():
-            for task in tasks:
-                for module in self.modules():
-                    if isinstance(module, TaskIndexed):
-                        mine = {k: v for k, v in module.state_dict(keep_vars=True).items() if not k.startswith("tasks.")}
-                        for key, value in module.tasks[task].state_dict(keep_vars=True).items():
-                            if value.shape == mine[key].shape:
-                                value.copy_(mine[key])
-                for name in (*self._facts.indexed, *self._facts.indexed_buffers):
-                    self.indexed(name).of(task).copy_(_attribute(self, name))
-
-    def indexed(self, name: str) -> TaskIndexedParameter:
-        """The task copies of a raw parameter or buffer, by its original name."""
-        return self.get_submodule(self._facts.indexed_paths[name])
-
-    def task_copies(self) -> list[tuple[list[Tensor], Callable[[int], list[Tensor]]]]:
-        """Everything that has one copy per task: the tensors without a task, and a function from a task to its tensors."""
-        found = []
-        for module in self.modules():
-            if isinstance(module, TaskIndexed):
-                inside = {id(t) for m in module.tasks for t in (*m.parameters(), *m.buffers())}
-                shared = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in inside]
-                found.append((shared, lambda t, m=module: [*m.tasks[t].parameters(), *m.tasks[t].buffers()]))
-        for name in (*self._facts.indexed, *self._facts.indexed_buffers):
-            copies = self.indexed(name)
-            found.append(([_attribute(self, name)], lambda t, copies=copies: [copies.of(t)]))
-        return found
-
     @property
     def can_train(self) -> bool:
         """Whether train mode was captured too."""
         return self._facts.can_train
-
-    def original_state(self) -> dict[str, Tensor]:
-        """Parameters and buffers without a task, by the original's names (buffers that are not saved included)."""
-        return {n: _attribute(self, n) for n in self._facts.original_names}
 
     def __str__(self) -> str:
         return repr(self)  # fx would add the code; it is in hat.code
@@ -514,71 +325,6 @@ def _forward(self: HATModel, *args: Any, task: int | None = None, mask_scale: fl
         structure = self._facts.train_output if self.training else self._facts.output
         out = unflatten(list(self.run(tensors, context)), structure)
     return HATPayload(out, task_id=task, mask_scale=mask_scale) if payload is not None else out
-
-
-class Sizes:
-    """The sizes that a capture fixed, checked once per combination of input shapes."""
-
-    def __init__(self, captures: list[Captured]) -> None:
-        self.names = captures[0].signature.names
-        self.fixed = {(f.input, f.dim): f.size for c in captures for f in c.fixed_sizes}
-        self.guards = [g for c in captures for g in c.guards]
-        self.example = captures[0].inputs
-        self.seen: set[tuple] = set()
-
-    @classmethod
-    def of(cls, names: list[str], fixed: dict[tuple[str, int], int], guards: list[Any], example: list[Tensor]) -> Sizes:
-        """The same of a capture that is not there any more."""
-        made = cls.__new__(cls)
-        made.names, made.fixed, made.guards, made.example, made.seen = names, fixed, guards, example, set()
-        return made
-
-    def fit(self, tensors: list[Tensor]) -> bool:
-        """Whether inputs of these sizes are what was captured."""
-        try:
-            self(tensors)
-        except CallError:
-            return False
-        return True
-
-    def __call__(self, tensors: list[Tensor]) -> None:
-        key = tuple((t.shape, t.dtype) for t in tensors)
-        if key in self.seen:
-            return
-        for name, tensor, example in zip(self.names, tensors, self.example):
-            if tensor.dim() != example.dim():
-                raise _refused(name, f"it has {tensor.dim()} dimensions, captured were {example.dim()}", tensor)
-            if tensor.dtype.is_floating_point != example.dtype.is_floating_point:
-                raise _refused(name, f"it is {tensor.dtype}, captured was {example.dtype}", tensor)
-            for dim, size in enumerate(tensor.shape):
-                fixed = self.fixed.get((name, dim), size)
-                if fixed != size:
-                    raise _refused(name, f"dimension {dim} is {size}; the capture fixed it at {fixed}", tensor)
-        for guard in self.guards:
-            if not guard.holds(tensors):
-                raise CallError(
-                    "the model takes another path for inputs of these sizes",
-                    where=guard.line,
-                    why=f"the capture assumed {guard.text}",
-                    fix="convert again with example_inputs of the sizes that you need",
-                )
-        self.seen.add(key)
-
-
-def _refused(name: str, why: str, tensor: Tensor) -> CallError:
-    shape = ", ".join(str(s) for s in tensor.shape)
-    return CallError(
-        f"the input {name} does not fit the capture",
-        where=name,
-        why=why,
-        fix=f"hatify.convert(model, example_inputs=torch.randn({shape}))",
-    )
-
-
-def _attribute(module: nn.Module, name: str) -> Tensor:
-    owner, _, attribute = name.rpartition(".")
-    owner = module.get_submodule(owner)
-    return owner._parameters[attribute] if attribute in owner._parameters else owner._buffers[attribute]
 
 
 network_of.register(HATModel, Converted)

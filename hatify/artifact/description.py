@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ..analysis.plan import Analysis, LayerPlan
 from ..calling import Structure
 from ..errors import ArtifactError
+from ..facts import Facts, Sizes
 from ..gates import compile_gates
 from ..inspection import Row, rows_of
-from ..model import Facts, HATModel, Sizes
+from ..model import HATModel
 from ..modules import HATConfig, TaskIndexedParameter
 from ..report import ConversionReport
 from ..verification import VerificationReport

@@ -9,8 +9,8 @@ from typing import Any
 from torch import fx, nn
 
 from ..calling import Signature, Structure, unflatten
+from ..facts import Sizes
 from ..gates.layers import Layer, TaskIndexedLayer
-from ..model import Sizes
 from ..registry import register
 from ..rewrite.graph import spelled
 

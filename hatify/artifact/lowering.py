@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 from ..capture import Captured, capture
 from ..capture.captured import ByMode
 from ..errors import HatifyError
+from ..facts import Sizes
 from ..gates.layers import MixingNorm
-from ..model import HATModel, Sizes
+from ..model import HATModel
 from ..modules import HATLayer, HATRecurrent, LiveMask, Mask, TaskIndexed
 from ..modules.task_indexed import write_buffer
 from ..registry import describe_as

@@ -36,6 +36,7 @@ class Guard:
         protection: the values that must not change.
         session: the session in progress, or None.
         steps: what becomes of optimizer steps.
+        generation: counts the changes of what is protected; what finished tasks are is the same while it is.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -48,6 +49,7 @@ class Guard:
         self._stale = False
         self._stepped = False
         self._settled: dict[int, list[int]] = {}
+        self.generation = 0
         watch_all_optimizers()
         GUARDS.add(self)
 
@@ -140,6 +142,7 @@ class Guard:
         self.steps.network_changed()
 
     def _hook(self) -> None:
+        self.generation += 1
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

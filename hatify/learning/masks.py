@@ -70,27 +70,34 @@ class MaskSteps:
         self.maskers = list(network.maskers.values())
         self.embeddings = [m.embeddings[task] for m in self.maskers]
         self.task, self.shares = task, list(shares)
-        self._before: list[Tensor] | None = None
+        self.sizes = [m.channels for m in self.maskers]
+        self._before: Tensor | None = None
 
     def before(self) -> None:
         """Remembers where the embeddings are."""
-        self._before = [e.detach().clone() for e in self.embeddings]
+        self._before = self._now() if self.embeddings else None
+
+    def _now(self) -> Tensor:
+        """All embeddings, one after another."""
+        return torch.cat([e.data for e in self.embeddings])
 
     @torch.no_grad()
     def after(self, factor: float, longest: float = math.inf) -> None:
         """Multiplies the step by ``factor``, up to ``longest`` (a step that was longer stays), and takes back what goes below the share."""
-        before, self._before = self._before, None
-        if not before:  # nothing was remembered, or the network has no masks
+        old, self._before = self._before, None
+        if old is None:  # nothing was remembered, or the network has no masks
             return
+        new = self._now()
         if factor != 1.0:
-            for old, embedding in zip(before, self.embeddings):
-                step = embedding.data - old
-                bound = step.abs().clamp(min=longest)
-                embedding.data.copy_(old + (factor * step).clamp(-bound, bound))
-        died = [(old > 0) & (e.data <= 0) for old, e in zip(before, self.embeddings)]
-        if bool(torch.cat(died).any()):
-            for masker, share, old, gone in zip(self.maskers, self.shares, before, died):
-                self._keep(masker, share, old, gone)
+            step = new - old
+            bound = step.abs().clamp(min=longest)
+            new = old + (factor * step).clamp(-bound, bound)
+            torch._foreach_copy_([e.data for e in self.embeddings], new.split(self.sizes))
+        died = (old > 0) & (new <= 0)
+        if bool(died.any()):
+            parts = zip(old.split(self.sizes), died.split(self.sizes))
+            for masker, share, (were, gone) in zip(self.maskers, self.shares, parts):
+                self._keep(masker, share, were, gone)
 
     def _keep(self, masker: Masker, share: float, old: Tensor, gone: Tensor) -> None:
         """Regularization lowers every free channel, and under soft masks (sigmoid(0) = 1/2 whatever the embedding) it cannot tell that

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from hatify.learning import bits
 from hatify.learning.network import Network
 
 
@@ -15,29 +16,38 @@ from hatify.learning.network import Network
 class Locked:
     """One tensor of which some elements are protected.
 
-    ``lock`` says which (bool, the tensor's shape, its device), or None for all; ``values`` are those elements as they must stay,
-    flat, so that protecting costs one more copy of what is locked. ``within`` narrows the lock for as long as a finished
-    task is trained again: ``values`` keeps all of ``lock``, to go back to. ``task`` is the one that owns the tensor, None for
-    what tasks share.
+    ``free`` says which are not (int8, the tensor's shape and device: -1 where an element may move, 0 where it is protected), or is None
+    where all are protected; ``kept`` holds the protected elements as they must stay and zeros elsewhere, so that protecting costs one more
+    copy of the tensor. ``within`` narrows the lock (bool) for as long as a finished task is trained again: ``kept`` keeps all
+    that was protected before, to go back to. ``task`` is the one that owns the tensor, None for what tasks share.
     """
 
     name: str
     tensor: Tensor
-    lock: Tensor | None
-    values: Tensor
+    free: Tensor | None
+    kept: Tensor
     within: Tensor | None = None
     version: int = -1
     task: int | None = None
 
     @classmethod
     def of(cls, name: str, tensor: Tensor, lock: Tensor | None, task: int | None = None) -> Locked:
+        """Takes the present values as those to keep; ``lock`` (bool, the tensor's shape) says where, None everywhere."""
         data = tensor.detach()
-        return cls(name, tensor, lock, data.clone() if lock is None else data[lock], version=tensor._version, task=task)
+        if lock is None:
+            return cls(name, tensor, None, data.clone(), version=tensor._version, task=task)
+        free = bits.cleared(lock, like=data)
+        return cls(name, tensor, free, bits.clear_(data.clone(), ~free), version=tensor._version, task=task)
 
     @property
     def whole(self) -> bool:
         """Whether every element is protected."""
-        return self.lock is None and self.within is None
+        return self.free is None and self.within is None
+
+    @property
+    def lock(self) -> Tensor | None:
+        """The protected elements, those of a task in retraining too: bool; None for all of them."""
+        return None if self.free is None else self.free == 0
 
     @property
     def held(self) -> Tensor | None:
@@ -49,20 +59,25 @@ class Locked:
         that wait for their backward pass, although nothing that they saved has changed."""
         data = self.tensor.data
         if self.within is not None:
-            whole = self._full()
-            data.copy_(torch.where(self.within, whole, data))
-        elif self.lock is None:
-            data.copy_(self.values)
+            data.copy_(torch.where(self.within, self.kept, data))
+        elif self.free is None:
+            data.copy_(self.kept)
         else:
-            data.masked_scatter_(self.lock, self.values)
+            bits.merge_(bits.clear_(data, self.free), self.kept)
         self.version = self.tensor._version
+
+    def narrow(self, lock: Tensor) -> None:
+        """Protects only the elements of ``lock`` (bool), which were protected before."""
+        self.within = lock.to(self.tensor.device)
+        self._moving = bits.cleared(self.within, like=self.tensor.detach())
 
     def follow(self, tensor: Tensor) -> None:
         """The network was moved or cast: the values go where its tensor is now."""
-        self.tensor = tensor
-        self.values = self.values.to(tensor.device, tensor.dtype)
-        self.lock = None if self.lock is None else self.lock.to(tensor.device)
-        self.within = None if self.within is None else self.within.to(tensor.device)
+        self.tensor, data = tensor, tensor.detach()
+        self.kept = torch.empty_like(data).copy_(self.kept)
+        self.free = None if self.free is None else torch.empty_like(data, dtype=torch.int8).copy_(self.free)
+        if self.within is not None:
+            self.narrow(self.within)
         self.version = tensor._version
 
     def return_to_old(self) -> None:
@@ -75,6 +90,11 @@ class Locked:
         """Whether torch counted a write to the tensor since its values were last put back."""
         return self.tensor._version != self.version
 
+    def values(self) -> Tensor:
+        """The protected values alone: flat, or all of the tensor where all are protected."""
+        lock = self.lock
+        return self.kept if lock is None else self.kept[lock]
+
     def moved(self) -> int:
         """How many protected elements differ from their values."""
         return int(self._different(self.tensor.detach()).sum())
@@ -84,26 +104,20 @@ class Locked:
         return bool(self._different(other.detach().to(self.tensor.device, self.tensor.dtype)).any())
 
     def _different(self, other: Tensor) -> Tensor:
-        old = self._full()
-        different = old != other
+        different = self.kept != other
         if other.is_floating_point():
-            different &= ~(old.isnan() & other.isnan())
+            different &= ~(self.kept.isnan() & other.isnan())
         return different if self.held is None else different & self.held
 
-    def _full(self) -> Tensor:
-        if self.lock is None:
-            return self.values.reshape(self.tensor.shape)
-        return self.tensor.detach().clone().masked_scatter_(self.lock, self.values)
-
     def mask_gradient(self, gradient: Tensor) -> Tensor:
-        """The gradient with zeros at protected elements. Chosen, not multiplied: NaN times zero is NaN."""
-        held = self.held
+        """The gradient with zeros at protected elements, in place. Chosen, not multiplied: NaN times zero is NaN."""
+        free = self.free if self.within is None else self._moving
         if gradient.is_sparse:
             rows = gradient.coalesce()
             values, at = rows._values(), rows._indices()
-            values = torch.zeros_like(values) if held is None else values.masked_fill(held[tuple(at)], 0.0)
+            values = torch.zeros_like(values) if free is None else bits.clear_(values.clone(), free[tuple(at)])
             return torch.sparse_coo_tensor(at, values, gradient.shape, is_coalesced=True, check_invariants=False)
-        return gradient.zero_() if held is None else gradient.masked_fill_(held, 0.0)
+        return gradient.zero_() if free is None else bits.clear_(gradient, free)
 
 
 @dataclass(eq=False)
@@ -143,11 +157,11 @@ class Protection:
         locking, finished = sorted(locking), sorted(finished)
         locks = network.locks(locking)
         for entry in self.shared:
-            entry.within = locks[entry.name].to(entry.tensor.device)
+            entry.narrow(locks[entry.name])
         kept = {id(t) for task in finished for t in (*network.embeddings(task), *network.copies(task))}
         for entry in self.own:
             if id(entry.tensor) not in kept:
-                entry.within = torch.zeros(entry.tensor.shape, dtype=torch.bool, device=entry.tensor.device)
+                entry.narrow(torch.zeros(entry.tensor.shape, dtype=torch.bool))
 
     @classmethod
     def resumed(cls, network: Network, old: Mapping[str, tuple[Tensor | None, Tensor]], tasks: Iterable[int]) -> Protection:
@@ -158,14 +172,15 @@ class Protection:
         owners = {id(t): task for task in made.tasks for t in (*network.embeddings(task), *network.copies(task))}
         for name, (lock, values) in old.items():
             tensor = tensors[name]
-            lock = None if lock is None else lock.to(tensor.device)
-            values = values.to(tensor.device, tensor.dtype)
-            (made.shared if name in shared else made.own).append(Locked(name, tensor, lock, values, task=owners.get(id(tensor))))
+            entry = Locked.of(name, tensor, lock, owners.get(id(tensor)))
+            entry.kept[... if lock is None else lock] = values.to(tensor.device, tensor.dtype)
+            entry.version = -1  # the tensor itself holds something else by now
+            (made.shared if name in shared else made.own).append(entry)
         return made
 
     def state(self) -> dict[str, tuple[Tensor | None, Tensor]]:
         """Locks and values by the tensor's name."""
-        return {entry.name: (entry.lock, entry.values) for entry in self}
+        return {entry.name: (entry.lock, entry.values()) for entry in self}
 
     def follow(self, module: nn.Module) -> None:
         """The network was moved or cast, or its tensors were replaced: so are the values."""

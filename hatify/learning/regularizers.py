@@ -43,32 +43,61 @@ def regularization(
     >>> loss = cross_entropy(hat(x, task=1, mask_scale=5.0), y) + 0.1 * hatify.regularization(hat, 1, 5.0)  # doctest: +SKIP
     """
     view = network_of(network)
-    view.checked(task)
-    if kind not in KINDS:
-        raise TaskError(f"no regularization {kind!r}", why=f"there are {', '.join(KINDS)}", fix="kind='layer'")
-    names = list(view.maskers)
-    if not names:
-        return torch.zeros(())
-    maskers = [view.maskers[n] for n in names]
-    others = sorted(view.finished - {task})
-    free = torch.cat([free_channels(m, task, others) for m in maskers])
-    embeddings = torch.cat([m.embeddings[task].float() for m in maskers])
-    config = maskers[0].config
-    taken = soft_mask(embeddings, mask_scale, config) * free
-    factor = torch.tensor(_by_name(weights, names, 1.0), device=taken.device)
-    sizes = torch.tensor([m.channels for m in maskers], device=taken.device)
-    owner = torch.repeat_interleave(torch.arange(len(names), device=taken.device), sizes, output_size=taken.numel())
+    return Capacity(view, task, kind, quota, weights).term(mask_scale)
 
-    def per_masker(values: Tensor) -> Tensor:
-        return torch.zeros(len(names), device=values.device).index_add(0, owner, values)
 
-    if kind == "network":
-        if isinstance(quota, Mapping):
-            raise TaskError("the network-wide regularization has one quota", fix="quota=0.1")
-        total = (free * factor[owner]).sum().clamp(min=1e-12)
-        return ((taken * factor[owner]).sum() / total - (quota or 0.0)).clamp(min=0.0)
-    share = per_masker(taken) / per_masker(free).clamp(min=1.0)
-    return (factor * (share - torch.tensor(quotas(view, kind, quota), device=taken.device)).clamp(min=0.0)).sum()
+class Capacity:
+    """What the term is made of, worked out once: it stays the same until another task is finished.
+
+    Arguments and errors are those of :func:`regularization`.
+
+    Attributes:
+        free: 1.0 where no other finished task is live: float32, all maskers one after another.
+    """
+
+    def __init__(
+        self,
+        view: Network,
+        task: int,
+        kind: str = "layer",
+        quota: float | Mapping[str, float] | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        view.checked(task)
+        if kind not in KINDS:
+            raise TaskError(f"no regularization {kind!r}", why=f"there are {', '.join(KINDS)}", fix="kind='layer'")
+        self.view, self.task = view, task
+        maskers = list(view.maskers.values())
+        if not maskers:
+            return
+        names, others = list(view.maskers), sorted(view.finished - {task})
+        self.config, self.kind, self.count = maskers[0].config, kind, len(names)
+        self.free = torch.cat([free_channels(m, task, others) for m in maskers])
+        device = self.free.device
+        sizes = torch.tensor([m.channels for m in maskers], device=device)
+        self.owner = torch.repeat_interleave(torch.arange(len(names), device=device), sizes, output_size=self.free.numel())
+        self.factor = torch.tensor(_by_name(weights, names, 1.0), device=device)
+        if kind == "network":
+            if isinstance(quota, Mapping):
+                raise TaskError("the network-wide regularization has one quota", fix="quota=0.1")
+            self.quota = quota or 0.0
+            self.total = (self.free * self.factor[self.owner]).sum().clamp(min=1e-12)
+        else:
+            self.quota = torch.tensor(quotas(view, kind, quota), device=device)
+            self.total = self._per_masker(self.free).clamp(min=1.0)
+
+    def term(self, mask_scale: float | Tensor) -> Tensor:
+        """The regularization at a scale: a scalar, float32."""
+        embeddings = self.view.embeddings(self.task)
+        if not embeddings:
+            return torch.zeros(())
+        taken = soft_mask(torch.cat([e.float() for e in embeddings]), mask_scale, self.config) * self.free
+        if self.kind == "network":
+            return ((taken * self.factor[self.owner]).sum() / self.total - self.quota).clamp(min=0.0)
+        return (self.factor * (self._per_masker(taken) / self.total - self.quota).clamp(min=0.0)).sum()
+
+    def _per_masker(self, values: Tensor) -> Tensor:
+        return torch.zeros(self.count, device=values.device).index_add(0, self.owner, values)
 
 
 def quotas(view: Network, kind: str, quota: float | Mapping[str, float] | None) -> list[float]:

@@ -17,7 +17,7 @@ from hatify.learning.masks import MaskSteps, kept_shares, longest_step, step_fac
 from hatify.learning.network import network_of
 from hatify.learning.optimizers import all_below, check_holds, forget_locked, parameters_of
 from hatify.learning.protection import Protection
-from hatify.learning.regularizers import KINDS, regularization
+from hatify.learning.regularizers import KINDS, Capacity
 from hatify.learning.schedules import SCHEDULES, Schedule, checked, mask_scale, progress_of
 from hatify.learning.statistics import Statistics, as_call
 from hatify.learning.steps import ON_NONFINITE
@@ -102,6 +102,7 @@ class Learning:
         self._skipped_before = 0
         self._active_before: int | None = None
         self._scale = torch.zeros(())
+        self._capacity: tuple[Any, Capacity] | None = None
         self._check()
 
     @property
@@ -141,7 +142,7 @@ class Learning:
             )
         if self.warm_start not in (None, "pretrained"):
             self._view.checked(self.warm_start)
-        regularization(self.network, self.task, 1.0, kind=self.kind, quota=self.quota, weights=self.weights)
+        Capacity(self._view, self.task, self.kind, self.quota, self.weights)
         self._check_optimizers()
         self._to_lock()
 
@@ -329,8 +330,10 @@ class Learning:
             TaskError: the session is over.
         """
         self._check_open()
-        term = regularization(self.network, self.task, self._scale, kind=self.kind, quota=self.quota, weights=self.weights)
-        return self.weight * term
+        known = self.guard.generation, frozenset(self._view.finished)
+        if self._capacity is None or self._capacity[0] != known:
+            self._capacity = known, Capacity(self._view, self.task, self.kind, self.quota, self.weights)
+        return self.weight * self._capacity[1].term(self._scale)
 
     def refresh_statistics(self, batches: Iterable[Any]) -> None:
         """Gathers the running statistics of the task's norms again, under binary masks, instead of what :meth:`finish` would do
@@ -365,11 +368,11 @@ class Learning:
     def advance(self) -> None:
         """Counts one step and moves the scale on. Steps of torch's optimizers call it by themselves."""
         self._check_open()
-        embeddings = self._view.embeddings(self.task)
+        embeddings = [e.data for e in self._view.embeddings(self.task)]
         limit = self._config.max_embedding
-        with torch.no_grad():
-            for embedding in embeddings:
-                embedding.data.clamp_(-limit, limit)
+        if embeddings:
+            torch._foreach_clamp_min_(embeddings, -limit)
+            torch._foreach_clamp_max_(embeddings, limit)
         self.step += 1
         self._set_scale()
 

@@ -58,12 +58,17 @@ class Steps:
 
     def owns(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer holds parameters of the network."""
-        return bool(self._own(optimizer))
+        ids = self._ids()
+        return any(id(p) in ids for group in optimizer.param_groups for p in group["params"])
 
     def _own(self, optimizer: Optimizer) -> list[nn.Parameter]:
+        ids = self._ids()
+        return [p for p in parameters_of(optimizer) if id(p) in ids]
+
+    def _ids(self) -> set[int]:
         if self._owned is None:
             self._owned = {id(p) for p in self.guard.module.parameters()}
-        return [p for p in parameters_of(optimizer) if id(p) in self._owned]
+        return self._owned
 
     def _names(self, parameters: list[nn.Parameter]) -> str:
         ids = {id(p) for p in parameters}

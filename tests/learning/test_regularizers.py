@@ -158,3 +158,33 @@ def test_embeddings_are_clamped_after_every_step() -> None:
         optimizer.step()
         largest = max(float(m.embeddings[1].detach().abs().max()) for m in hat.maskers.values())
         assert largest == hat.config.max_embedding
+
+
+def test_what_a_session_remembers_is_never_stale() -> None:
+    hat = network("text_cnn")
+    optimizer = SGD(hat.parameters(), lr=0.05)
+    learn(hat, "text_cnn", 0, optimizer)
+    saved = {k: v.clone() for k, v in hat.state_dict().items()}
+    with hat.learning(1, optimizer, schedule="constant", max_scale=3.0) as run:
+
+        def fresh() -> bool:
+            return torch.equal(run.regularization(), hatify.regularization(hat, 1, 3.0))
+
+        assert fresh()
+        step(hat, run, optimizer, inputs("text_cnn", 4))
+        assert fresh()
+        first = run.regularization()
+        hat.load_state_dict(saved)
+        assert fresh() and not torch.equal(run.regularization(), first)
+        hat.load_state_dict({k: v.clone() for k, v in saved.items()}, assign=True)
+        assert fresh()
+        masker = next(iter(hat.maskers.values()))
+        changed = {k: v.clone() for k, v in saved.items()}
+        (name,) = [n for n, p in hat.named_parameters() if p is masker.embeddings[0]]
+        changed[name] = -changed[name]
+        before = run.regularization()
+        hat.load_state_dict(changed, overwrite=True)  # another task's masks: other channels are free
+        assert fresh() and not torch.equal(run.regularization(), before)
+        hat.double()
+        assert fresh()
+        hat.float()

@@ -1,0 +1,83 @@
+"""What a converted network knows of its making, and the sizes that its capture fixed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from hatify.capture import Captured
+from hatify.errors import CallError
+
+
+class Facts:
+    """What a HAT model knows of its making; immutable (:meth:`HATModel.add_tasks` replaces it), shared by its copies.
+
+    ``uses`` are the uses of every shared parameter, ``masker_paths`` where each masker lives, ``original_keys`` the keys of the
+    original's state dict in order, ``reference`` the original's tree on the meta device (its code, without its weights).
+    """
+
+    def __init__(self, **facts: Any) -> None:
+        self.__dict__.update(facts)
+
+    def __deepcopy__(self, memo: dict) -> Facts:
+        return self
+
+
+class Sizes:
+    """The sizes that a capture fixed, checked once per combination of input shapes."""
+
+    def __init__(self, captures: list[Captured]) -> None:
+        self.names = captures[0].signature.names
+        self.fixed = {(f.input, f.dim): f.size for c in captures for f in c.fixed_sizes}
+        self.guards = [g for c in captures for g in c.guards]
+        self.example = captures[0].inputs
+        self.seen: set[tuple] = set()
+
+    @classmethod
+    def of(cls, names: list[str], fixed: dict[tuple[str, int], int], guards: list[Any], example: list[Tensor]) -> Sizes:
+        """The same of a capture that is not there any more."""
+        made = cls.__new__(cls)
+        made.names, made.fixed, made.guards, made.example, made.seen = names, fixed, guards, example, set()
+        return made
+
+    def fit(self, tensors: list[Tensor]) -> bool:
+        """Whether inputs of these sizes are what was captured."""
+        try:
+            self(tensors)
+        except CallError:
+            return False
+        return True
+
+    def __call__(self, tensors: list[Tensor]) -> None:
+        key = tuple((t.shape, t.dtype) for t in tensors)
+        if key in self.seen:
+            return
+        for name, tensor, example in zip(self.names, tensors, self.example):
+            if tensor.dim() != example.dim():
+                raise _refused(name, f"it has {tensor.dim()} dimensions, captured were {example.dim()}", tensor)
+            if tensor.dtype.is_floating_point != example.dtype.is_floating_point:
+                raise _refused(name, f"it is {tensor.dtype}, captured was {example.dtype}", tensor)
+            for dim, size in enumerate(tensor.shape):
+                fixed = self.fixed.get((name, dim), size)
+                if fixed != size:
+                    raise _refused(name, f"dimension {dim} is {size}; the capture fixed it at {fixed}", tensor)
+        for guard in self.guards:
+            if not guard.holds(tensors):
+                raise CallError(
+                    "the model takes another path for inputs of these sizes",
+                    where=guard.line,
+                    why=f"the capture assumed {guard.text}",
+                    fix="convert again with example_inputs of the sizes that you need",
+                )
+        self.seen.add(key)
+
+
+def _refused(name: str, why: str, tensor: Tensor) -> CallError:
+    shape = ", ".join(str(s) for s in tensor.shape)
+    return CallError(
+        f"the input {name} does not fit the capture",
+        where=name,
+        why=why,
+        fix=f"hatify.convert(model, example_inputs=torch.randn({shape}))",
+    )
