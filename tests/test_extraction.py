@@ -194,26 +194,22 @@ def test_a_mask_that_is_left_out_is_found(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_live_channel_that_is_removed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: one live channel of a hidden layer too few. Dead rectifiers may hide one, not all."""
-    from hatify.lifecycle import labels
+    from hatify.lifecycle.labels import Labels
 
     network = NETWORKS["conv1d"]
     hat = hatify.convert(network.make(), 1, example_inputs=network.inputs(2), verify=False).eval()
     finished(hat, 0)
-    solved = labels.Labels._solved
+    solved = Labels.__init__
     caught = []
     for number in range(4):
 
-        def one_less(self, number: int = number) -> list[bool]:
-            kept = solved(self)
+        def one_less(self, *arguments, number: int = number) -> None:
+            solved(self, *arguments)
             hidden = next(own for node, own in self.own.items() if node.name == "conv1")
+            kept = self.classes.kept
             kept[[label for label in hidden.tolist() if kept[label]][number]] = False
-            return kept
 
-        def keeps(self, ids: torch.Tensor) -> torch.Tensor:
-            return torch.tensor([self.kept[i] for i in ids.reshape(-1).tolist()]).reshape(ids.shape)
-
-        monkeypatch.setattr(labels.Labels, "_solved", one_less)
-        monkeypatch.setattr(labels.Labels, "keeps", keeps)
+        monkeypatch.setattr(Labels, "__init__", one_less)
         try:
             hatify.extract(hat, 0, slim=True)
         except hatify.HatifyError as error:

@@ -77,7 +77,7 @@ class Cuts:
     def _cut(self, node: fx.Node, held: Labelled, shape: tuple[int, ...]) -> Cut | None:
         if held.cut is None:
             return None
-        keep = self.labels.keeps(held.ids)
+        keep = self.labels.classes.keeps(held.ids)
         rows = keep.movedim(held.cut, -1)
         counts = rows.sum(-1)
         if bool((counts != counts.reshape(-1)[0]).any()):
@@ -152,6 +152,8 @@ class Cuts:
         args = node.args
         source = next(n for n in node.all_input_nodes if self.picture[n].shape is not None)
         cut, made = self.found[source], out[0]
+        if self._takes_by_number(node, name, cut):
+            return self._by_number(node, cut, made)
         if name in (*VIEWS, "reshape", "expand") and made is not None:
             tail = (self._sizes(node, args[1], made, 0),)
         elif name == "unflatten" and made is not None:
@@ -162,12 +164,38 @@ class Cuts:
             target, tail = aten.split_with_sizes.default, (self._counts(node, cut, sizes), cut.dim)
         elif name == "slice" and cut is not None and self._dim(node, 1) == cut.dim:
             start, end = (self._place(node, cut, args[i] if len(args) > i else d) for i, d in ((2, 0), (3, cut.size)))
-            if len(args) > 4 and args[4] != 1:
-                raise Refused(node, "it takes every other channel")
             tail = (cut.dim, start, end)
-        elif name in ("select", "narrow", "index_select") and cut is not None and self._dim(node, 1) == cut.dim:
-            raise Refused(node, "it takes channels by their number")
+        elif name == "select" and cut is not None and self._dim(node, 1) == cut.dim:
+            tail = (cut.dim, self._place(node, cut, args[2]))
+        elif name == "narrow" and cut is not None and self._dim(node, 1) == cut.dim:
+            start, end = self._place(node, cut, args[2]), self._place(node, cut, args[2] + args[3])
+            tail = (cut.dim, start, end - start)
         return target, tail
+
+    def _takes_by_number(self, node: fx.Node, name: str, cut: Cut | None) -> bool:
+        """Whether the node picks or orders channels, along the dimension that is cut and no other."""
+        if cut is None or not cut.uniform:
+            return False
+        args = node.args
+        if name == "slice":
+            return self._dim(node, 1) == cut.dim and len(args) > 4 and args[4] != 1
+        if name == "index_select":
+            return self._dim(node, 1) == cut.dim
+        if name == "roll":
+            return len(args) > 2 and [d % len(self.picture[args[0]].shape) for d in args[2]] == [cut.dim]
+        if name == "index":
+            given = [d for d, index in enumerate(args[1]) if index is not None]
+            return given == [cut.dim] and len(self.picture[args[1][cut.dim]].shape) == 1
+        return False
+
+    def _by_number(self, node: fx.Node, cut: Cut, made: Cut | None) -> tuple:
+        """The same channels by the numbers that they have on the smaller value."""
+        rank = len(self.picture[node.args[0]].shape)
+        numbers = torch.arange(cut.size).reshape([-1 if d == cut.dim else 1 for d in range(rank)])
+        args = fx.map_arg(node.args, lambda n: numbers if n is node.args[0] else self.picture[n].known)
+        taken = node.target(*args).reshape(-1)
+        taken = taken if made is None else taken[made.channels]
+        return aten.index_select.default, (cut.dim, torch.searchsorted(cut.channels, taken))
 
     def _dim(self, node: fx.Node, position: int) -> int:
         dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from hatify.gates.layers import Weighted
-from hatify.lifecycle.cuts import JOINS, Cut, Cuts, Refused
+from hatify.lifecycle.channels import Channels, take
+from hatify.lifecycle.cuts import JOINS, Cuts, Refused
 from hatify.lifecycle.kinds import Site
 from hatify.lifecycle.labels import Labels
 from hatify.lifecycle.needs import Needs
@@ -43,7 +43,6 @@ def slim_down(plain: Plain, picture: Picture) -> list[Slimmed]:
     needs = Needs(plain, picture, zeros)
     dense: dict[fx.Node, str] = {}
     while True:
-        known = len(dense)
         labels = Labels(plain, picture, zeros, needs, dense)
         try:
             cuts = Cuts(plain.graph, picture, labels)
@@ -51,10 +50,8 @@ def slim_down(plain: Plain, picture: Picture) -> list[Slimmed]:
             if refused.node in dense:
                 raise
             dense[refused.node] = refused.why
-            continue
-        if len(dense) == known or labels.dense is dense:
-            break
-    return _Slimmer(plain, picture, labels, cuts).run()
+        else:
+            return _Slimmer(plain, picture, labels, cuts).run()
 
 
 class _Slimmer:
@@ -62,7 +59,7 @@ class _Slimmer:
         self.plain, self.picture, self.labels, self.cuts = plain, picture, labels, cuts
         self.graph = plain.graph
         self.kinds = labels.zeros.kinds
-        self.whole: dict[fx.Node, fx.Node] = {}
+        self.channels = Channels(plain, picture, cuts)
         self.realigned = {(n, o) for n, o in labels.realigned if n not in labels.dense}
         self.made: dict[int, nn.Module] = {}
         self.report: list[Slimmed] = []
@@ -74,7 +71,7 @@ class _Slimmer:
             live = (
                 int(rows.reshape(-1, rows.shape[-1]).any(0).expand(len(own)).sum()) if rows.shape[-1] in (1, len(own)) else len(own)
             )
-            kept = int(self.labels.keeps(own).sum())
+            kept = int(self.labels.classes.keeps(own).sum())
             self.report.append(Slimmed(node.name, node.meta.get("scope", ""), kept, len(own), live))
         read = {node: node.all_input_nodes for node in self.labels.dense}
         for node in list(self.graph.nodes):
@@ -85,107 +82,36 @@ class _Slimmer:
             elif handler is not None:
                 handler(node)
         for node, why in self.labels.dense.items():
-            if self.kinds[node].family == "weighted" or any(self.cut(n) is not None for n in read[node]):
+            if self.kinds[node].family == "weighted" or any(self.channels.cut(n) is not None for n in read[node]):
                 self.report.append(Slimmed(node.name, node.meta.get("scope", ""), why=why))
         tidy(self.graph)
         return self.report
 
-    def cut(self, node: Any) -> Cut | None:
-        found = self.cuts.found.get(node)
-        return found if isinstance(found, Cut) else None
-
-    # whole values
-
     def _restore(self, node: fx.Node) -> None:
         """The operands of a node that needs them whole."""
         for operand in node.all_input_nodes:
-            if self.cut(operand) is None:
+            if self.channels.cut(operand) is None:
                 continue
             if node.op == "call_function" and operator_of(node) == "sym_size":
-                if node.args[1] % len(self.picture[operand].shape) != self.cut(operand).dim:
+                if node.args[1] % len(self.picture[operand].shape) != self.channels.cut(operand).dim:
                     continue  # counts something else than channels
             elif isinstance(self.picture[node].other, torch.dtype | torch.device):
                 continue
-            node.replace_input_with(operand, self._whole(operand))
+            node.replace_input_with(operand, self.channels.whole(operand))
             if node not in self.labels.dense:
                 rule = f"no rule says how {operator_of(node)} works on fewer channels"
                 why = "an output keeps its shape" if node.op == "output" else rule
                 self.report.append(Slimmed(node.name, node.meta.get("scope", ""), why=why))
 
-    def _whole(self, operand: fx.Node) -> fx.Node:
-        """The value with zeros where channels were removed."""
-        if operand in self.whole:
-            return self.whole[operand]
-        cut = self.cut(operand)
-        rank = len(self.picture[operand].shape)
-        places = torch.full(cut.index.shape[: cut.dim] + (cut.size,) + cut.index.shape[cut.dim + 1 :], cut.kept)
-        order = torch.arange(cut.kept).reshape([-1 if d == cut.dim else 1 for d in range(rank)]).expand(cut.index.shape)
-        places.scatter_(cut.dim, cut.index, order)
-        name = self.plain.add_buffer(f"{operand.name}_places", places.reshape(-1) if cut.uniform else places, persistent=True)
-        after = operand
-        while after.next.op == "placeholder":
-            after = after.next
-        with self.graph.inserting_after(after):
-            index = self.graph.create_node("get_attr", name)
-        with self.graph.inserting_after(index):
-            pad = [0] * (2 * (rank - 1 - cut.dim)) + [0, 1]
-            padded = self.graph.call_function(aten.constant_pad_nd.default, (operand, pad))
-        with self.graph.inserting_after(padded):
-            if cut.uniform:
-                whole = self.graph.call_function(aten.index_select.default, (padded, cut.dim, index))
-            else:
-                whole = self.graph.call_function(torch.take_along_dim, (padded, index, cut.dim))
-        whole.meta.update(operand.meta)
-        self.whole[operand] = whole
-        return whole
-
-    # constants
-
-    def _taken(self, constant: fx.Node, user: fx.Node, cut: Cut) -> fx.Node:
-        """A constant operand that is broadcast to a value cut by ``cut``, with the kept channels only."""
-        shape, rank = self.picture[constant].shape, len(self.picture[user].shape)
-        dim = cut.dim - (rank - len(shape))
-        if dim < 0 or shape[dim] == 1:
-            return constant
-        return self._chosen(
-            constant, user, dim, cut.index.reshape(cut.index.shape[rank - len(shape) :]) if not cut.uniform else cut.channels
-        )
-
-    def _chosen(self, constant: fx.Node, user: fx.Node, dim: int, index: Tensor) -> fx.Node:
-        """A constant with the positions ``index`` along ``dim``: a smaller tensor where it is read only here."""
-        if index.dim() == 1 and constant.op == "get_attr" and len(constant.users) == 1 and self._read_once(constant):
-            owner, _, attribute = constant.target.rpartition(".")
-            holder = self.plain.root.get_submodule(owner)
-            value = self.plain.tensor(constant.target)
-            small = value.detach().index_select(dim, index)
-            if attribute in holder._parameters:
-                holder._parameters[attribute] = nn.Parameter(small, value.requires_grad)
-            else:
-                holder._buffers[attribute] = small
-            return constant
-        name = self.plain.add_buffer(f"{constant.name}_chosen", index, persistent=True)
-        with self.graph.inserting_before(user):
-            read = self.graph.create_node("get_attr", name)
-            if index.dim() == 1:
-                return self.graph.call_function(aten.index_select.default, (constant, dim, read))
-            return self.graph.call_function(torch.take_along_dim, (constant, read, dim))
-
-    def _read_once(self, constant: fx.Node) -> bool:
-        readers = [n for n in self.graph.nodes if n.op == "get_attr" and n.target == constant.target]
-        owners = {constant.target.rpartition(".")[0]}
-        called = {n.target for n in self.graph.nodes if n.op == "call_module"}
-        named = [n for n, p in self.plain.root.named_parameters(remove_duplicate=False) if p is self.plain.tensor(constant.target)]
-        return len(readers) == 1 and not owners & called and len(named) <= 1
-
     # one family each
 
     def _mask(self, node: fx.Node) -> None:
-        cut = self.cut(node)
+        cut = self.channels.cut(node)
         live, x, fill = node.args
         if cut is not None:
             mask = self.picture[live].known
             rank = len(self.picture[node].shape)
-            small = _take(mask.reshape((1,) * (rank - mask.dim()) + tuple(mask.shape)), cut)
+            small = take(mask.reshape((1,) * (rank - mask.dim()) + tuple(mask.shape)), cut)
             if bool(small.all()):
                 self._replace(node, x)
                 return
@@ -197,7 +123,7 @@ class _Slimmer:
         site = self.kinds[node].site
         rank = len(self.picture[node].shape)
         dim = site.channel_dim(rank)
-        x, out = self.cut(site.x) if not site.meaning.lookup else None, self.cut(node)
+        x, out = self.channels.cut(site.x) if not site.meaning.lookup else None, self.channels.cut(node)
         inputs = x.channels if x is not None and x.dim == dim else None
         outputs = out.channels if out is not None and out.dim == dim else None
         if inputs is None and outputs is None:
@@ -225,14 +151,14 @@ class _Slimmer:
                 node.args = (*node.args[:6], len(inputs), *node.args[7:])
         for dim, index in ((0, first), (1, second)):
             if index is not None:
-                new = self._chosen(weight, node, dim, index)
+                new = self.channels.chosen(weight, node, dim, index)
                 if new is not weight:
                     node.replace_input_with(weight, new)
                     self.picture.seen[new] = self.picture[weight]
                 weight = new
         if site.bias is not None and outputs is not None:
             shape = self.picture[site.bias].shape
-            new = self._chosen(site.bias, node, len(shape) - 1, outputs)
+            new = self.channels.chosen(site.bias, node, len(shape) - 1, outputs)
             node.replace_input_with(site.bias, new)
 
     def _put(self, path: str, layer: nn.Module) -> None:
@@ -245,18 +171,18 @@ class _Slimmer:
             self.plain.leaves[other] = layer
 
     def _channel_norm(self, node: fx.Node) -> None:
-        cut = self.cut(node)
+        cut = self.channels.cut(node)
         if cut is not None and id(self.plain.leaves[node.target]) not in self.made:
             self._put(node.target, smaller_norm(self.plain.leaves[node.target], cut.channels))
 
     def _live_norm(self, node: fx.Node) -> None:
-        cut = self.cut(node)
+        cut = self.channels.cut(node)
         live = self.picture[node.kwargs["live"]].known
         rank = len(self.picture[node].shape)
         live = live.reshape((1,) * (rank - live.dim()) + tuple(live.shape))
         args = list(node.args)
         if cut is not None:
-            live = _take(live, cut)
+            live = take(live, cut)
             if node.target is live_norms.group_norm:
                 first = 1
             else:
@@ -265,7 +191,7 @@ class _Slimmer:
                     args[1] = [cut.kept if first + i == cut.dim else s for i, s in enumerate(args[1])]
             for i, constant in enumerate(args[2:4], start=2):
                 if isinstance(constant, fx.Node) and cut.dim >= first:
-                    args[i] = self._chosen(constant, node, cut.dim - first, cut.channels)
+                    args[i] = self.channels.chosen(constant, node, cut.dim - first, cut.channels)
         if bool(live.all()):
             self._ordinary_norm(node, args)
         elif cut is not None:
@@ -302,35 +228,11 @@ class _Slimmer:
         old.replace_all_uses_with(new)
         self.graph.erase_node(old)
 
-    def _spread(self, node: fx.Node, operand: fx.Node) -> None:
-        """A summand with other channels than the sum: its own in the sum's order, zeros where it has none."""
-        own, out = self.cut(operand), self.cut(node)
-        dim = own.dim if own is not None else out.dim if out is not None else None
-        if dim is None:
-            return
-        size = self.picture[node].shape[dim]
-        whole = torch.arange(size)
-        have, want = (whole if c is None else c.channels for c in (own, out))
-        if torch.equal(have, want):
-            return
-        places = torch.full((size,), len(have))
-        places[have] = torch.arange(len(have))
-        places = places[want]
-        name = self.plain.add_buffer(f"{operand.name}_places", places, persistent=True)
-        with self.graph.inserting_before(node):
-            index = self.graph.create_node("get_attr", name)
-            padded = operand
-            if bool((places == len(have)).any()):
-                pad = [0] * (2 * (len(self.picture[node].shape) - 1 - dim)) + [0, 1]
-                padded = self.graph.call_function(aten.constant_pad_nd.default, (operand, pad))
-            new = self.graph.call_function(aten.index_select.default, (padded, dim, index))
-        node.replace_input_with(operand, new)
-
     def _elementwise(self, node: fx.Node) -> None:
-        cut = self.cut(node)
+        cut = self.channels.cut(node)
         for operand in node.all_input_nodes:
             if (node, operand) in self.realigned:
-                self._spread(node, operand)
+                self.channels.spread(node, operand)
         if cut is None:
             return
         if node.op == "call_module" and any(True for _ in self.plain.leaves[node.target].parameters()):
@@ -340,7 +242,7 @@ class _Slimmer:
         for operand in node.all_input_nodes:
             seen = self.picture.seen.get(operand)
             if seen is not None and seen.shape is not None and seen.constant:
-                new = self._taken(operand, node, cut)
+                new = self.channels.taken(operand, node, cut)
                 if new is not operand:
                     node.replace_input_with(operand, new)
 
@@ -357,41 +259,33 @@ class _Slimmer:
             return
         node.target, tail = self.cuts.moved[node]
         if tail is not None:
+            tail = [self.channels.read(node, "numbers", part) if isinstance(part, Tensor) else part for part in tail]
             node.args, node.kwargs = (node.args[0], *tail), {}
-        cut = self.cut(node)
+        cut = self.channels.cut(node)
         if operator_of(node) in JOINS and cut is not None and not self.cuts._joins_along(node, cut.dim):
             for operand in node.all_input_nodes:
                 seen = self.picture.seen.get(operand)
                 if seen is not None and seen.shape is not None and seen.constant:
-                    node.replace_input_with(operand, self._taken(operand, node, cut))
+                    node.replace_input_with(operand, self.channels.taken(operand, node, cut))
 
     def _contraction(self, node: fx.Node) -> None:
         for (side, letters), (other, theirs) in (
             (s, o) for s in self.kinds[node].sides for o in self.kinds[node].sides if s is not o
         ):
-            cut = self.cut(other)
+            cut = self.channels.cut(other)
             if cut is None or not self.picture[side].constant:
                 continue
             letter = theirs[cut.dim]
             if letter in letters and self.picture[side].shape[letters.index(letter)] > 1:
                 if not cut.uniform:
                     raise AssertionError("a constant beside parts that keep different channels")
-                node.replace_input_with(side, self._chosen(side, node, letters.index(letter), cut.channels))
+                node.replace_input_with(side, self.channels.chosen(side, node, letters.index(letter), cut.channels))
 
     def _attention(self, node: fx.Node) -> None:
         """Scores are scaled by the size that a head had."""
-        cut = self.cut(node.args[0])
+        cut = self.channels.cut(node.args[0])
         if cut is not None and node.kwargs.get("scale") is None:
             node.kwargs = {**node.kwargs, "scale": float(self.picture[node.args[0]].shape[-1]) ** -0.5}
-
-
-def _take(mask: Tensor, cut: Cut) -> Tensor:
-    if mask.shape[cut.dim] == 1:
-        return mask
-    shape = [max(a, b) for a, b in zip(mask.shape, cut.index.shape)]
-    source = [cut.size if d == cut.dim else s for d, s in enumerate(shape)]
-    target = [cut.kept if d == cut.dim else s for d, s in enumerate(shape)]
-    return torch.gather(mask.expand(source), cut.dim, cut.index.expand(target)).clone()
 
 
 __all__ = ["Slimmed", "slim_down"]

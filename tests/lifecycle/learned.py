@@ -93,7 +93,9 @@ def allowed(hat: HATModel, task: int, others: list[int]) -> dict[str, Tensor]:
     """What forgetting ``task`` may change, worked out element by element and apart from the code under test."""
     own = _own(hat, task)
     found = {n: torch.ones_like(t, dtype=torch.bool) for n, t in (*hat.named_parameters(), *hat.named_buffers()) if id(t) in own}
-    mine, theirs = hat.locks([task]), [hat.locks([other]) for other in others]
+    mine = hat.locks([task])
+    # one by one, and together: the paper's locks of several tasks are wider than those of each
+    theirs = [hat.locks([other]) for other in others] + [hat.locks(others)]
     for name, lock in mine.items():
         free = lock.clone()
         for their in theirs:

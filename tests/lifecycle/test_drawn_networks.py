@@ -1,0 +1,110 @@
+"""Networks drawn at random keep every promise, from parity to slim extraction; HATIFY_DRAWN=2000 draws more of them."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+from drawn_networks import Drawn, Step, inputs, programs
+from extracting import finished
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from learned import allowed, answers, changed, learn, state
+from tasks import same
+
+import hatify
+from hatify import HATModel
+from hatify.calling import flatten
+
+EXAMPLES = int(os.environ.get("HATIFY_DRAWN", "25"))
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "heads": st.just("hat"),
+        "locking": st.just("paper"),
+        "norms": st.just("plain"),
+        "residuals": st.just("tied"),
+    },
+)
+SETTINGS = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize="HATIFY_SEED" not in os.environ,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    print_blob=False,
+)
+ROUNDING = 1e-5
+"""Of an extracted network, relative to the largest output."""
+
+
+def converted(program: list[Step], features: bool = False, **options: str) -> HATModel:
+    """A drawn network of three tasks, two of which are finished: random masks, and noise in what is their own."""
+    hat = hatify.convert(Drawn(program, features), 3, example_inputs=inputs(3), verify=False, **options).eval()
+    return finished(finished(hat, 0, live=0.5), 1, live=0.6)
+
+
+def keeps_its_promises(program: list[Step], features: bool, options: dict[str, str]) -> None:
+    hat = converted(program, features, **options)
+    proved(hat)
+    before = answers(hat, [0, 1])
+    for task in (0, 1):
+        forgets(copy.deepcopy(hat), task, before)
+        extracts(hat, task)
+    learn(hat, 2, steps=1)
+    assert same_tasks(hat, before, [0, 1]), "finished tasks changed while another one was learned"
+    forgets(hat, 2, answers(hat, [0, 1, 2]))
+
+
+def proved(hat: HATModel) -> None:
+    """Parity in all modes, no drift; the outcome of the control depends on dead units, which are many in so small networks."""
+    proof = hatify.verify(hat)
+    assert (proof.parity, proof.parity_no_grad, proof.parity_train, proof.drift) == (0.0, 0.0, 0.0, 0.0), proof
+    assert proof.gradients < 1e-4, proof
+
+
+def same_tasks(hat: HATModel, before: dict, tasks: list[int]) -> bool:
+    after = answers(hat, tasks)
+    return all(same(after[t], before[t]) for t in tasks)
+
+
+def forgets(hat: HATModel, task: int, before: dict) -> None:
+    """What only ``task`` used is reset, all of it and nothing else; the others are equal to the bit."""
+    others = [t for t in before if t != task]
+    may, old = allowed(hat, task, others), state(hat)
+    result = hatify.forget_task(hat, task)
+    moved = changed(hat, old)
+    assert {n for n, where in moved.items() if bool((where & ~may.get(n, torch.tensor(False))).any())} == set()
+    assert {n: c.count for n, c in result.items()} == {n: int(where.sum()) for n, where in may.items()}
+    for name, count in result.items():
+        if count.kind == "weights" and hat.get_parameter(name).dim() > 1 and count.count:
+            assert bool(moved[name][may[name]].all()), f"{name} was not reset everywhere"
+    assert hat.finished_tasks == set(others) and same_tasks(hat, before, others)
+
+
+def extracts(hat: HATModel, task: int) -> None:
+    """Both forms give what the task gives, at two batch sizes, and say so truly; the slim one is smaller where it says so."""
+    for slim in (False, True):
+        plain = hatify.extract(hat, task, slim=slim)
+        told = plain.extraction
+        for batch in (3, 2):
+            expected, got = ([o.detach() for o in flatten(m(inputs(batch)))[0]] for m in (lambda x: hat(x, task=task), plain))
+            assert [a.shape for a in expected] == [b.shape for b in got]
+            for a, b in zip(expected, got):
+                assert torch.allclose(a, b, 0.0, ROUNDING * max(1.0, float(a.abs().max()))), (slim, float((a - b).abs().max()))
+            assert batch == 2 or not told["bit_equal"] or same(expected, got)
+        assert told["parameters"]["after"] == sum(p.numel() for p in plain.parameters())
+        if slim:
+            assert told["parameters"]["after"] <= told["parameters"]["before"]
+            assert all(layer["live"] <= layer["kept"] <= layer["of"] or layer["kept"] == 1 for layer in told["slimmed"])
+            assert all(entry["why"] for entry in told["whole"])
+            if any(layer["kept"] < layer["of"] for layer in told["slimmed"]):
+                assert told["parameters"]["after"] < told["parameters"]["before"]
+
+
+@SETTINGS
+@given(programs, st.booleans(), OPTIONS)
+def test_every_promise_holds_for_any_network(program, features, options):
+    keeps_its_promises(program, features, options)
