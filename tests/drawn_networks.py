@@ -484,7 +484,9 @@ def multiply_tokens(net, x, y, number):
 @step(3)
 def fused_attention(net, x, y, number):
     size = (4, 8)[number % 2]
-    q, k, v = net.layer("qkv", lambda: nn.Linear(channels(x), 3 * size))(x).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = (
+        net.layer("qkv", lambda: nn.Linear(channels(x), 3 * size))(x).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    )
     out = F.scaled_dot_product_attention(q, k, v)
     return [net.layer("proj", lambda: nn.Linear(size, _width(number)))(out.transpose(1, 2).flatten(2))]
 

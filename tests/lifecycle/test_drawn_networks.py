@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from drawn_networks import Drawn, Step, inputs, programs
 from extracting import finished
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from learned import allowed, answers, changed, learn, state
 from tasks import same
@@ -17,6 +18,10 @@ from tasks import same
 import hatify
 from hatify import HATModel
 from hatify.calling import flatten
+from hatify.errors import HatifyError
+from hatify.gates.rules import RULES
+from hatify.lifecycle import folding, forgetting
+from hatify.lifecycle.labels.classes import Classes
 
 EXAMPLES = int(os.environ.get("HATIFY_DRAWN", "25"))
 OPTIONS = st.fixed_dictionaries(
@@ -108,3 +113,78 @@ def extracts(hat: HATModel, task: int) -> None:
 @given(programs, st.booleans(), OPTIONS)
 def test_every_promise_holds_for_any_network(program, features, options):
     keeps_its_promises(program, features, options)
+
+
+FOUND = {
+    "one_channel_alone": [Step("unequal_parts")],
+    "every_other_channel": [Step("every_other"), Step("conv")],
+    "channels_by_index": [Step("channels_by_index"), Step("batch_norm")],
+}
+"""What drawing found, or what a rule was added for."""
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_found_before(name):
+    hat = converted(FOUND[name])
+    for task in (0, 1):
+        extracts(hat, task)
+        assert not hatify.extract(hat, task, slim=True).extraction["whole"], "a rule removes these channels"
+
+
+# controls: with one rule taken away the property fails
+
+
+def _sum_forgets_a_summand(monkeypatch):
+    exact = RULES.rules["add"]
+
+    def first_only(run, call):
+        outcome = exact(run, call)
+        first = call.values()[0].ids
+        return replace(
+            outcome, out=replace(outcome.out, ids=first.expand(torch.broadcast_shapes(first.shape, outcome.out.ids.shape)))
+        )
+
+    monkeypatch.setitem(RULES.rules, "add", first_only)
+
+
+def _weight_without_locks(monkeypatch):
+    for name in ("locks", "each_lock"):
+        exact = getattr(HATModel, name)
+
+        def but_one(self, tasks, exact=exact, **how):
+            return exact(self, tasks, **{**how, "without": ("step0_conv.weight",)})
+
+        monkeypatch.setattr(HATModel, name, but_one)
+
+
+def _forgetting_what_others_need(monkeypatch):
+    exact = forgetting.shared_weights
+    monkeypatch.setattr(forgetting, "shared_weights", lambda network, tasks, kept: exact(network, tasks, []))
+
+
+def _labels_are_not_tied(monkeypatch):
+    monkeypatch.setattr(Classes, "tie", lambda self, a, b: None)
+
+
+def _dead_weights_stay(monkeypatch):
+    monkeypatch.setattr(folding, "zero_dead", lambda plain: None)
+
+
+CONTROLS = (_sum_forgets_a_summand, _weight_without_locks, _forgetting_what_others_need, _labels_are_not_tied, _dead_weights_stay)
+
+
+@pytest.mark.parametrize("sabotage", CONTROLS)
+def test_the_property_fails_without(sabotage, monkeypatch):
+    program = [
+        Step("conv", 0, 0, 6),
+        Step("activation", 1, 0, 4),
+        Step("conv", 0, 0, 2),
+        Step("add"),
+        Step("conv", 0, 0, 2),
+        Step("largest"),
+    ]
+    if sabotage is CONTROLS[0]:
+        keeps_its_promises(program, False, {})  # as it is
+    sabotage(monkeypatch)
+    with pytest.raises((AssertionError, HatifyError, RuntimeError)):  # channels of unequal number do not even add
+        keeps_its_promises(program, False, {})
