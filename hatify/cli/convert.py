@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -13,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .failures import FAILED, failures, quiet, show
-from .steps import Steps
+from .failures import FAILED, failures, show
+from .steps import Steps, working
 
 __all__ = ["convert"]
 
@@ -82,7 +81,7 @@ def convert(
         raise typer.BadParameter("give --pretrained or --checkpoint, not both", param_hint="--checkpoint")
     target = out or Path(f"{short_name(model)}-hat{wanted if isinstance(wanted, int) else len(wanted)}")
     with failures(debug):
-        with quiet(debug), Steps() as steps, contextlib.redirect_stdout(sys.stderr):
+        with working(debug) as steps:
             hat, path = _run(steps, model, wanted, target, force, img_size, pretrained, checkpoint,
                              heads.value, locking.value, not no_verify, dtype and dtype.value)  # fmt: skip
         weights = "pretrained" if pretrained else f"checkpoint {checkpoint}" if checkpoint else "random"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .failures import failures, quiet
+from .failures import failures
 from .saved import DebugOption, DirArgument, FactoryOption, JsonOption, load_saved
-from .steps import Steps
+from .steps import Steps, working
 
 __all__ = ["extract"]
 
@@ -43,7 +41,7 @@ def extract(
     if out is None and onnx is None:
         out = Path(f"{directory.name or 'model'}-task{task}.pt2")
     with failures(debug):
-        with quiet(debug), Steps() as steps, contextlib.redirect_stdout(sys.stderr):
+        with working(debug) as steps:
             report = _run(steps, directory, task, slim, out, onnx, force, factory)
         written = [str(path) for path in (out, onnx) if path is not None]
         if as_json:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .failures import failures, quiet
+from .failures import failures
 from .saved import (
     DebugOption,
     DirArgument,
@@ -23,7 +21,7 @@ from .saved import (
     load_saved,
     replace_saved,
 )
-from .steps import Steps
+from .steps import working
 
 __all__ = ["forget", "prune"]
 
@@ -97,7 +95,7 @@ def _change(
     debug: bool,
 ) -> None:
     with failures(debug):
-        with quiet(debug), Steps() as steps, contextlib.redirect_stdout(sys.stderr):
+        with working(debug) as steps:
             target = None if dry_run else check_replaceable(directory, out)
             hat = load_saved(steps, directory, factory)
             steps("forget")

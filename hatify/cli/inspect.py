@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .convert import import_from_here
-from .failures import failures, quiet
-from .saved import load_saved
-from .steps import Steps
+from .failures import failures
+from .saved import DebugOption, FactoryOption, JsonOption, load_saved
+from .steps import Steps, working
 
 __all__ = ["inspect"]
 
@@ -41,16 +39,9 @@ def inspect(
         int | None,
         typer.Option(min=1, help="Height and width of the images, for a MODEL.", show_default=False),
     ] = None,
-    factory: Annotated[
-        str | None,
-        typer.Option(
-            help="package.module:factory of the original, for a DIR that needs it.",
-            show_default=False,
-            metavar="FACTORY",
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")] = False,
+    factory: FactoryOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """Show the code of a converted model, the gates of each of its tensors, and the sizes that are fixed."""
     saved = (Path(model) / "config.json").is_file() and (Path(model) / "model.safetensors").is_file()
@@ -60,7 +51,7 @@ def inspect(
     if factory is not None and not saved:
         raise typer.BadParameter("give the factory itself as MODEL", param_hint="--factory")
     with failures(debug):
-        with quiet(debug), Steps() as steps, contextlib.redirect_stdout(sys.stderr):
+        with working(debug) as steps:
             hat = load_saved(steps, Path(model), factory) if saved else _convert(steps, model, tasks or _TASKS, img_size)
             shown = _layer(hat, layer) if layer is not None else _whole(hat, model)
         if as_json:

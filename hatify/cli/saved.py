@@ -15,7 +15,9 @@ __all__ = ["DebugOption", "DirArgument", "FactoryOption", "JsonOption", "OutOpti
 DirArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that convert wrote.", show_default=False)]
 FactoryOption = Annotated[
     str | None,
-    typer.Option(help="package.module:factory of the original, if it is your own.", show_default=False, metavar="FACTORY"),
+    typer.Option(
+        help="package.module:factory of the original, for a DIR made of your own code.", show_default=False, metavar="FACTORY"
+    ),
 ]
 OutOption = Annotated[
     Path | None, typer.Option(help="Write there and leave DIR as it is.  \\[default: DIR]", show_default=False, metavar="DIR")

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from types import TracebackType
 
 from rich.console import Console
 
-__all__ = ["Steps"]
+from .failures import quiet
+
+__all__ = ["Steps", "working"]
+
+
+@contextmanager
+def working(debug: bool) -> Iterator[Steps]:
+    """Around a command's work: its steps on stderr, with whatever libraries print, so that stdout holds the result alone."""
+    with quiet(debug), Steps() as steps, redirect_stdout(sys.stderr):
+        yield steps
 
 
 class Steps:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .failures import failures, quiet
+from .failures import failures
 from .saved import DebugOption, DirArgument, FactoryOption, JsonOption, load_saved
-from .steps import Steps
+from .steps import working
 
 __all__ = ["usage"]
 
@@ -28,7 +26,7 @@ def usage(
 ) -> None:
     """Show how full the model in DIR is, layer by layer and task by task."""
     with failures(debug):
-        with quiet(debug), Steps() as steps, contextlib.redirect_stdout(sys.stderr):
+        with working(debug) as steps:
             hat = load_saved(steps, directory, factory)
             steps("count")
             from .. import usage as used_by

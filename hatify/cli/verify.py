@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 
 import typer
 
-from .failures import FAILED, failures, quiet
+from .failures import FAILED, failures
 from .saved import DebugOption, DirArgument, FactoryOption, JsonOption, load_saved
-from .steps import Steps
+from .steps import working
 
 __all__ = ["verify"]
 
@@ -21,7 +19,7 @@ def verify(directory: DirArgument, factory: FactoryOption = None, as_json: JsonO
     Exit code 1 if a promise does not hold. DIR is not changed.
     """
     with failures(debug):
-        with quiet(debug), Steps() as steps, contextlib.redirect_stdout(sys.stderr):
+        with working(debug) as steps:
             hat = load_saved(steps, directory, factory)
             steps("verify")
             from .. import verify as prove
