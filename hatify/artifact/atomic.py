@@ -92,12 +92,7 @@ def new_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
                 _swap(temporary, target, overwrite)
             _flush(target.parent)
         except OSError as error:
-            raise ArtifactError(
-                f"{path} could not be written",
-                where=str(target),
-                why=f"{error.strerror or error}; nothing was left there",
-                fix="free some space, or give another directory",
-            ) from error
+            raise _unwritten(path, target, error) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in absent:
@@ -146,14 +141,18 @@ def new_file(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[
         _flush(temporary)
         temporary.replace(target)
     except OSError as error:
-        raise ArtifactError(
-            f"{path} could not be written",
-            where=str(target),
-            why=f"{error.strerror or error}; nothing was left there",
-            fix="free some space, or give another directory",
-        ) from error
+        raise _unwritten(path, target, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _unwritten(path: str | os.PathLike[str], target: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(
+        f"{path} could not be written",
+        where=str(target),
+        why=f"{error.strerror or error}; nothing was left there",
+        fix="free some space, or give another directory",
+    )
 
 
 def _swap(temporary: Path, target: Path, overwrite: bool) -> None:
