@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from hatify.errors import ConversionError
 
@@ -46,3 +47,10 @@ class HATConfig:
             raise ConversionError(
                 f"unknown mask_init {self.mask_init!r}", fix="mask_init=" + " or ".join(repr(i) for i in INITIALISATIONS)
             )
+
+
+def config_of(args: tuple[Any, ...], config: HATConfig | None) -> tuple[tuple[Any, ...], HATConfig]:
+    """A layer's own arguments and its configuration, which the paper passes last, by position: ``HATLinear(64, 32, config)``."""
+    if config is None and args and isinstance(args[-1], HATConfig):
+        args, config = args[:-1], args[-1]
+    return args, config or HATConfig()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from hatify.modules.config import HATConfig
+from hatify.modules.config import HATConfig, config_of
 from hatify.modules.eager import Seen
 from hatify.modules.masker import Masker
 from hatify.modules.payload import HATPayload, weighted_of_payload
@@ -33,14 +33,12 @@ def hat_class(base: type[nn.Module]) -> type:
     """The HAT subclass of a weighted or recurrent layer class: ``HAT`` + its name."""
 
     def __init__(self, *args: Any, config: HATConfig | None = None, **kwargs: Any) -> None:
-        # The paper passes the configuration last, by position: HATLinear(64, 32, config).
-        if config is None and args and isinstance(args[-1], HATConfig):
-            args, config = args[:-1], args[-1]
+        args, config = config_of(args, config)
         base.__init__(self, *args, **kwargs)
         if recurrent:
-            add_maskers(self, config or HATConfig())
+            add_maskers(self, config)
         else:
-            self.masker = Masker(_out_channels(self), config or HATConfig())
+            self.masker = Masker(_out_channels(self), config)
         self.seen = Seen()
 
     recurrent = issubclass(base, RECURRENT)

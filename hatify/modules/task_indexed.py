@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hatify.errors import TaskError
 from hatify.modules import live_norms
 from hatify.modules.calls import copy_of_task
-from hatify.modules.config import HATConfig
+from hatify.modules.config import HATConfig, config_of
 from hatify.modules.context import TaskContext
 from hatify.modules.copies import copy_module
 from hatify.modules.payload import HATPayload, norm_of_payload
@@ -47,11 +47,9 @@ def task_indexed_class(base: type[nn.Module]) -> type:
     """The task-indexed subclass of a module class: ``TaskIndexed`` + its name."""
 
     def __init__(self, *args: Any, config: HATConfig | None = None, **kwargs: Any) -> None:
-        # The paper passes the configuration last, by position.
-        if config is None and args and isinstance(args[-1], HATConfig):
-            args, config = args[:-1], args[-1]
+        args, config = config_of(args, config)
         base.__init__(self, *args, **kwargs)
-        make_task_indexed(self, (config or HATConfig()).num_tasks)
+        make_task_indexed(self, config.num_tasks)
 
     name = f"TaskIndexed{base.__name__}"
     doc = f"{base.__name__} with one copy per task; arguments as {base.__name__}, then ``config`` (:class:`HATConfig`)."
