@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from torch import fx
 
@@ -14,26 +14,23 @@ HAT, ROW_LOCKED, TASK_INDEXED, FROZEN = "hat", "row-locked", "task-indexed", "fr
 RUNGS = (HAT, ROW_LOCKED, TASK_INDEXED, FROZEN)
 
 
-class Size(int):
-    """A size at the example's inputs that remembers the node which computes it."""
+class _Computed:
+    """A number at the example's inputs that remembers the node which computes it."""
 
     node: fx.Node
 
-    def __new__(cls, value: int, node: fx.Node) -> Size:
-        size = super().__new__(cls, value)
-        size.node = node
-        return size
+    def __new__(cls, value: float, node: fx.Node) -> Self:
+        number = super().__new__(cls, value)
+        number.node = node
+        return number
 
 
-class Ratio(float):
-    """The same for a floating-point number computed from sizes."""
+class Size(_Computed, int):
+    """A size that a node computes."""
 
-    node: fx.Node
 
-    def __new__(cls, value: float, node: fx.Node) -> Ratio:
-        ratio = super().__new__(cls, value)
-        ratio.node = node
-        return ratio
+class Ratio(_Computed, float):
+    """A floating-point number computed from sizes."""
 
 
 @dataclass(frozen=True, eq=False)
