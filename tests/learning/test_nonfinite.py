@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
-from training import OPTIMIZERS, SMALLEST, equal, finite, inputs, learn, loss_of, network, outputs, state_finite, step
+from training import OPTIMIZERS, SMALLEST, Unhooked, equal, finite, inputs, learn, loss_of, network, outputs, state_finite, step
 
 from hatify import HATModel
 from hatify.errors import NonFiniteError
@@ -218,21 +218,9 @@ def test_a_gradient_scaler_overflows_in_peace(fused: bool) -> None:
     assert hat.finished_tasks == {0, 1} and equal(outputs(hat, NAME, 0), before)
 
 
-class Careless:
-    """None of torch's optimizers; applies whatever it is given."""
-
-    def __init__(self, parameters):
-        self.parameters = list(parameters)
-
-    def step(self):
-        for p in self.parameters:
-            if p.grad is not None:
-                p.data -= 0.1 * p.grad
-
-
 def test_weights_that_an_unknown_optimizer_makes_infinite_are_found_before_they_count() -> None:
     hat, _, before = begun()
-    careless = Careless(hat.parameters())
+    careless = Unhooked(hat.parameters(), rate=0.1)
     with pytest.raises(NonFiniteError, match="set to zero"), hat.learning(task=1, steps_per_epoch=3):
         loss_of(hat(*batch(11, math.nan))).backward()
         careless.step()
@@ -244,7 +232,7 @@ def test_a_task_with_infinite_weights_cannot_be_finished() -> None:
     hat, _, before = begun()
     with pytest.raises(NonFiniteError, match="task 1 cannot be finished"), hat.learning(task=1, steps_per_epoch=3):
         loss_of(hat(*batch(11, math.nan))).backward()
-        Careless(hat.parameters()).step()
+        Unhooked(hat.parameters(), rate=0.1).step()
     assert hat._guard.session is None and hat.finished_tasks == {0}
     assert finite(hat) and equal(outputs(hat, NAME, 0), before)
 

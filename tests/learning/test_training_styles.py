@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from training import SMALLEST, defenceless, equal, finite, inputs, learn, loss_of, network, outputs, step
+from training import SMALLEST, Unhooked, defenceless, equal, finite, inputs, learn, loss_of, network, outputs, step
 
 from hatify import HATModel
 
@@ -190,26 +190,9 @@ def loading_a_part(hat, name, optimizer):
         step(hat, run, optimizer, inputs(name, 4, key=11))
 
 
-class Plain:
-    """An optimizer that is none of torch's: no hook, no version counts what it writes."""
-
-    def __init__(self, parameters):
-        self.parameters = list(parameters)
-
-    def step(self):
-        for p in self.parameters:
-            if p.grad is not None:
-                p.data -= 0.05 * p.grad
-            p.data *= 0.99
-
-    def zero_grad(self, set_to_none=True):
-        for p in self.parameters:
-            p.grad = None
-
-
 @style
 def optimizer_without_hooks(hat, name, optimizer):
-    plain = Plain(hat.parameters())
+    plain = Unhooked(hat.parameters(), rate=0.05, decay=0.01)
     with hat.learning(task=1, steps_per_epoch=3) as run:
         for batch in batches(name):
             step(hat, run, plain, batch)

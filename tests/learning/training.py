@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -89,6 +89,23 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "AdamW": lambda p: AdamW(p, lr=0.02, weight_decay=0.1),
     "RMSprop": lambda p: RMSprop(p, lr=0.01, momentum=0.5),
 }
+
+
+class Unhooked:
+    """None of torch's optimizers: no hook, no version counts what it writes, and it applies whatever it is given."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], rate: float, decay: float = 0.0) -> None:
+        self.parameters, self.rate, self.decay = list(parameters), rate, decay
+
+    def step(self) -> None:
+        for p in self.parameters:
+            if p.grad is not None:
+                p.data -= self.rate * p.grad
+            p.data *= 1 - self.decay
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self.parameters:
+            p.grad = None
 
 
 def loss_of(out: Any) -> Tensor:
