@@ -1,0 +1,249 @@
+"""An exported program read as a graph of leaves and glue, whose nodes have telling names."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from hatify.calling import Signature
+from hatify.capture.captured import Captured, FixedSize, ShapeGuard
+from hatify.capture.functional import copied
+from hatify.capture.regions import enter_autocast, exit_autocast
+from hatify.capture.tree import LEAF, FunctionCall, arguments, forget_call
+
+DROPPED = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "sym_constrain_range", "_assert_async"}
+"""Checks of the exporter's own: what it assumed of sizes is read from its guards."""
+
+REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
+"""Regions that the exporter keeps as a body of their own, and how many settings come before the body."""
+
+
+def read_program(program: ExportedProgram, signature: Signature, structure: Any, inputs: list[Tensor]) -> Captured:
+    """The graph of a program whose leaves are markers, with the sizes that it fixed and the writes that it names.
+
+    Args:
+        structure: of the model's output, whose tensors the program gives flat.
+        inputs: the tensors that it was captured with, in the signature's order.
+    """
+    graph = fx.Graph()
+    captured = Captured(graph=graph, signature=signature, output=structure, inputs=inputs)
+    spec = program.graph_signature
+    held = {**spec.inputs_to_parameters, **spec.inputs_to_buffers}
+    lifted = spec.inputs_to_lifted_tensor_constants
+    user = iter(signature.names)
+    placeholders = []
+    first: dict[fx.Node, Any] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name not in held and node.name not in lifted:
+            first[node] = graph.placeholder(next(user))
+            _note(first[node], node)
+            placeholders.append(first[node])
+
+    def read(node: fx.Node) -> Any:
+        """A parameter, buffer or constant, read where it is first needed."""
+        if node.op == "placeholder" and node.name in held:
+            target = held[node.name].removeprefix("root.")
+            new = graph.create_node("get_attr", target, name=target.replace(".", "_"))
+        else:
+            name = lifted.get(node.name)
+            value = _constant(program, name) if name else operator.attrgetter(node.target)(program.graph_module)
+            if isinstance(value, fx.GraphModule):  # the body of a region, inlined where it is called
+                return value
+            target = f"constant_{len(captured.constants)}"
+            captured.constants[target] = value
+            new = graph.create_node("get_attr", target)
+        _note(new, node)
+        if new.meta["val"] is None:
+            new.meta["val"] = captured.constants[target]
+        return new
+
+    env = _Env(read)
+    env.update(first)
+    for node in program.graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            continue
+        if node.op == "call_function":
+            _copy_function(graph, env, node)
+        elif node.op == "output":
+            results = node.args[0]
+            buffers = spec.buffers_to_mutate
+            values = [r for r in results if not (isinstance(r, fx.Node) and r.name in buffers)]
+            for r in results:
+                if isinstance(r, fx.Node) and r.name in buffers:
+                    captured.writes[buffers[r.name].removeprefix("root.")] = env[r]
+            graph.output(tuple(env[v] if isinstance(v, fx.Node) else v for v in values))
+    captured.fixed_sizes = _fixed_sizes(signature, placeholders)
+    captured.guards = _guards(placeholders)
+    return captured
+
+
+class _Env(dict):
+    """New nodes by old; what is missing is read on demand."""
+
+    def __init__(self, read: Callable[[fx.Node], Any]) -> None:
+        super().__init__()
+        self._read = read
+
+    def __missing__(self, node: fx.Node) -> Any:
+        self[node] = found = self._read(node)
+        return found
+
+
+def _constant(program: ExportedProgram, name: str) -> Tensor:
+    value = program.constants[name]
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _copy_function(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> None:
+    if node.target is LEAF:
+        env[node] = _leaf_node(graph, env, node)
+        return
+    name = getattr(node.target, "__name__", "").split(".")[0]
+    if name in DROPPED:
+        return
+    if node.target is torch.ops.aten.copy.default:
+        env[node] = copied(graph, env[node.args[0]], env[node.args[1]], {"scope": _scope(node), "line": ""})
+        return
+    if str(node.target) in REGIONS:
+        env[node] = _region(graph, env, node)
+        return
+    if node.target is operator.getitem and isinstance(env[node.args[0]], list):
+        env[node] = env[node.args[0]][node.args[1]]
+        return
+    new = graph.create_node("call_function", node.target, *_mapped(env, node), name=_telling_name(node))
+    _note(new, node)
+    env[node] = new
+
+
+def _region(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> list:
+    """The user's own ``torch.no_grad()`` or ``torch.autocast()`` region, inlined between two switches that restore what was before."""
+    settings = REGIONS[str(node.target)]
+    given, body, operands = node.args[:settings], node.args[settings], iter(node.args[settings + 1 :])
+    if settings == 1:
+        before = graph.call_function(torch.is_grad_enabled)
+        graph.call_function(torch._C._set_grad_enabled, given)
+    else:
+        before = graph.call_function(enter_autocast, given)
+    inner: dict[fx.Node, Any] = {}
+    results: list = []
+    for sub in env[body].graph.nodes:
+        if sub.op == "placeholder":
+            inner[sub] = env[next(operands)]
+        elif sub.op == "call_function":
+            _copy_function(graph, inner, sub)
+        elif sub.op == "output":
+            results = [inner[r] for r in sub.args[0]]
+        elif sub.op == "get_attr":
+            inner[sub] = operator.attrgetter(sub.target)(env[body])
+    graph.call_function(torch._C._set_grad_enabled if settings == 1 else exit_autocast, (before,))
+    return results
+
+
+def _mapped(env: dict[fx.Node, Any], node: fx.Node) -> tuple[tuple, dict]:
+    return fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+
+
+def _leaf_node(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> list[fx.Node]:
+    """A marker turned back into a call of the module; one node per tensor that it returns."""
+    tensors, sizes, key = node.args
+    call = forget_call(key)
+    args, kwargs = arguments(call, [env[t] for t in tensors], [env[s] if isinstance(s, fx.Node) else s for s in sizes])
+    args, kwargs = fx.map_arg((args, kwargs), lambda n: n)
+    if isinstance(call.twin, FunctionCall):
+        new = graph.create_node("call_function", call.twin, tuple(args), {}, name=call.twin.__name__.lower())
+        _note(new, node)
+    else:
+        new = graph.create_node("call_module", call.path, tuple(args), dict(kwargs), name=call.path.replace(".", "_"))
+        _note(new, node)
+        new.meta["scope"] = call.path
+    values = list(node.meta["val"])
+    numbered = iter(range(len(values)))
+    flat = [next(numbered) if c is Tensor else None for c in call.constants]
+    new.meta["out"] = pytree.tree_unflatten(flat, call.out)
+    new.meta["aliases"] = [env[tensors[i]] for i in call.aliases]
+    if isinstance(new.meta["out"], int):
+        new.meta["val"] = values[0]
+        return [new]
+    new.meta["val"] = values
+    nodes = []
+    for number in range(len(values)):
+        item = new
+        for key_ in _path_to(new.meta["out"], number):
+            item = graph.call_function(operator.getitem, (item, key_))
+            _note(item, node)
+            item.meta["scope"] = call.path
+        item.meta["val"] = values[number]
+        nodes.append(item)
+    return nodes
+
+
+def _path_to(tree: Any, number: int) -> list:
+    """Keys that lead to the leaf ``number`` of a nested structure."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    for key, child in items:
+        if child == number and not isinstance(child, list | tuple | dict):
+            return [key]
+        below = _path_to(child, number)
+        if below:
+            return [key, *below]
+    return []
+
+
+def _telling_name(node: fx.Node) -> str:
+    scope = _scope(node)
+    name = getattr(node.target, "__name__", str(node.target)).split(".")[0].lstrip("_") or "value"
+    return f"{scope.replace('.', '_')}_{name}" if scope else name
+
+
+def _scope(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    path = re.sub(r"@\d+$", "", path)
+    return "" if path.startswith("_") else path.removeprefix("root").removeprefix(".")
+
+
+def _note(new: fx.Node, old: fx.Node) -> None:
+    new.meta["val"] = old.meta.get("val")
+    new.meta["scope"] = _scope(old)
+    trace = old.meta.get("stack_trace") or ""
+    places = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n\s*([^\n]*)', trace)
+    own = [p for p in places if "/hatify/capture/" not in p[0] and "/torch/" not in p[0]]
+    new.meta["line"] = f"{own[-1][0]}:{own[-1][1]}: {own[-1][2]}" if own else ""
+
+
+def _fixed_sizes(signature: Signature, placeholders: list[fx.Node]) -> list[FixedSize]:
+    sizes = []
+    for name, node in zip(signature.names, placeholders):
+        for dim, size in enumerate(node.meta["val"].shape):
+            if not isinstance(size, torch.SymInt) or not size.node.expr.free_symbols:
+                sizes.append(FixedSize(name, dim, int(size)))
+    return sizes
+
+
+def _guards(placeholders: list[fx.Node]) -> list[ShapeGuard]:
+    """Guards that the model's own lines put on sizes; those of PyTorch's internals only concern strides and size one."""
+    symbols: dict[str, tuple[int, int]] = {}
+    environment = None
+    for number, node in enumerate(placeholders):
+        for dim, size in enumerate(node.meta["val"].shape):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                environment = size.node.shape_env
+                symbols.setdefault(str(size.node.expr), (number, dim))
+    found = []
+    for guard in environment.guards if environment is not None else []:
+        place = guard.sloc.framework_loc
+        filename = getattr(place, "filename", str(place))
+        own = "/torch/" not in filename
+        expression = environment.simplify(guard.expr)
+        free = {str(s) for s in expression.free_symbols}
+        if own and free and free <= set(symbols):
+            line = f"{filename}:{getattr(place, 'lineno', '?')}: {getattr(place, 'line', '')}"
+            found.append(ShapeGuard(str(expression), line, expression, {s: symbols[s] for s in free}))
+    return found

@@ -1,0 +1,54 @@
+"""Why a model cannot be captured, in terms of the user's own code."""
+
+from __future__ import annotations
+
+import traceback
+
+from torch import nn
+
+from hatify.errors import CaptureError
+
+
+def untraceable(error: Exception, model: nn.Module, root: nn.Module) -> CaptureError:
+    """The user's own line out of an exporter's error."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "/hatify/" not in f.filename]
+    line = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}" if frames else type(model).__name__
+    reason = str(error).strip().splitlines()
+    first = next((text for text in reason if text.strip()), type(error).__name__)
+    data_dependent = "data-dependent" in str(error) or "Unbacked" in str(error) or "unbacked" in str(error)
+    ways = (
+        "take the decision out of forward (torch.where instead of if, a fixed number of steps), or keep the module whole: "
+        "hatify.register(ThatModule, hatify.TaskIndexedLayer())"
+    )
+    found = CaptureError(
+        f"{type(model).__name__} cannot be traced" + (": its control flow depends on data" if data_dependent else ""),
+        where=line,
+        why=f"{type(error).__name__}: {first[:300]}",
+        fix=ways,
+    )
+    found.module = _failing_module(error, root)
+    return found
+
+
+def _failing_module(error: Exception, root: nn.Module) -> str | None:
+    """The path of the innermost module whose forward was running."""
+    paths = {id(m): path for path, m in root.named_modules()}
+    innermost = None
+    trace = error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and paths.get(id(owner)):
+            innermost = paths[id(owner)]
+        trace = trace.tb_next
+    return innermost
+
+
+def writes_parameter(names: list[str], line: str | None) -> CaptureError:
+    """The refusal of a forward that writes into parameters."""
+    return CaptureError(
+        f"forward writes into the parameter {', '.join(n.removeprefix('root.') for n in dict.fromkeys(names))}",
+        where=line,
+        why="all tasks share it; only a module that is kept whole can have one copy of it per task",
+        fix="nn.Embedding(..., max_norm=...) or nn.EmbeddingBag(..., max_norm=...) instead of the function; otherwise keep the module "
+        "whole: hatify.register(ThatModule, hatify.TaskIndexedLayer())",
+    )
