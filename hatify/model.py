@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from hatify.calling import Signature, unflatten
 from hatify.capture.selections import check_selections
@@ -228,7 +229,8 @@ class HATModel(ChildrenByName, LearningMethods, LockMethods, TaskCopies, fx.Grap
     # state
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False, *, overwrite: bool = False) -> Any:
-        """As any module's, masks and finished tasks included.
+        """As any module's, masks and finished tasks included. A checkpoint of the original, with its keys and no others, goes to
+        :meth:`load_pretrained`: so it does from the tools that know no other call.
 
         Args:
             overwrite: also where it changes what finished tasks need, or leaves a task that is finished here unfinished.
@@ -236,6 +238,9 @@ class HATModel(ChildrenByName, LearningMethods, LockMethods, TaskCopies, fx.Grap
         Raises:
             TaskError: it would, and ``overwrite`` is not given; nothing has been written then.
         """
+        if strict and set(state_dict) == set(self._facts.original_keys) != set(self.state_dict(keep_vars=True)):
+            self.load_pretrained(state_dict)
+            return _IncompatibleKeys([], [])
         if not overwrite:
             return super().load_state_dict(state_dict, strict, assign)
         with self._guard.opened():

@@ -18,12 +18,10 @@ def snapshot(hat: HATModel) -> dict[str, Any]:
         name: {**counts, "share": round(counts["parameters"] / max(report.parameters, 1), 4)}
         for name, counts in report.rungs.items()
     }
-    lower = [
-        row for row in report.layers if row["rung"] == "task-indexed" and row["reason"] not in ("normalisation", "output layer")
-    ]
     reasons: dict[str, int] = {}
-    for row in lower:
-        reasons[row["reason"]] = reasons.get(row["reason"], 0) + row["parameters"]
+    for row in report.layers:
+        if row["rung"] == "task-indexed":
+            reasons[row["reason"]] = reasons.get(row["reason"], 0) + row["parameters"]
     return {
         "rungs": rungs,
         "task-indexed because": dict(sorted(reasons.items())),

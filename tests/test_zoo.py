@@ -1,13 +1,11 @@
 """The zoo: library models convert with parity 0 and drift 0, and to what zoo_snapshots/ says.
 
-``HATIFY_UPDATE_SNAPSHOTS=1 pytest tests/test_zoo.py`` writes the snapshots anew; their difference is for review.
+``hatify zoo run --update`` writes the snapshots anew; their difference is for review.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 from controls import assert_checks_can_fail
@@ -15,28 +13,50 @@ from zoo import ZOO
 
 import hatify
 from hatify.snapshot import snapshot
+from hatify.zoo import page, snapshots, timm_models
+from hatify.zoo.catalogue import entries
+from hatify.zoo.proving import TASKS
 
-SNAPSHOTS = Path(__file__).parent.parent / "zoo_snapshots"
 
-
-@pytest.mark.parametrize("name", ZOO)
-def test_zoo_model(name: str) -> None:
-    entry = ZOO[name]
+@pytest.mark.parametrize("key", ZOO)
+def test_zoo_model(key: str) -> None:
+    entry = ZOO[key]
     model = entry.make()
-    hat = hatify.convert(model, 3, example_inputs=entry.inputs(2))
+    hat = hatify.convert(model, TASKS, example_inputs=entry.inputs(model))
     proof = hat.verification
     assert proof.ok
-    assert proof.parity == 0.0 and proof.parity_train == 0.0 and proof.gradients == 0.0 and proof.drift == 0.0 and proof.control > 0
+    assert proof.parity == 0.0 and proof.parity_train in (0.0, None) and proof.drift == 0.0 and proof.control > 0
     assert proof.batch_sizes == [2, 3, 1]
     assert [k for k in hat.state_dict() if k in set(model.state_dict())] == list(model.state_dict())
     assert_checks_can_fail(hat)
-    found = {"model": entry.source_text, **snapshot(hat)}
-    path = SNAPSHOTS / f"{name}.json"
-    if os.environ.get("HATIFY_UPDATE_SNAPSHOTS"):
-        path.write_text(json.dumps(found, indent=2) + "\n")
-    assert path.exists(), f"no snapshot of {name}; HATIFY_UPDATE_SNAPSHOTS=1 writes it"
-    assert found == json.loads(path.read_text())
+    path = snapshots.path_of(key)
+    assert path.exists(), f"no snapshot of {key}: hatify zoo run {entry.name} --source {entry.source} --update"
+    known = json.loads(path.read_text(encoding="utf-8"))
+    found = snapshot(hat)
+    assert {part: known.get(part) for part in found} == found
+    assert known["verdict"] == "proved"
+    if "proof" in known:
+        assert (proof.parity_train is None) == (known["proof"]["parity in train mode"] is None)
+        assert (proof.gradients == 0.0) == (known["proof"]["gradients"] == "equal")
 
 
 def test_every_snapshot_has_a_model() -> None:
-    assert {p.stem for p in SNAPSHOTS.glob("*.json")} == set(ZOO)
+    known = {entry.key for entry in entries()}
+    paths = [path for path in snapshots.directory().glob("*/*") if path.suffix == ".json"]
+    assert {f"{path.parent.name}/{path.stem}" for path in paths} <= known
+    assert set(ZOO) <= {f"{path.parent.name}/{path.stem}" for path in paths}
+
+
+def test_the_page_says_what_the_snapshots_say() -> None:
+    written = (snapshots.directory() / page.NAME).read_text(encoding="utf-8")
+    assert written == page.render(snapshots.read_all()), "hatify zoo run --update writes the page"
+
+
+def test_the_smallest_models_are_the_smallest() -> None:
+    """The shipped list covers every family, and is right where it can be checked fast."""
+    families = timm_models.families()
+    chosen = timm_models.representatives()
+    assert chosen.keys() == families.keys()
+    for family in ("starnet", "pit", "visformer", "tnt"):
+        assert chosen[family] == timm_models.smallest(families[family])
+    assert timm_models.smallest(["resnet34", "resnet18", "resnet50"]) == "resnet18"

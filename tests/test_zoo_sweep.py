@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import zoo_networks
 
-from hatify.zoo import records
+from hatify.zoo import page, records, snapshots
 from hatify.zoo.records import FAILED, PROVED, REFUSED, Record
 from hatify.zoo.sweep import Limits, Watcher, sweep
 
@@ -84,3 +84,23 @@ def test_half_written_records_are_run_again(tmp_path: Path) -> None:
     path.write_text('{"key": "timm/Go')
     _, heard = _sweep(tmp_path, "Good", asked="conversion")
     assert heard.ran == ["Good"]
+
+
+def test_snapshots_and_their_page(tmp_path: Path) -> None:
+    found, _ = _sweep(tmp_path / "records", "Good", "Undecided", asked="proof and tightness")
+    folder = tmp_path / "snapshots"
+    for record in found.values():
+        snapshots.write(snapshots.snapshot_of(record), folder)
+    page.write(folder)
+    good, refused = snapshots.read_all(folder)
+    assert good["proof"]["drift"] == 0 and good["tightness"] > 0 and good["code"]
+    assert refused["verdict"] == "refused" and "data" in refused["reason"]["what"]
+    assert snapshots.hat_share(good) == pytest.approx(1 - 12 / (3 * 9 * 6 + 6 + 12 + 6 * 9 * 8 + 8))
+    text = (folder / page.NAME).read_text()
+    assert "2 models of 1 families: 1 proved, 1 refused" in text
+    assert "**refused**" in text and f"{good['tightness']:.3f}" in text
+    assert "seconds" not in json.dumps(good)
+    # another proof without tightness keeps the one that was measured
+    less = {part: value for part, value in good.items() if part != "tightness"}
+    snapshots.write(less, folder)
+    assert snapshots.read_all(folder)[0] == good
