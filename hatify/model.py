@@ -10,25 +10,26 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from hatify.calling import Signature, unflatten
-from hatify.capture.selections import check_selections
+from hatify.calling import Signature
 from hatify.children import ChildrenByName
-from hatify.errors import CallError, ConversionError, HatifyError, TaskError
+from hatify.contexts import TaskContexts
+from hatify.errors import ConversionError, HatifyError, TaskError
 from hatify.facts import Facts
+from hatify.forward import forward
 from hatify.hub import HubMethods
 from hatify.learning import Guard
 from hatify.learning.hooks import watch_state
 from hatify.learning.methods import LearningMethods
 from hatify.learning.network import Converted, network_of
 from hatify.locking import LockMethods
-from hatify.modules import HATConfig, HATPayload, Masker, TaskContext
+from hatify.modules import HATConfig, Masker, TaskContext
 from hatify.original import OwnCode
 from hatify.rewrite.graph import readable, spelled
 from hatify.rewrite.scope import Scope
 from hatify.task_copies import TaskCopies
 
 
-class HATModel(ChildrenByName, LearningMethods, LockMethods, TaskCopies, fx.GraphModule, HubMethods):
+class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskCopies, fx.GraphModule, HubMethods):
     """A network that learns one task after another.
 
     Calls: ``hat(x)`` (no task: exactly the original), ``hat(x, task=3)``, ``hat(x, task=3, mask_scale=20.0)``,
@@ -54,6 +55,7 @@ class HATModel(ChildrenByName, LearningMethods, LockMethods, TaskCopies, fx.Grap
         self.training = root.training
         self.__dict__["_guard"] = Guard(self)
         watch_state(self)
+        self._number_copies()
         held = (*self._modules, *self._parameters, *self._buffers)
         hidden = [name for name in held if hasattr(type(self), name) or name in self.__dict__]
         for code in (graph, train_graph):
@@ -74,11 +76,16 @@ class HATModel(ChildrenByName, LearningMethods, LockMethods, TaskCopies, fx.Grap
             names = dict(train.globals)
             exec(compile(train.src, "<train graph>", "exec"), names)  # the graph's own code, as fx does for the other
             cls._train = names["forward"]
-        cls.forward = _forward
+        cls.forward = forward
         return code
 
     def run(self, tensors: list[Tensor], task: TaskContext | None) -> tuple[Tensor, ...]:
-        """The generated code on flat inputs: the train graph in train mode, where the modes differ."""
+        """The generated code on flat inputs: the train graph in train mode, where the modes differ.
+
+        This is the frame that ``torch.compile`` compiles.
+        """
+        if task is not None and task.chosen is not None:
+            task = task.again()  # made here, so that nothing that it remembers has to leave the compiled code
         generated = type(self)._train if self.training else type(self)._evaluate
         if not self._facts.switches:
             return generated(self, *tensors, task)
@@ -107,54 +114,6 @@ class HATModel(ChildrenByName, LearningMethods, LockMethods, TaskCopies, fx.Grap
         if made is None:
             made = self.__dict__["_own_code_made"] = OwnCode(self)
         return made
-
-    def context(self, task: int | None, mask_scale: float | None = None) -> TaskContext | None:
-        """The context of one forward pass; None without a task.
-
-        A finished task's masks are binary whatever the scale; so are those of a task that is given no scale in eval mode. In train mode the
-        default is ``config.max_mask_scale``; the task of a session gets the session's scale, in train mode or where gradients are on.
-
-        Raises:
-            TaskError: no such task, or a scale that is not positive.
-        """
-        if task is None:
-            if mask_scale is not None:
-                raise TaskError("a mask scale needs a task", fix="hat(x, task=0, mask_scale=20.0)")
-            return None
-        task = self.checked_task(task)
-        if mask_scale is not None and not mask_scale > 0:
-            raise TaskError(f"mask_scale must be positive, not {mask_scale!r}", fix="hat(x, task=0, mask_scale=20.0)")
-        if task in self.finished_tasks:
-            mask_scale = None
-        elif mask_scale is None:
-            session = self._guard.session
-            if session is not None and session.task == task and (self.training or torch.is_grad_enabled()):
-                mask_scale = session.scale_tensor
-            elif self.training:
-                mask_scale = self.config.max_mask_scale
-        maskers = self.maskers
-        return TaskContext(task, mask_scale, lambda name: maskers[name](task, mask_scale), hard=mask_scale is None)
-
-    def checked_task(self, task: Any) -> int:
-        """``task`` as an integer in range.
-
-        Raises:
-            TaskError: it is not.
-        """
-        if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < self.config.num_tasks:
-            raise TaskError(
-                f"no task {task!r}", why=f"the model has the tasks 0 to {self.config.num_tasks - 1}", fix="hat(x, task=0)"
-            )
-        return task
-
-    @property
-    def active_task(self) -> int | None:
-        """The task of calls that name none; None is the original network."""
-        return self._active_task
-
-    @active_task.setter
-    def active_task(self, task: int | None) -> None:
-        self._active_task = None if task is None else self.checked_task(task)
 
     # what it is made of
 
@@ -302,34 +261,6 @@ class HATModel(ChildrenByName, LearningMethods, LockMethods, TaskCopies, fx.Grap
             why="pickling a graph module runs its code when it is loaded",
             fix="hatify.save(hat, 'directory')",
         )
-
-
-def _forward(self: HATModel, *args: Any, task: int | None = None, mask_scale: float | None = None, **kwargs: Any) -> Any:
-    """``hat(*inputs, task=None, mask_scale=None)``; see :class:`HATModel`."""
-    payload = next((a for a in (*args, *kwargs.values()) if isinstance(a, HATPayload)), None)
-    if payload is not None:
-        if task is not None or mask_scale is not None:
-            raise CallError("a payload brings its own task and scale", fix="hat(HATPayload(x, task_id=3, mask_scale=20.0))")
-        task, mask_scale = payload.task_id, payload.mask_scale
-        args = tuple(a.data if isinstance(a, HATPayload) else a for a in args)
-        kwargs = {k: a.data if isinstance(a, HATPayload) else a for k, a in kwargs.items()}
-    elif task is None:
-        task = self._active_task
-    if not torch.compiler.is_compiling():
-        self._guard.before_forward(task)
-        self._guard.remember(task, args, {**kwargs, "task": task})
-    tensors = self._facts.signature.bind(args, kwargs)
-    self._facts.check_sizes(tensors)
-    if self._facts.selections and not torch.compiler.is_compiling():
-        check_selections(self._facts.selections, self.get_buffer)
-    context = self.context(task, mask_scale if task is not None or payload is None else None)
-    if context is None and self.runs_own_code:
-        args, kwargs = self._facts.signature.rebuild(tensors)
-        out = self._own_code(*args, **kwargs)
-    else:
-        structure = self._facts.train_output if self.training else self._facts.output
-        out = unflatten(list(self.run(tensors, context)), structure)
-    return HATPayload(out, task_id=task, mask_scale=mask_scale) if payload is not None else out
 
 
 network_of.register(HATModel, Converted)

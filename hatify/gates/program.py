@@ -33,8 +33,19 @@ class Program:
 
     def maskers(self) -> set[str]:
         """Names of the maskers that the program reads."""
-        own = {self.masker} if self.masker else set()
-        return own.union(*(part.maskers() for part in self.parts))
+        found: set[str] = set()
+        self.collect(found, set())
+        return found
+
+    def collect(self, found: set[str], seen: set[Program]) -> None:
+        """Adds the names of the maskers that the program reads to ``found``; parts of ``seen`` have been there."""
+        if self in seen:
+            return
+        seen.add(self)
+        if self.masker:
+            found.add(self.masker)
+        for part in self.parts:
+            part.collect(found, seen)
 
 
 class _Compiler:

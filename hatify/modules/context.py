@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from hatify.gates import Program, evaluate
 
 
 class TaskContext:
-    """One forward pass: the task, the scale, and the masks evaluated so far.
+    """What a forward pass knows of its task: the number, the scale, and the masks evaluated so far.
 
-    A context lives for one pass, so no mask outlives a change of its embedding. ``id`` is the task; ``scale`` is None for
-    binary masks.
+    A context of a task in training lives for one pass, so no mask outlives a change of its embedding; one that is ``lasting`` serves
+    many, of a task whose masks do not change. ``id`` is the task; ``scale`` is None for binary masks.
+
+    Args:
+        task: its number.
+        scale: the scale of its soft masks; None for binary ones.
+        mask_of: gives a masker's mask by name, float32 of shape ``(channels,)``; or None, where ``masks`` has them all.
+        hard: whether masks are binary.
+        chosen: the copies of the task, at the ``_hat_slot`` of the module that holds them: what compiled code takes them from, in
+            place of ``task`` and ``scale``, which are None then.
+        masks: masks that are there already, by name.
+        lasting: see above.
     """
 
-    def __init__(self, task: int, scale: float | None, mask_of: Callable[[str], Tensor], hard: bool) -> None:
+    def __init__(
+        self,
+        task: int | None,
+        scale: float | Tensor | None,
+        mask_of: Callable[[str], Tensor] | None,
+        hard: bool,
+        *,
+        chosen: Sequence[Any] | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+        lasting: bool = False,
+    ) -> None:
         self.id, self.scale, self.hard = task, scale, hard
+        self.chosen, self._lasting = chosen, lasting
         self._mask_of = mask_of
-        self._atoms: dict[str, Tensor] = {}
+        self._atoms: dict[str, Tensor] = dict(masks or {})
         self._memo: dict = {}
+        self._derived: dict = {}
 
     def atom(self, masker: str) -> Tensor:
         """One masker's mask: float32, shape ``(channels,)``."""
@@ -30,4 +54,35 @@ class TaskContext:
 
     def mask(self, program: Program) -> Tensor:
         """The mask that a gate program stands for: float32, shape ``(program.size,)``."""
+        if self._lasting and program not in self._memo:
+            with torch.inference_mode(False), torch.no_grad():  # it may serve a pass with gradients later
+                return evaluate(program, self.atom, self._memo)
         return evaluate(program, self.atom, self._memo)
+
+    def derived(
+        self, program: Program, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[Tensor], Tensor], *more: Any
+    ) -> Tensor:
+        """What ``make`` gives for a mask in a shape, made once; ``more`` tells apart what is made for the same shape and type."""
+        key = program, shape, dtype, *more
+        found = self._derived.get(key)
+        if found is None:
+            if self._lasting:
+                with torch.inference_mode(False), torch.no_grad():
+                    found = make(self.mask(program).reshape(shape))
+            else:
+                found = make(self.mask(program).reshape(shape))
+            self._derived[key] = found
+        return found
+
+    def copy_of(self, holder: Any, of: Callable[[int], Any]) -> Any:
+        """The task's copy of what tasks cannot share; ``of`` gives that of any task of ``holder``."""
+        return of(self.id) if self.chosen is None else self.chosen[holder._hat_slot]
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """The maskers' masks that are there already, by name."""
+        return self._atoms
+
+    def again(self) -> TaskContext:
+        """The same for one more pass, with nothing evaluated yet."""
+        return TaskContext(None, None, None, self.hard, chosen=self.chosen, masks=self._atoms)

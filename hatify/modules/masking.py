@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from hatify.gates import Program
 from hatify.modules.context import TaskContext
@@ -19,27 +21,57 @@ def apply_mask(x: Tensor, mask: Tensor, *, soft: bool, fill: float = 0.0) -> Ten
     from values that do not count. Where no factor is multiplied in (a stand-in for functions that are undefined at zero, and what
     comes out of them), a soft factor next to zero counts as dead: it is as bad for them as zero.
     """
-    floating = x.dtype.is_floating_point
-    kept = mask > (torch.finfo(x.dtype).eps if not soft and floating else 0.0)
-    if fill or not floating:
-        return torch.where(kept, x, torch.full((), fill, dtype=x.dtype, device=x.device))
-    if torch.compiler.is_compiling():  # a compiler makes one loop of it all
-        out = torch.where(kept, x, torch.zeros((), dtype=x.dtype, device=x.device))
-    else:
-        out = _Kept.apply(x, -kept.to(_BITS[x.element_size()]))
-    return out * mask.to(x.dtype) if soft else out
+    if by_bits(x) and not fill:
+        bits = bits_of(mask, x.dtype, soft)
+        return scaled(x, mask.to(x.dtype), bits) if soft else kept(x, bits)
+    out = torch.where(_live(mask, x.dtype, soft), x, torch.full((), fill, dtype=x.dtype, device=x.device))
+    return out * mask.to(x.dtype) if soft and not fill and x.dtype.is_floating_point else out
+
+
+def _live(mask: Tensor, dtype: torch.dtype, soft: bool) -> Tensor:
+    return mask > (torch.finfo(dtype).eps if not soft and dtype.is_floating_point else 0.0)
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def by_bits(x: Tensor) -> bool:
+    """Whether ``x`` is masked by a bitwise AND; a compiler makes one loop of ``where`` and the rest."""
+    return x.dtype.is_floating_point and x.element_size() in _BITS and not torch.compiler.is_compiling()
+
+
+def bits_of(mask: Tensor, dtype: torch.dtype, soft: bool) -> Tensor:
+    """What a tensor of ``dtype`` is masked with: integers of its size, the mask's shape, all ones where live, all zeros where dead."""
+    return -_live(mask.detach(), dtype, soft).to(_BITS[dtype.itemsize])
+
+
+def kept(x: Tensor, bits: Tensor) -> Tensor:
+    """``where(live, x, 0)`` as a bitwise AND: the same result for every number, NaN and infinity included, in a quarter of the
+    time that ``where`` takes with a mask to broadcast."""
+    return _Kept.apply(x, bits) if _differentiated() else _and(x, bits)
+
+
+def scaled(x: Tensor, mask: Tensor, bits: Tensor) -> Tensor:
+    """``where(live, x, 0) * mask``, with ``mask`` of the type of ``x``."""
+    if x.dtype is torch.float16:  # where small factors vanish, and what is made from the result with them
+        return kept(x, bits) * mask
+    return _Scaled.apply(x, mask, bits) if _differentiated() else _and(x, bits).mul_(mask)
+
+
+def _differentiated() -> bool:
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
+def _and(x: Tensor, bits: Tensor) -> Tensor:
+    return (x.view(bits.dtype) & bits).view(x.dtype)
+
+
 class _Kept(torch.autograd.Function):
-    """``where(kept, x, 0)`` as a bitwise AND with all ones or all zeros: the same result for every number, NaN and infinity included,
-    in a quarter of the time that ``where`` takes with a mask to broadcast."""
+    """:func:`kept`, differentiable."""
 
     @staticmethod
     def forward(x: Tensor, bits: Tensor) -> Tensor:
-        return (x.view(bits.dtype) & bits).view(x.dtype)
+        return _and(x, bits)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -50,7 +82,7 @@ class _Kept(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         (bits,) = ctx.saved_tensors
-        return _Kept.apply(gradient, bits).sum_to_size(ctx.shape), None
+        return kept(gradient, bits).sum_to_size(ctx.shape), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
@@ -58,7 +90,48 @@ class _Kept(torch.autograd.Function):
         return _Kept.apply(tangent, bits)
 
 
-class _Gated(nn.Module):
+class _Scaled(torch.autograd.Function):
+    """:func:`scaled`, differentiable, and nothing is kept for it but its result, which the next layer keeps anyway.
+
+    With ``y = x m`` the gradient of ``m`` is the sum of ``g x = g y / m``; where ``m`` is zero, that of a dead position, zero.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, mask: Tensor, bits: Tensor) -> Tensor:
+        return _and(x, bits).mul_(mask)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, mask, bits = inputs
+        ctx.save_for_backward(output, mask, bits)
+        ctx.save_for_forward(output, mask, bits)
+        ctx.shape = x.shape
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        output, mask, bits = ctx.saved_tensors
+        of_x = of_mask = None
+        if ctx.needs_input_grad[1]:
+            of_mask = _divided((gradient * output).sum_to_size(mask.shape), mask)
+        if ctx.needs_input_grad[0]:
+            of_x = kept(gradient * mask, bits).sum_to_size(ctx.shape)
+        return of_x, of_mask, None
+
+    @staticmethod
+    def jvp(ctx: Any, of_x: Tensor | None, of_mask: Tensor | None, _: None) -> Tensor:
+        output, mask, bits = ctx.saved_tensors
+        out = torch.zeros_like(output) if of_x is None else kept(of_x, bits) * mask
+        return out if of_mask is None else out + _divided(output, mask) * of_mask
+
+
+def _divided(x: Tensor, mask: Tensor) -> Tensor:
+    """``x / mask``, 0 where the mask is 0."""
+    live = mask != 0
+    zero, one = torch.zeros((), dtype=x.dtype, device=x.device), torch.ones((), dtype=x.dtype, device=x.device)
+    return torch.where(live, x, zero) / torch.where(live, mask, one)
+
+
+class Gated(nn.Module):
     """What masks share: the gates of one value, and the program that makes its mask.
 
     Args:
@@ -82,7 +155,7 @@ class _Gated(nn.Module):
             self._program = _made(self._program)
         return self._program
 
-    def __deepcopy__(self, memo: dict) -> _Gated:
+    def __deepcopy__(self, memo: dict) -> Gated:
         copied = self.__class__.__new__(self.__class__)
         nn.Module.__init__(copied)
         copied.__dict__.update({k: v for k, v in self.__dict__.items() if k not in copied.__dict__})  # programs are immutable
@@ -94,7 +167,7 @@ def _made(program: Callable[[], Program]) -> Program:
     return program()
 
 
-class Mask(_Gated):
+class Mask(Gated):
     """Applies the mask of one value; the identity without a task.
 
     Args:
@@ -112,15 +185,20 @@ class Mask(_Gated):
     def forward(self, x: Tensor, task: TaskContext | None) -> Tensor:
         if task is None:
             return x
-        mask = task.mask(self.program).reshape(self.shape)
-        return apply_mask(x, mask, soft=self.soft and not task.hard, fill=self.fill)
+        soft = self.soft and not task.hard
+        if self.fill or not by_bits(x):
+            return apply_mask(x, task.mask(self.program).reshape(self.shape), soft=soft, fill=self.fill)
+        bits = task.derived(self.program, self.shape, x.dtype, partial(bits_of, dtype=x.dtype, soft=soft), soft)
+        if not soft:
+            return kept(x, bits)
+        return scaled(x, task.derived(self.program, self.shape, x.dtype, lambda mask: mask.to(x.dtype)), bits)
 
     def extra_repr(self) -> str:
         how = "fill with 1" if self.fill else "apply" if self.soft else "zero"
         return f"{how}: {self.words()}"
 
 
-class LiveMask(_Gated):
+class LiveMask(Gated):
     """The mask itself, for a normalisation that counts live channels; None without a task."""
 
     def forward(self, task: TaskContext | None) -> Tensor | None:

@@ -30,7 +30,7 @@ class TaskIndexed:
     def forward(self, x: Any, *args: Any, task: TaskContext | None = None, live: Tensor | None = None, **kwargs: Any) -> Any:
         if isinstance(x, HATPayload):
             return norm_of_payload(self, x, args, kwargs)
-        chosen = self if task is None else self.tasks[task.id]
+        chosen = self if task is None else task.copy_of(self, self.tasks.__getitem__)
         if live is not None:
             return live_norms.of_module(chosen, x, live)
         if task is None:
@@ -132,7 +132,7 @@ class TaskIndexedParameter(nn.Module):
         """``(value without a task, context)`` in a converted network; a payload, or nothing, in a hand-written one."""
         if len(given) == 2:
             value, task = given
-            return value if task is None else self.of(task.id)
+            return value if task is None else task.copy_of(self, self.of)
         if not given or given[0] is None:
             return self.shared
         if isinstance(given[0], HATPayload):

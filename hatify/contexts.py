@@ -1,0 +1,129 @@
+"""Which task the calls of a converted network are for, and what they need of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from hatify.errors import TaskError
+from hatify.learning import Guard
+from hatify.modules import Masker, TaskContext, TaskIndexed, TaskIndexedParameter
+from hatify.modules.bank import Bank
+from hatify.modules.masking import Gated
+from hatify.modules.recurrent import HATRecurrent
+
+LASTING = 4
+"""How many finished tasks' masks are kept at a time."""
+
+
+class TaskContexts:
+    """The part of a HAT model that knows the task of a call."""
+
+    maskers: dict[str, Masker]
+    _guard: Guard
+    _active_task: int | None
+
+    def context(self, task: int | None, mask_scale: float | None = None, *, compiled: bool = False) -> TaskContext | None:
+        """The context of one forward pass; None without a task.
+
+        A finished task's masks are binary whatever the scale; so are those of a task that is given no scale in eval mode. In train mode the
+        default is ``config.max_mask_scale``; the task of a session gets the session's scale, in train mode or where gradients are on.
+
+        Raises:
+            TaskError: no such task, or a scale that is not positive.
+        """
+        if task is None:
+            if mask_scale is not None:
+                raise TaskError("a mask scale needs a task", fix="hat(x, task=0, mask_scale=20.0)")
+            return None
+        task = self.checked_task(task)
+        if mask_scale is not None and not mask_scale > 0:
+            raise TaskError(f"mask_scale must be positive, not {mask_scale!r}", fix="hat(x, task=0, mask_scale=20.0)")
+        if task in self.finished_tasks:
+            mask_scale = None
+        elif mask_scale is None:
+            session = self._guard.session
+            if session is not None and session.task == task and (self.training or torch.is_grad_enabled()):
+                mask_scale = session.scale_tensor
+            elif self.training:
+                mask_scale = self.config.max_mask_scale
+        if torch.compiler.is_compiling():
+            maskers = self.maskers
+            return TaskContext(task, mask_scale, lambda name: maskers[name](task, mask_scale), hard=mask_scale is None)
+        if mask_scale is None and self._lasts(task):
+            context = self._lasting(task)
+            return self._for_compiler(context) if compiled else context
+        masks = self._bank.masks(task, mask_scale)
+        context = TaskContext(task, mask_scale, None, hard=mask_scale is None, masks=masks)
+        return self._for_compiler(context) if compiled else context
+
+    def _lasts(self, task: int) -> bool:
+        """Whether the masks of ``task`` are what they were: its embeddings are protected, and nobody looks on who would want to see
+        them made."""
+        guard = self._guard
+        return task in guard.protection.tasks and not guard.is_open and not _get_current_dispatch_mode_stack()
+
+    def _lasting(self, task: int) -> TaskContext:
+        """The context of a finished task, made once. Writes to a finished task's embeddings are undone before its next pass, so its
+        masks change only with what is protected, or where an embedding is another tensor for a while (``functional_call``)."""
+        known = self._guard.generation, self._bank.state(task)
+        kept = self.__dict__.setdefault("_kept_contexts", {})
+        found = kept.pop(task, None)
+        if found is None or found[0] != known:
+            with torch.inference_mode(False), torch.no_grad():
+                masks = self._bank.masks(task, None)
+            found = known, TaskContext(task, None, None, hard=True, masks=masks, lasting=True)
+        kept[task] = found  # the last used one is the last
+        while len(kept) > LASTING:
+            kept.pop(next(iter(kept)))
+        return found[1]
+
+    def _for_compiler(self, context: TaskContext) -> TaskContext:
+        """The same with tensors and modules only: a number would be a constant that the code is compiled for."""
+        chosen = [m.tasks[context.id] if isinstance(m, TaskIndexed) else m.of(context.id) for m in self._holders]
+        return TaskContext(None, None, None, context.hard, chosen=chosen, masks=context.masks)
+
+    @property
+    def _bank(self) -> Bank:
+        """All maskers that a pass reads."""
+        found = self.__dict__.get("_made_bank")
+        if found is None:
+            read: set[str] = set()
+            seen: set[Any] = set()
+            for module in self.modules():
+                if isinstance(module, Gated):
+                    module.program.collect(read, seen)
+                elif isinstance(module, HATRecurrent):
+                    read.update(f"{module.masker_path}.{name}" for name in module.maskers)
+            found = self.__dict__["_made_bank"] = Bank({n: m for n, m in self.maskers.items() if n in read})
+        return found
+
+    def _number_copies(self) -> None:
+        """Gives every module that holds copies its place in a context's ``chosen``."""
+        holders = [m for m in self.modules() if isinstance(m, TaskIndexed | TaskIndexedParameter)]
+        for slot, module in enumerate(holders):
+            module.__dict__["_hat_slot"] = slot
+        self.__dict__["_holders"] = holders
+
+    def checked_task(self, task: Any) -> int:
+        """``task`` as an integer in range.
+
+        Raises:
+            TaskError: it is not.
+        """
+        if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < self.config.num_tasks:
+            raise TaskError(
+                f"no task {task!r}", why=f"the model has the tasks 0 to {self.config.num_tasks - 1}", fix="hat(x, task=0)"
+            )
+        return task
+
+    @property
+    def active_task(self) -> int | None:
+        """The task of calls that name none; None is the original network."""
+        return self._active_task
+
+    @active_task.setter
+    def active_task(self, task: int | None) -> None:
+        self._active_task = None if task is None else self.checked_task(task)

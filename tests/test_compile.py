@@ -1,0 +1,104 @@
+"""Compiled as one graph, once for all tasks and all scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+import hatify
+from hatify import HATConfig, HATModel
+
+TASKS = 5
+
+
+class Network(nn.Module):
+    """A bit of everything that tasks have copies of: norms, a raw parameter, a buffer that is written, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.conv2, self.norm2 = nn.Conv2d(6, 6, 1), nn.GroupNorm(1, 6)
+        self.scale = nn.Parameter(torch.ones(6, 1, 1))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm1(self.conv1(x)))
+        x = x + self.scale * torch.relu(self.norm2(self.conv2(x)))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture
+def hat() -> Iterator[HATModel]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = HATConfig(num_tasks=TASKS, mask_init="normal")
+    yield hatify.convert(Network(), TASKS, example_inputs=torch.randn(2, 3, 8, 8), config=config, verify=False)
+    torch._dynamo.reset()
+
+
+def batch(key: int = 0) -> Tensor:
+    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(key))
+
+
+def test_one_compilation_for_all_tasks_and_scales(hat: HATModel) -> None:
+    count, x = CompileCounter(), batch()
+    compiled = torch.compile(hat, backend=count, fullgraph=True)
+    hat.train()
+    for number in range(50):
+        task, scale = number % TASKS, 1.0 + number
+        assert torch.allclose(compiled(x, task=task, mask_scale=scale), hat(x, task=task, mask_scale=scale), atol=1e-6)
+    assert count.frame_count == 1
+    hat.eval()
+    for task in range(TASKS):
+        assert torch.equal(compiled(x, task=task), hat(x, task=task))
+    assert count.frame_count == 2, "binary masks are another graph"
+    assert torch.equal(compiled(x), hat(x))
+    assert count.frame_count == 3, "and so is no task"
+
+
+def test_sessions_train_on_one_compilation(hat: HATModel) -> None:
+    count = CompileCounter()
+    compiled = torch.compile(hat, backend=count, fullgraph=True)
+    optimizer = torch.optim.AdamW(hat.parameters(), lr=0.05, weight_decay=0.1)
+    hat.train()
+    before, graphs = [], []
+    for task in range(TASKS):
+        start = hat.head.tasks[task].weight.detach().clone(), hat.maskers["conv1"].embeddings[task].detach().clone()
+        with hat.learning(task, optimizer, steps_per_epoch=4) as run:
+            for number in range(4):
+                loss = compiled(batch(10 * task + number)).square().mean() + run.regularization()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        end = hat.head.tasks[task].weight, hat.maskers["conv1"].embeddings[task]
+        assert all(not torch.equal(a, b) for a, b in zip(start, end)), "the task's own copies were trained"
+        graphs.append(count.frame_count)
+        with torch.no_grad():
+            before.append(hat(batch(), task=task))
+    assert graphs == [1] * TASKS
+    with torch.no_grad():
+        assert all(torch.equal(hat(batch(), task=t), before[t]) for t in range(TASKS))
+
+
+def test_compiled_calls_are_guarded_as_any(hat: HATModel) -> None:
+    with hat.learning(0, schedule="constant"):
+        pass
+    compiled = torch.compile(hat, backend="eager", fullgraph=True).eval()
+    with torch.no_grad():
+        before = compiled(batch(), task=0)
+        for parameter in hat.parameters():
+            parameter.data.add_(1.0)
+        assert torch.equal(compiled(batch(), task=0), before)
+
+
+def test_within_a_compiled_function(hat: HATModel) -> None:
+    count, x = CompileCounter(), batch()
+    hat.eval()
+    function = torch.compile(lambda x: hat(x, task=1) + hat(x), backend=count, fullgraph=True)
+    assert torch.equal(function(x), hat(x, task=1) + hat(x))
+    assert count.frame_count == 1
