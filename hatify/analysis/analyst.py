@@ -44,13 +44,15 @@ def analyse(
     roles = Heads(graphs, model)
     indexed, whole = surely_indexed(graphs, model), set()
     tied: dict[str, str] = {}
+    head_weights: set[str] = set()
     while True:
         analyst = Analyst(graphs, model, roles, heads, indexed, whole, norms == "live", tied)
         analysis = analyst.run()
+        head_weights |= analyst.head_weights
         if not analyst.other_use - indexed - whole:
             found = ties(analysis, analyst.untied, tied) if residuals == "tied" else tied
             if found == tied:
-                analyst.finish()
+                analyst.finish(head_weights)
                 return analysis
             tied = found
         for name in sorted(analyst.other_use - indexed - whole):
@@ -78,6 +80,7 @@ class Analyst:
         self.analysis = Analysis()
         self.table = self.analysis.table
         self.other_use: set[str] = set()
+        self.head_weights: set[str] = set()
         self.owners: dict[str, str] = {}
         self.canonical: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -92,9 +95,8 @@ class Analyst:
         self.env: dict[fx.Node, Any] = {}
         self.node: fx.Node | None = None
         self.captured: Captured | None = None
-        self._leaf_parameters = {
-            id(p) for g in graphs for leaf in g.leaves.values() if describe(leaf) is not None for p in leaf.parameters()
-        }
+        called = [g.leaves[path] for g in graphs for path in {n.target for n in g.graph.nodes if n.op == "call_module"}]
+        self._leaf_parameters = {id(p) for leaf in called if describe(leaf) is not None for p in leaf.parameters()}
 
     # what the rules ask for
 
@@ -305,11 +307,13 @@ class Analyst:
         """Whether a raw parameter also belongs to a layer that is called as a module."""
         return id(self.held[name]) in self._leaf_parameters
 
-    def finish(self) -> None:
-        """Plans of raw parameters that have no HAT use, and of parameters that a layer shares with the glue."""
+    def finish(self, head_weights: set[str]) -> None:
+        """Plans of raw parameters that have no HAT use (``head_weights`` are output layers used by function), and of parameters that a
+        layer shares with the glue."""
         for name in sorted(self.indexed):
             self.analysis.uses.pop(name, None)
-            self.analysis.parameters[name] = LayerPlan(name, "task-indexed", TASK_INDEXED, "raw parameter")
+            reason = "output layer" if name in head_weights else "raw parameter"
+            self.analysis.parameters[name] = LayerPlan(name, "task-indexed", TASK_INDEXED, reason)
         for name in sorted(self.whole):
             shape = tuple(self.held[name].shape)
             top = ones(len(shape))

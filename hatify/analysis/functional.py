@@ -14,12 +14,15 @@ from hatify.gates.value import Part
 
 CONV = {f"conv{k}d": k for k in (1, 2, 3)}
 CONV_TRANSPOSE = {f"conv_transpose{k}d": k for k in (1, 2, 3)}
+GROUPED = {"_grouped_mm", "grouped_mm_fallback"}
+"""Rows of tokens, sorted by expert, times the matrix of their expert: ``(rows, in) @ (experts, in, out)``."""
 
 
 @dataclass(frozen=True, eq=False)
 class WeightedCall:
     """A functional weighted operator: ``shape`` is the weight's as ``meaning`` reads it; ``flip`` says that the operand is its
-    transpose."""
+    transpose. ``experts`` is the number of matrices that take turns, along a first dimension of the operand: a row goes through one of
+    them, whichever, so that all have the same inputs and outputs."""
 
     x: Value
     weight: Value
@@ -27,6 +30,7 @@ class WeightedCall:
     meaning: Weighted
     shape: tuple[int, ...]
     flip: bool = False
+    experts: int = 0
 
     @property
     def inputs(self) -> int:
@@ -61,8 +65,13 @@ def weighted_call(call: Call) -> WeightedCall | None:
         return _made(args[0], args[1], call.argument(2, "bias"), meaning)
     if name == "addmm" and call.kwargs.get("beta", 1) == 1 and call.kwargs.get("alpha", 1) == 1:
         return _made(args[1], args[2], args[0], Weighted(), flip=True)
-    if name in ("matmul", "mm") and isinstance(args[1], Value) and args[1].rank == 2 and args[0].rank >= 1:
+    product = name in ("matmul", "mm")
+    if product and _is_matrix(args[1]) and args[0].rank >= 1 and (is_parameter(args[1]) or not args[0].constant):
         return _made(args[0], args[1], None, Weighted(bias=None), flip=True)
+    if product and _is_matrix(args[0]) and args[1].rank >= 2:
+        return _made(args[1], args[0], None, Weighted(spatial=1, bias=None))  # W @ x: channels are the last dimension but one
+    if name in GROUPED:
+        return _grouped(call)
     if name == "embedding":
         return WeightedCall(args[1], args[0], None, Weighted(bias=None, lookup=True), args[0].shape)
     return None
@@ -73,6 +82,21 @@ def _made(x: Value, weight: Value, bias: Value | None, meaning: Weighted, flip: 
         shape = weight.shape[::-1] if flip else weight.shape
         return WeightedCall(x, weight, bias, meaning, tuple(shape), flip)
     return None
+
+
+def _is_matrix(operand: Value) -> bool:
+    return operand.rank == 2 and operand.constant
+
+
+def _grouped(call: Call) -> WeightedCall | None:
+    """A grouped product with one matrix per expert and no bias."""
+    x, weight = call.args[:2]
+    if call.kwargs.get("bias") is not None or len(call.args) > 3 or not weight.constant or (x.rank, weight.rank) != (2, 3):
+        return None
+    experts, inputs, outputs = weight.shape
+    if x.origin is not None or x.shape[1] != inputs:
+        return None
+    return WeightedCall(x, weight, None, Weighted(bias=None), (outputs, inputs), flip=True, experts=experts)
 
 
 def main_part(weight: Value) -> Part:
@@ -89,6 +113,7 @@ def row_sources(found: WeightedCall, held: dict[str, Tensor]) -> tuple[str, int,
     origin = main_part(found.weight)
     name = origin.name
     out_dim = 1 if (found.flip or found.meaning.transposed or found.meaning.lookup) else 0
+    out_dim += bool(found.experts)
     if found.meaning.groups > 1 and found.meaning.transposed:
         return None
     path = name.removesuffix(".weight")

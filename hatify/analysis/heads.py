@@ -12,7 +12,7 @@ from hatify.registry import describe
 
 WEIGHT_SLOT = {
     "linear": 1, "conv1d": 1, "conv2d": 1, "conv3d": 1, "conv_transpose1d": 1, "conv_transpose2d": 1, "conv_transpose3d": 1,
-    "addmm": 2, "matmul": 1, "mm": 1, "embedding": 0,
+    "addmm": 2, "matmul": 1, "mm": 1, "embedding": 0, "_grouped_mm": 1, "grouped_mm_fallback": 1,
 }  # fmt: skip
 UNTOUCHED = {
     "add", "sub", "mul", "div", "dropout", "softmax", "log_softmax", "sigmoid", "mean", "getitem", "upsample_bilinear2d",
@@ -30,10 +30,19 @@ def operator_name(node: fx.Node) -> str:
 
 def weight_source(node: fx.Node) -> list[fx.Node]:
     """The parameters that the weight of a functional weighted operator is made of; empty where it depends on data."""
-    slot = WEIGHT_SLOT.get(operator_name(node)) if node.op == "call_function" else None
-    if slot is None or slot >= len(node.args) or not isinstance(node.args[slot], fx.Node):
-        return []
-    found, stack, seen = [], [node.args[slot]], set()
+    name = operator_name(node) if node.op == "call_function" else None
+    slots = (1, 0) if name in ("matmul", "mm") else (WEIGHT_SLOT[name],) if name in WEIGHT_SLOT else ()
+    for slot in slots:
+        if slot < len(node.args) and isinstance(node.args[slot], fx.Node):
+            found = _parameters_behind(node.args[slot])
+            if found:
+                return found
+    return []
+
+
+def _parameters_behind(node: fx.Node) -> list[fx.Node]:
+    """The parameters that a tensor is made of; empty where it depends on data."""
+    found, stack, seen = [], [node], set()
     while stack:
         at = stack.pop()
         if at in seen:

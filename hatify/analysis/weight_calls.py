@@ -26,9 +26,9 @@ def weight_call(run: Analyst, node: fx.Node, call: Call, found: WeightedCall) ->
     names = found.weight.origin.names
     own_head = node in run.roles.nodes and run.heads == "task-indexed"
     if own_head and not any(n in run.roles.shared for n in names):
-        run.other_use.update(names)
-        if found.bias is not None and found.bias.origin is not None:
-            run.other_use.update(found.bias.origin.names)
+        bias = found.bias.origin.names if found.bias is not None and found.bias.origin is not None else ()
+        run.other_use.update((*names, *bias))
+        run.head_weights.update((*names, *bias))
     shared = own_head and any(n in run.roles.shared for n in names)
     through = not shared and passes_through(found.x, found.meaning, found.inputs)
     rows_of = row_sources(found, run.held)
@@ -62,7 +62,10 @@ def _record(run: Analyst, use: Use, source: Value, found: WeightedCall, node: fx
     """A use of an effective weight, split over the parameters that it was made of."""
     origin = source.origin
     if use.parameter == "weight" and found.flip:
-        use = replace(use, rows=use.rows.transpose(0, 1), cols=use.cols.transpose(0, 1), shape=source.shape)
+        rows, cols = use.rows.transpose(0, 1), use.cols.transpose(0, 1)
+        if found.experts:
+            rows, cols = rows[None], cols[None]
+        use = replace(use, rows=rows, cols=cols, shape=source.shape)
     if use.parameter == "bias":
         if source.shape != use.shape:
             run.other_use.update(origin.names)

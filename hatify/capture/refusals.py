@@ -20,14 +20,27 @@ def untraceable(error: Exception, model: nn.Module, root: nn.Module) -> CaptureE
         "take the decision out of forward (torch.where instead of if, a fixed number of steps), or keep the module whole: "
         "hatify.register(ThatModule, hatify.TaskIndexedLayer())"
     )
+    module = _failing_module(error, root)
+    part = _largest_part(model, module)
+    if part:
+        ways += f"; or convert a part of it alone: model.{part} = hatify.convert(model.{part}, example_inputs=...)"
     found = CaptureError(
         f"{type(model).__name__} cannot be traced" + (": its control flow depends on data" if data_dependent else ""),
         where=line,
         why=f"{type(error).__name__}: {first[:300]}",
         fix=ways,
     )
-    found.module = _failing_module(error, root)
+    found.module = module
     return found
+
+
+def _largest_part(model: nn.Module, failing: str | None) -> str | None:
+    """The child with the most weights, where tracing stopped in another one: a detector's backbone."""
+    sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
+    if not failing or not any(sizes.values()):
+        return None
+    part = max(sizes, key=sizes.__getitem__)
+    return None if failing.split(".")[0] == part else part
 
 
 def _failing_module(error: Exception, root: nn.Module) -> str | None:

@@ -22,5 +22,6 @@ for _name in ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dS
     if hasattr(layers, _name):
         register(getattr(layers, _name))(_standardised)
 
+register(layers.Linear, Weighted())  # torch's own, but for casts where it is scripted
 register(layers.Conv2dSame)(lambda conv: Weighted(spatial=2, groups=conv.groups))
 register(layers.LayerNorm, MixingNorm("layer"))  # torch's own, but for the choice of kernel

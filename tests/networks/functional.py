@@ -254,3 +254,21 @@ class MaskedPooling(nn.Module):
         weights = scores.masked_fill(~keep, float("-inf")).softmax(-1)
         x = torch.where(x > 0, x, 0.1 * x)
         return self.fc((weights.unsqueeze(-1) * x).sum(1))
+
+
+@network("weight_on_the_left", floats(6, 10))
+class WeightOnTheLeft(nn.Module):
+    """A layer's weight times tokens that are laid out as columns, its bias added later: the layer itself is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(10, 16)
+        self.step = nn.Linear(16, 12)
+        self.mix = nn.Parameter(torch.randn(9, 6) * 0.4)  # over tokens
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.fc1(x)).transpose(1, 2)
+        x = F.softplus(self.step.weight @ x + self.step.bias[:, None])
+        x = torch.tanh(self.mix @ x.transpose(1, 2))
+        return self.fc(x.mean(1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def common_along(table: GateTable, ids: Tensor, dims: list[int]) -> Tensor:
     rows = flat.reshape(-1, flat.shape[-1])
     if len(rows) == 1 and all(len(table.factors(i)) < 2 for i in torch.unique(rows).tolist()):
         return torch.full(shape, TOP)  # distinct expressions without factors have nothing in common
-    return torch.tensor([table.common(torch.unique(row).tolist()) for row in rows]).reshape(shape)
+    return torch.tensor(_each(rows, table.common)).reshape(shape)
 
 
 def or_along(table: GateTable, ids: Tensor, dim: int) -> Tensor:
@@ -34,7 +36,14 @@ def or_along(table: GateTable, ids: Tensor, dim: int) -> Tensor:
     if columns.shape[1] == 1:
         flat = columns[:, 0]
         return torch.where(flat == CONST, TOP, flat)
-    return torch.tensor([table.bounded_or(torch.unique(column).tolist()) for column in columns])
+    return torch.tensor(_each(columns, table.bounded_or))
+
+
+def _each(rows: Tensor, function: Callable[[list[int]], int]) -> list[int]:
+    """``function`` of the distinct ids of each row, sorted; called once for rows of the same ids."""
+    distinct = [tuple(sorted(set(row))) for row in rows.tolist()]
+    found = {ids: function(list(ids)) for ids in dict.fromkeys(distinct)}
+    return [found[ids] for ids in distinct]
 
 
 def contract(run: Interpreter, call: Call, operands: list[tuple[Value, str]], out: str) -> Outcome:
