@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import copy
 
+import torch
+from tasks import outputs, same
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+import hatify
 from hatify import HATModel
+
+EXACT = 1e-9
+"""Relative to the largest output, in float64."""
 
 
 @torch.no_grad()
@@ -28,3 +36,30 @@ def finished(hat: HATModel, task: int, live: float = 0.6, seed: int = 0) -> HATM
     assert not maskers & {id(t) for _, copies in hat.task_copies() for t in copies(task)}
     hat.room.status.finished.add(task)
     return hat
+
+
+def extracts(hat: HATModel, task: int, *calls: tuple[tuple, dict]) -> dict[bool, nn.Module]:
+    """Takes a task out baked and slim (``False`` and ``True`` in what is returned). Both give what the task gives, for the example
+    inputs and every call in ``calls``, and say truly how exact and how small they are.
+
+    The numbers are compared in float64, where what remains of rounding is far from what a mask or a channel makes.
+    """
+    found, wide = {}, copy.deepcopy(hat).double()
+    for slim in (False, True):
+        plain = found[slim] = hatify.extract(hat, task, slim=slim)
+        told = plain.extraction
+        args, kwargs = hat.example_inputs
+        assert not told["bit_equal"] or same(outputs(hat, args, kwargs, task=task), outputs(plain, args, kwargs))
+        for given in (hat.example_inputs, *calls):
+            args, kwargs = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, given)
+            expected, got = outputs(wide, args, kwargs, task=task), outputs(copy.deepcopy(plain).double(), args, kwargs)
+            assert [a.shape for a in expected] == [b.shape for b in got]
+            for a, b in zip(expected, got):
+                assert torch.allclose(a, b, 0.0, EXACT * max(1.0, float(a.abs().max()))), (slim, float((a - b).abs().max()))
+        assert told["task"] == task and told["slim"] == slim
+        assert told["parameters"]["after"] == sum(p.numel() for p in plain.parameters()) <= told["parameters"]["before"]
+        assert all(entry["why"] for entry in (*told["stayed"], *told["whole"]))
+        assert all(layer["live"] <= layer["kept"] <= layer["of"] or layer["kept"] == 1 for layer in told["slimmed"])
+        if any(layer["kept"] < layer["of"] for layer in told["slimmed"]):
+            assert told["parameters"]["after"] < told["parameters"]["before"]
+    return found

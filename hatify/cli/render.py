@@ -61,19 +61,42 @@ def print_proof(proof: Any) -> None:
     _facts(_console(), [*_proof(proof), *(("note", note) for note in proof.notes)])
 
 
+_SHOWN = 6
+
+
 def print_extraction(report: dict[str, Any], written: list[str]) -> None:
     """What became of one task's network, and where it was written."""
     before, after = report["parameters"]["before"], report["parameters"]["after"]
-    stayed = report["stayed"]
     facts: list[tuple[str, str | Text]] = [
         ("task", str(report["task"])),
         ("parameters", f"{after:,} of {before:,}" if after != before else f"{after:,}"),
-        ("masks", f"{len(report['folded'])} folded into weights, {len(stayed)} stayed" + ("" if not stayed else " as they are")),
-        ("difference", "0 (equal to the bit)" if report["bit_equal"] else f"{report['difference']:.3g}: rounding"),
-        *(("note", note) for note in report["notes"]),
-        *(("written to", Text(path, style="bold")) for path in written),
     ]
+    if report["slim"]:
+        kept, of = (sum(layer[key] for layer in report["slimmed"]) for key in ("kept", "of"))
+        facts.append(("channels", f"{kept:,} of {of:,} kept, in {len(report['slimmed'])} layers"))
+    facts += [
+        ("masks", f"{len(report['folded'])} folded into weights, {len(report['stayed'])} stayed"),
+        *_reasons("mask stays", report["stayed"]),
+        *_reasons("kept whole", report["whole"]),
+        ("difference", "0 (equal to the bit)" if report["bit_equal"] else f"{report['difference']:.3g}: rounding"),
+    ]
+    if report["inexact"]:
+        facts.append(("begins at", ", ".join(report["inexact"][:_SHOWN]) + _more(report["inexact"])))
+    facts += [("note", note) for note in report["notes"]]
+    facts += [("written to", Text(path, style="bold")) for path in written]
     _facts(_console(), facts)
+
+
+def _reasons(label: str, entries: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """One line per reason, with the nodes that it holds for."""
+    by_reason: dict[str, list[str]] = {}
+    for entry in entries:
+        by_reason.setdefault(entry["why"], []).append(entry["node"])
+    return [(label, ", ".join(nodes[:_SHOWN]) + _more(nodes) + f": {why}") for why, nodes in by_reason.items()]
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
 
 
 def print_demonstration(shown: Any, plot: Path | None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from hatify.calling import flatten
 from hatify.errors import HatifyError, TaskError
 from hatify.lifecycle.exactness import inexact_nodes
-from hatify.lifecycle.folding import Folded, fold
+from hatify.lifecycle.folding import Folded, fold, still_masked
 from hatify.lifecycle.lowering import module_of
 from hatify.lifecycle.picture import Picture
 from hatify.lifecycle.plain import specialise
@@ -38,10 +38,12 @@ def extract(hat: HATModel, task: int, slim: bool = False) -> fx.GraphModule:
 
     Without ``slim`` the masks are folded into weights, biases and norms: what the task does not use becomes zero. Where every mask
     folds the state dict is the original architecture's own, with the task's heads, so that it loads there with ``strict=True``;
-    a mask that does not fold stays as a ``where`` with a buffer. With ``slim`` dead channels are removed.
+    a mask that does not fold stays as a ``where`` with a buffer, and so does the mask of a norm over live channels. With ``slim``
+    dead channels are removed, and these norms are ordinary smaller ones.
 
-    The result's ``extraction`` is a dict of plain data: ``task``, ``slim``, ``folded`` and ``stayed`` (mask nodes; those that stay
-    with the reason), ``difference`` (the largest absolute one measured on the example inputs, at several batch sizes) and
+    The result's ``extraction`` is a dict of plain data: ``task``, ``slim``, ``folded`` and ``stayed`` (masks; those that are still
+    there with the reason), ``slimmed`` and ``whole`` (with ``slim``: how many channels layers keep; the nodes that get their operands
+    whole, with the reason), ``difference`` (the largest absolute one measured on the example inputs, at several batch sizes) and
     ``bit_equal``, ``inexact`` (without ``slim``: the nodes where a difference begins), ``parameters`` (before, after), ``notes``.
 
     Args:
@@ -61,6 +63,7 @@ def extract(hat: HATModel, task: int, slim: bool = False) -> fx.GraphModule:
     folded = fold(plain, picture)
     before = sum(p.numel() for p in plain.root.parameters())
     slimmed = slim_down(plain, picture) if slim else []
+    stayed = still_masked(plain, folded)
     module = module_of(plain, picture, f"{hat._facts.name}Task{task}")
     module.to(next((p.device for p in hat.parameters()), torch.device("cpu")))
     worst, scale = measured(hat, task, module)
@@ -68,7 +71,7 @@ def extract(hat: HATModel, task: int, slim: bool = False) -> fx.GraphModule:
         "task": task,
         "slim": slim,
         "folded": [{"node": f.name, "where": f.scope, "how": f.how} for f in folded if f.how],
-        "stayed": [{"node": f.name, "where": f.scope, "why": f.why} for f in folded if not f.how],
+        "stayed": [{"node": f.name, "where": f.scope, "why": f.why} for f in stayed],
         "slimmed": [{"node": s.name, "where": s.scope, "kept": s.kept, "live": s.live, "of": s.size} for s in slimmed if not s.why],
         "whole": [{"node": s.name, "where": s.scope, "why": s.why} for s in slimmed if s.why],
         "difference": worst,

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from hatify.lifecycle.needs import Needs
 from hatify.lifecycle.picture import Picture
-from hatify.lifecycle.plain import MASK, Plain, tidy
+from hatify.lifecycle.plain import LIVE_NORMS, MASK, Plain, tidy
 from hatify.lifecycle.zeros import Zeros, compressed
 
 
@@ -40,13 +40,21 @@ def fold(plain: Plain, picture: Picture) -> list[Folded]:
             how = "zero"
         elif not fill and all(_reads_nothing(user, node, live, zeros) for user in node.users):
             how = "columns"
-        why = "" if how else _why(x, fill, zeros)
+        why = "" if how else _why(fill)
         found.append(Folded(node.name, node.meta.get("scope", ""), how, why))
         if how:
             node.replace_all_uses_with(x)
             plain.graph.erase_node(node)
     tidy(plain.graph)
     return found
+
+
+def still_masked(plain: Plain, folded: list[Folded]) -> list[Folded]:
+    """The masks that are in the graph still, those of norms over live channels included."""
+    there = {node.name for node in plain.graph.nodes}
+    why = "its statistics are those of live channels; an ordinary norm would count the dead ones"
+    norms = [Folded(n.name, n.meta.get("scope", ""), "", why) for n in plain.graph.nodes if n.target in LIVE_NORMS]
+    return [f for f in folded if not f.how and f.name in there] + norms
 
 
 def add_unwanted(plain: Plain, needs: Needs) -> None:
@@ -72,12 +80,10 @@ def zero_dead(plain: Plain) -> None:
                 leaf.running_var.masked_fill_(dead.to(leaf.running_var.device), 1.0)
 
 
-def _why(x: fx.Node, fill: float, zeros: Zeros) -> str:
+def _why(fill: float) -> str:
     if fill:
         return f"dead positions have to be {fill:g}, where a function is not defined at zero"
-    return (
-        f"{x.name} is not zero at dead positions whatever the weights are, and its readers are not layers with zero weights there"
-    )
+    return "what it masks is not zero there whatever the weights are, and something reads it"
 
 
 def _reads_nothing(user: fx.Node, node: fx.Node, live: torch.Tensor, zeros: Zeros) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from drawn_networks import Drawn, Step, inputs, programs
-from extracting import finished
+from extracting import extracts, finished
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from learned import allowed, answers, changed, learn, state
@@ -17,7 +17,6 @@ from tasks import same
 
 import hatify
 from hatify import HATModel
-from hatify.calling import flatten
 from hatify.errors import HatifyError
 from hatify.gates.rules import RULES
 from hatify.lifecycle import folding, forgetting
@@ -41,8 +40,6 @@ SETTINGS = settings(
     suppress_health_check=list(HealthCheck),
     print_blob=False,
 )
-ROUNDING = 1e-5
-"""Of an extracted network, relative to the largest output."""
 
 
 def converted(program: list[Step], features: bool = False, **options: str) -> HATModel:
@@ -57,7 +54,7 @@ def keeps_its_promises(program: list[Step], features: bool, options: dict[str, s
     before = answers(hat, [0, 1])
     for task in (0, 1):
         forgets(copy.deepcopy(hat), task, before)
-        extracts(hat, task)
+        extracts(hat, task, ((inputs(2),), {}))
     learn(hat, 2, steps=1)
     assert same_tasks(hat, before, [0, 1]), "finished tasks changed while another one was learned"
     forgets(hat, 2, answers(hat, [0, 1, 2]))
@@ -89,26 +86,6 @@ def forgets(hat: HATModel, task: int, before: dict) -> None:
     assert hat.finished_tasks == set(others) and same_tasks(hat, before, others)
 
 
-def extracts(hat: HATModel, task: int) -> None:
-    """Both forms give what the task gives, at two batch sizes, and say so truly; the slim one is smaller where it says so."""
-    for slim in (False, True):
-        plain = hatify.extract(hat, task, slim=slim)
-        told = plain.extraction
-        for batch in (3, 2):
-            expected, got = ([o.detach() for o in flatten(m(inputs(batch)))[0]] for m in (lambda x: hat(x, task=task), plain))
-            assert [a.shape for a in expected] == [b.shape for b in got]
-            for a, b in zip(expected, got):
-                assert torch.allclose(a, b, 0.0, ROUNDING * max(1.0, float(a.abs().max()))), (slim, float((a - b).abs().max()))
-            assert batch == 2 or not told["bit_equal"] or same(expected, got)
-        assert told["parameters"]["after"] == sum(p.numel() for p in plain.parameters())
-        if slim:
-            assert told["parameters"]["after"] <= told["parameters"]["before"]
-            assert all(layer["live"] <= layer["kept"] <= layer["of"] or layer["kept"] == 1 for layer in told["slimmed"])
-            assert all(entry["why"] for entry in told["whole"])
-            if any(layer["kept"] < layer["of"] for layer in told["slimmed"]):
-                assert told["parameters"]["after"] < told["parameters"]["before"]
-
-
 @SETTINGS
 @given(programs, st.booleans(), OPTIONS)
 def test_every_promise_holds_for_any_network(program, features, options):
@@ -127,8 +104,7 @@ FOUND = {
 def test_found_before(name):
     hat = converted(FOUND[name])
     for task in (0, 1):
-        extracts(hat, task)
-        assert not hatify.extract(hat, task, slim=True).extraction["whole"], "a rule removes these channels"
+        assert not extracts(hat, task)[True].extraction["whole"], "a rule removes these channels"
 
 
 # controls: with one rule taken away the property fails

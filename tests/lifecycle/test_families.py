@@ -1,4 +1,5 @@
-"""The life of ten architectures: forget each task, learn another in its place, prune, grow; the others stay to the bit."""
+"""The life of eleven architectures: extract each task, forget each, learn another in its place, prune, forget the only one, grow; the
+others stay to the bit."""
 
 from __future__ import annotations
 
@@ -6,11 +7,16 @@ import copy
 
 import pytest
 import torch
+from extracting import extracts
 from learned import FAMILIES, allowed, answers, changed, converted, learn, learned, state
-from tasks import draw_masks, same
+from tasks import draw_masks, outputs, same
+from torch import nn
 
 import hatify
 from hatify import HATModel
+
+FOLDS = {"resnet", "densenet", "efficientnet", "resnext", "mobilenet", "unet", "conv1d"}
+"""Where every mask folds: the state dict is the architecture's own. Elsewhere a norm over live channels is none of the original's."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -18,9 +24,38 @@ def test_life_of(family):
     hat = learned(converted(family))
     before = answers(hat, range(3))
     for task in range(3):
+        plain = extracts(hat, task, call_of(family, 5))
+        if task == 1:
+            loads_into_the_original(family, plain[False], before[task])
+    for task in range(3):
         forgets(copy.deepcopy(hat), task, before)
     prunes_to_one(copy.deepcopy(hat), 1, before)
     grows(hat, before)
+
+
+@pytest.mark.parametrize("family", ["vit", "transformer_encoder"])
+def test_with_plain_norms_everything_folds(family):
+    hat = learned(converted(family, norms="plain"), tasks=1)
+    loads_into_the_original(family, hatify.extract(hat, 0), answers(hat, [0])[0], folds=True)
+
+
+def call_of(family: str, batch: int) -> tuple[tuple, dict]:
+    inputs = FAMILIES[family][1](batch)
+    return ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+
+
+def loads_into_the_original(family: str, plain: nn.Module, expected: list, folds: bool | None = None) -> None:
+    """The weights alone are the original architecture's own, or do not load there."""
+    fresh = FAMILIES[family][0]().eval()
+    if folds is None and family not in FOLDS:
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            fresh.load_state_dict(plain.state_dict(), strict=True)
+        return
+    assert plain.extraction["stayed"] == []
+    fresh.load_state_dict(plain.state_dict(), strict=True)
+    args, kwargs = call_of(family, 3)
+    for a, b in zip(expected, outputs(fresh, args, kwargs), strict=True):
+        assert torch.allclose(a, b, 0.0, 1e-5 * max(1.0, float(a.abs().max())))
 
 
 def forgets(hat: HATModel, task: int, before: dict) -> None:
@@ -53,6 +88,13 @@ def prunes_to_one(hat: HATModel, kept: int, before: dict) -> None:
     assert same(answers(apart, [kept])[kept], before[kept])
     locks = once.locks([kept])
     assert all(c.count <= int((~locks[n]).sum()) for n, c in result.items() if c.kind == "weights")
+    old = state(once)
+    result = hatify.forget_task(once, kept)  # the only one: all that it needed
+    assert once.finished_tasks == set() and {n: c.count for n, c in result.items() if n in locks} == {
+        n: int(lock.sum()) for n, lock in locks.items() if once.get_parameter(n).requires_grad
+    }
+    assert {n for n, where in changed(once, old).items() if n in locks and bool((where & ~locks[n]).any())} == set()
+    assert not same(answers(once, [kept])[kept], before[kept])
 
 
 def grows(hat: HATModel, before: dict) -> None:
