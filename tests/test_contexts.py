@@ -137,7 +137,7 @@ def test_made_without_gradients_and_used_with_them() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 def test_all_at_once_are_each_by_itself(scale: float | None, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    maskers = {f"m{n}": Masker(n, HATConfig(num_tasks=2, mask_init="normal")).to(dtype) for n in (1, 7, 4, 16)}
+    maskers = {f"m{n}": Masker(n, HATConfig(num_tasks=2, mask_init="normal")).to(dtype) for n in (1, 7, 4, 16, 333, 40000)}
     with torch.no_grad():
         maskers["m4"].embeddings[0].copy_(torch.tensor([-2.0, -0.5, -0.5, -1.0]))  # none is positive: the largest live
         maskers["m7"].embeddings[0][:3] = torch.tensor([0.0, torch.inf, -torch.inf])

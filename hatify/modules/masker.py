@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hatify.modules.config import HATConfig
@@ -32,12 +34,27 @@ def tasks_in(states: Tensor, state: int) -> set[int]:
     return {task for task, found in enumerate(states.tolist()) if found == state}
 
 
+LANES, GRAIN = 64, 2**15
+"""Multiples of the numbers that a CPU computes at a time, and how many torch gives to one thread."""
+
+
+def _alike(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function``, element by element, of a flat ``x``: the same bits wherever an element stands.
+
+    What is left over at the end of a tensor, or of a thread's share, a CPU computes one by one, and rounds otherwise.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return function(x)
+    parts = [function(part) for part in F.pad(x, (0, -x.numel() % LANES)).split(GRAIN)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[: x.numel()]
+
+
 class _SoftMask(torch.autograd.Function):
     """``sigmoid(s * e)`` with the compensated gradient, so that no hook can be lost and none is needed."""
 
     @staticmethod
     def forward(embedding: Tensor, scale: Tensor, max_scale: float, max_embedding: float, max_exponent: float) -> Tensor:
-        return torch.sigmoid(scale * embedding)
+        return _alike(torch.sigmoid, scale * embedding)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -47,8 +64,8 @@ class _SoftMask(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         embedding, scale, mask = ctx.saved_tensors
-        wide = torch.cosh((scale * embedding).clamp(-ctx.max_exponent, ctx.max_exponent)) + 1
-        narrow = torch.cosh(embedding.clamp(-ctx.max_embedding, ctx.max_embedding)) + 1
+        wide = _alike(torch.cosh, (scale * embedding).clamp(-ctx.max_exponent, ctx.max_exponent)) + 1
+        narrow = _alike(torch.cosh, embedding.clamp(-ctx.max_embedding, ctx.max_embedding)) + 1
         # dm/de = s m (1 - m); times equation 3, whose 1 / s cancels
         return gradient * mask * (1 - mask) * ctx.max_scale * wide / narrow, None, None, None, None
 
@@ -61,7 +78,7 @@ def soft_mask(embedding: Tensor, scale: float | Tensor, config: HATConfig) -> Te
     """
     embedding = embedding.float()
     if not config.gradient_compensation:
-        return torch.sigmoid(scale * embedding)
+        return _alike(torch.sigmoid, scale * embedding)
     scale = torch.as_tensor(scale, dtype=torch.float32, device=embedding.device)
     return _SoftMask.apply(embedding, scale, config.max_mask_scale, config.max_embedding, config.max_exponent)
 
