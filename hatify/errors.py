@@ -94,3 +94,7 @@ class NonFiniteError(HatifyError):
 
 class TaskError(HatifyError):
     """A task that does not exist, or is not in the state the call needs."""
+
+
+class ArtifactWarning(UserWarning):
+    """Something that a model does is not in its directory."""

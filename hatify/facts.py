@@ -14,7 +14,8 @@ class Facts:
     """What a HAT model knows of its making; immutable (:meth:`HATModel.add_tasks` replaces it), shared by its copies.
 
     ``uses`` are the uses of every shared parameter, ``masker_paths`` where each masker lives, ``original_keys`` the keys of the
-    original's state dict in order, ``reference`` the original's tree on the meta device (its code, without its weights).
+    original's state dict in order, ``reference`` the original's tree on the meta device (its code, without its weights), ``stand_in``
+    what a directory holds of it.
     """
 
     def __init__(self, **facts: Any) -> None:

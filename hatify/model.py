@@ -104,7 +104,7 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
         A graph has one answer in it, that of a network which trains as a whole; torch's transformer layers ask, each for its own
         weights, before they take a fused kernel.
         """
-        if self._facts.reference is None:  # loaded without the original's code: see ``hatify.load``
+        if self._facts.reference is None and self._facts.stand_in is None:  # loaded without any of it: see ``hatify.load``
             return False
         return bool(self._facts.asks.get(self.training)) and not (torch.is_grad_enabled() and self._own_code.all_trainable())
 

@@ -24,9 +24,12 @@ class OwnCode:
     a fused kernel) has one answer in its graph, and the question is asked anew, layer by layer, in each call.
     """
 
-    def __init__(self, hat: HATModel) -> None:
+    def __init__(self, hat: HATModel, model: nn.Module | None = None) -> None:
+        """``model`` is the code, with any weights (default: the original's, or what its directory holds of it)."""
         self.hat = hat
-        self.model = copy_tree(hat._facts.reference)
+        if model is None:
+            model = hat._facts.stand_in if hat._facts.reference is None else hat._facts.reference
+        self.model = copy_tree(model)
         self._places = [self._place(name) for name in hat._facts.original_names]
         self._modes = [(m, hat.get_submodule(p)) for p, m in self.model.named_modules() if p and _has(hat, p)]
         self._bind()
@@ -41,6 +44,15 @@ class OwnCode:
             return self.model(*args, **kwargs)
         finally:
             self._write_back()
+
+    def tried(self, training: bool, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+        """What the model gives in one mode, all of it, and its buffers then; the converted model's own stay as they are."""
+        self._bind()
+        for mine, _, name in self._places:
+            if mine[name] is not None and not isinstance(mine[name], nn.Parameter):
+                mine[name] = mine[name].clone()
+        self.model.train(training)
+        return self.model(*args, **kwargs), [mine[name] for mine, _, name in self._places]
 
     def all_trainable(self) -> bool:
         """Whether every parameter that can take a gradient does."""

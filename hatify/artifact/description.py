@@ -27,6 +27,7 @@ from .layers import LayerReader, LayerWriter
 from .lowered import Recipe
 from .lowering import lower_layers
 from .meanings import meaning_from, meaning_to
+from .own_code import describe_own_code, own_code_from
 from .signatures import signature_from, signature_to, structure_from
 from .tree import TreeReader, TreeWriter, bind_masks
 
@@ -60,6 +61,7 @@ class Description:
             "signature": signature_to(facts.signature),
             "sizes": _sizes_to(facts.check_sizes),
             "modules": tree.entries,
+            "own_code": describe_own_code(hat, lowering, layers, _recipe_to),
             "recipes": [_recipe_to(recipe) for recipe in layers.recipes],
             "room": facts.room,
             "maskers": {name: {"path": facts.masker_paths[name], "channels": facts.analysis.sizes[name]} for name in maskers},
@@ -191,8 +193,9 @@ class Rebuilt:
         inputs: list[Tensor],
         known: Iterable[type],
     ) -> None:
-        fields.only("name", "graphs", "outputs", "signature", "sizes", "modules", "recipes", "room", "maskers", "indexed", "uses",
-                    "original", "switches", "can_train", "asks", "selections", "plans", "rows", "report", "verification")  # fmt: skip
+        fields.only("name", "graphs", "outputs", "signature", "sizes", "modules", "own_code", "recipes", "room", "maskers",
+                    "indexed", "uses", "original",
+                    "switches", "can_train", "asks", "selections", "plans", "rows", "report", "verification")  # fmt: skip
         self.fields = fields
         known = list(known)
         classes = {f"{c.__module__}:{c.__qualname__}": c for c in known}
@@ -200,13 +203,18 @@ class Rebuilt:
         recipes = [_recipe_head(part, classes) for part in fields.at("recipes").items()]
         modules = [cls for cls in known if issubclass(cls, nn.Module)]
         self.tree = TreeReader(fields.at("modules"), training, config, LayerReader(recipes, modules), ids)
+        own = fields.at("own_code") if fields.has("own_code") and fields.data["own_code"] is not None else None
+        held = [*self.tree.modules()]
+        if own is not None:
+            own.only("recipe", "modules")
+            reader = LayerReader(recipes, modules)
+            own_tree = TreeReader(own.at("modules"), training, config, reader, ids, top=("scope", "plain"))
+            held += own_tree.modules()
         for recipe, part in zip(recipes, fields.at("recipes").items()):
-            user = next((m for m in self.tree.modules() if getattr(m, "recipe", None) is recipe), None)
+            user = next((m for m in held if getattr(m, "recipe", None) is recipe), None)
             if user is None:
                 raise part.wrong("a recipe of no layer", "one that a layer names")
-            recipe.graphs = {mode: graph_from(g, user) for mode, g in part.at("graphs").pairs()}
-            _check_modes(part, recipe.graphs)
-            _check_calls(part, recipe.graphs, recipe.outputs, len(recipe.signature.names))
+            _recipe_body(recipe, part, user)
         root = self.tree.root
         self.graphs = {name: graph_from(part, root) for name, part in fields.at("graphs").pairs()}
         _check_modes(fields, self.graphs)
@@ -262,7 +270,15 @@ class Rebuilt:
                 part.data: self._selection(part, n, gates, gates_file) for n, part in enumerate(fields.at("selections").items())
             },
             asks={mode == "train": part.is_a(list) for mode, part in fields.at("asks").only("train", "eval").pairs()},
+            stand_in=None if own is None else self._own_code(own, own_tree, classes, original),
         )
+
+    def _own_code(self, own: Fields, tree: TreeReader, classes: Mapping[str, type], original: Fields) -> nn.Module:
+        recipe = None
+        if own.data["recipe"] is not None:
+            recipe = _recipe_head(own.at("recipe"), classes)
+            _recipe_body(recipe, own.at("recipe"), tree.root)
+        return own_code_from(tree, recipe, own, original.list("names", str))
 
     def _room(self) -> str:
         room = self.fields.at("room").name()
@@ -342,6 +358,13 @@ def _recipe_head(fields: Fields, classes: Mapping[str, type]) -> Recipe:
         _sizes_from(fields.at("sizes"), signature.names),
         meaning_from(fields.at("meaning")),
     )
+
+
+def _recipe_body(recipe: Recipe, fields: Fields, user: nn.Module) -> None:
+    """Its graphs, over the tensors and modules of one that uses it."""
+    recipe.graphs = {mode: graph_from(part, user) for mode, part in fields.at("graphs").pairs()}
+    _check_modes(fields, recipe.graphs)
+    _check_calls(fields, recipe.graphs, recipe.outputs, len(recipe.signature.names))
 
 
 def _bound(structure: Structure, classes: Mapping[str, type]) -> Structure:

@@ -33,6 +33,7 @@ from .description import Rebuilt, describe_model
 from .digests import check_digests, entry_of
 from .fields import Fields, check_file, dump, parse, read_bytes
 from .known import known_classes
+from .own_code import warn_without
 from .tensors import dtype_name, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -192,8 +193,9 @@ def load(
 ) -> HATModel:
     """Reads what ``save`` wrote. Needs neither the original's code nor its library, and runs nothing of the directory.
 
-    One thing does need the original's code (``factory``): a call without a task, with gradients off, of a model that asks whether they are
-    on, such as torch's own ``nn.TransformerEncoder``. Without it such a call takes the path with gradients, which differs by rounding.
+    One thing can need the original's code (``factory``): a call without a task, with gradients off, of a model whose own code asks
+    whether they are on. Without it such a call takes the path with gradients, and loading warns of it. torch's transformer layers, which
+    ask before they take a fused kernel, are stored whole.
 
     Args:
         path: the directory.
@@ -205,6 +207,9 @@ def load(
 
     Raises:
         ArtifactError: no saved model, or anything in it that is not as it was written; names the file and the field.
+
+    Warns:
+        ArtifactWarning: a call without a task and without gradients may differ from the original's.
     """
     check_dtype(dtype)
     directory, layers = Path(path), list(layers)
@@ -276,6 +281,8 @@ class _Reader:
             from .reference import take_reference
 
             take_reference(hat, factory, self.directory)
+        elif any(hat._facts.asks.values()) and hat._facts.stand_in is None:
+            warn_without(hat, "it is code of its own, or the directory was written before such code was stored", stacklevel=5)
         if self.device is None or self.device.type != "meta":
             hat._guard.refresh()
         return hat

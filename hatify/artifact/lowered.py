@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -40,7 +41,7 @@ class Recipe:
         """The function of a mode: takes the layer and the flat inputs."""
         if mode not in self._code:
             graph = self.graphs[mode]
-            graph.on_generate_code(lambda _: spelled)
+            graph.on_generate_code(lambda _: partial(spelled, hidden=("recipe",)))
             made = graph.python_code("self")
             names = dict(made.globals)
             exec(compile(made.src, f"<{self.was}>", "exec"), names)  # the graph's own code, as fx does
@@ -59,6 +60,13 @@ class Lowered(nn.Module):
         tensors = recipe.signature.bind(args, kwargs)
         recipe.sizes(tensors)
         return unflatten(list(recipe.code(mode)(self, *tensors)), recipe.outputs[mode])
+
+    def __getitem__(self, key: int | str) -> Any:
+        """A child, parameter or buffer by its name, as generated code spells some."""
+        for shelf in (self._modules, self._parameters, self._buffers):
+            if str(key) in shelf:
+                return shelf[str(key)]
+        raise KeyError(key)
 
     def __deepcopy__(self, memo: dict) -> Lowered:
         copied = self.__class__.__new__(self.__class__)

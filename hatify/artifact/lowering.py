@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..capture import Captured, capture
 from ..capture.captured import ByMode
+from ..capture.regions import SWITCHES
 from ..errors import HatifyError
 from ..facts import Sizes
 from ..gates.layers import MixingNorm
@@ -27,7 +28,7 @@ from .layers import class_of
 from .lowered import Lowered, Recipe
 from .torch_layers import LAYERS, attributes_of, empty_layer, plain_class
 
-__all__ = ["lower_layers"]
+__all__ = ["Lowering", "lower_layers", "read_recipe"]
 
 
 RAISED = (HATLayer, HATRecurrent, TaskIndexed)
@@ -136,7 +137,7 @@ def _captured(plain: nn.Module, call: tuple[tuple, dict]) -> Recipe | str:
             return name
         if isinstance(meaning, MixingNorm):
             raise ValueError("a norm over live channels that computes something else than torch's")
-        recipe = _read(plain, evaluated, trained, meaning)
+        recipe = read_recipe(plain, evaluated, trained, meaning)
         _prove(plain, recipe, args, kwargs)
     return recipe
 
@@ -192,7 +193,13 @@ def _shape_of(captured: Captured | None) -> Any:
     return rows, {name: numbers[node] for name, node in captured.writes.items()}, captured.output
 
 
-def _read(plain: nn.Module, evaluated: Captured, trained: Captured | None, meaning: Any) -> Recipe:
+def read_recipe(plain: nn.Module, evaluated: Captured, trained: Captured | None, meaning: Any) -> Recipe:
+    """What was captured, as a recipe.
+
+    Raises:
+        ValueError: it needs more than its inputs, parameters and buffers.
+        ArtifactError: it calls what cannot be stored.
+    """
     captures = {"eval": evaluated, **({} if trained is None else {"train": trained})}
     if any(c.constants for c in captures.values()):
         raise ValueError("its code makes tensors of its own; hold them in buffers")
@@ -234,7 +241,8 @@ class _Transcriber:
                 self.new[node] = self.graph.placeholder(node.target)
             else:
                 self.new[node] = self._copied(node)
-        self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or n.target is write_buffer)
+        kept = (write_buffer, *SWITCHES)
+        self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or n.target in kept)
         self.graph.lint()
         return self.graph
 

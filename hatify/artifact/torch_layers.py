@@ -76,13 +76,24 @@ _LINES = {
     "Upsample UpsamplingBilinear2d UpsamplingNearest2d": "name:s size:t? scale_factor:F? mode:s align_corners:b? "
     "recompute_scale_factor:b?",
     "CosineSimilarity": "dim:i eps:f",
+    "MultiheadAttention": "embed_dim:i kdim:i vdim:i _qkv_same_embed_dim:b num_heads:i dropout:f batch_first:b head_dim:i "
+    "add_zero_attn:b bias_k:none? bias_v:none?",
+    "TransformerEncoderLayer": "norm_first:b activation_relu_or_gelu:i activation:A?",
+    "TransformerDecoderLayer": "norm_first:b activation:A?",
+    "TransformerEncoder": "num_layers:i enable_nested_tensor:b use_nested_tensor:b mask_check:b norm:none?",
+    "TransformerDecoder": "num_layers:i norm:none?",
+    "Transformer": "d_model:i nhead:i batch_first:b",
 }
 
 LAYERS: dict[str, dict[str, str]] = {
     name: dict(part.split(":") for part in text.split()) for names, text in _LINES.items() for name in names.split()
 }
 """Attributes that the forward of each class reads, with their types: i(nt), f(loat or int), b(ool), s(tring), t (an int or integers in a
-tuple or list), F (floats likewise), S (nested lists of strings); ``?``: may be None or absent."""
+tuple or list), F (floats likewise), S (nested lists of strings), A (a function among :data:`ACTIVATIONS`); ``?``: may be None or
+absent, or among its children and parameters."""
+
+ACTIVATIONS: dict[str, Any] = {"relu": nn.functional.relu, "gelu": nn.functional.gelu}
+"""Functions that a layer of torch keeps as an attribute, by the names that its constructor takes."""
 
 
 def plain_class(module: nn.Module, cls: type | None = None) -> str | None:
@@ -114,7 +125,9 @@ def attributes_to(module: nn.Module, name: str) -> dict[str, Any]:
         ValueError: one of another type than torch's own constructor gives.
     """
     schema = LAYERS[name]
-    return {a: v if schema[a].startswith("S") else constant_to(v) for a, v in attributes_of(module, name).items()}
+    names = {function: text for text, function in ACTIVATIONS.items()}
+    written = {"S": lambda v: v, "A": lambda v: v if v is None else names[v]}
+    return {a: written.get(schema[a].rstrip("?"), constant_to)(v) for a, v in attributes_of(module, name).items()}
 
 
 def attributes_of(module: nn.Module, name: str) -> dict[str, Any]:
@@ -126,7 +139,8 @@ def attributes_of(module: nn.Module, name: str) -> dict[str, Any]:
     found = {}
     for attribute, kind in LAYERS[name].items():
         value = getattr(module, attribute, None)
-        if value is None and kind.endswith("?") and not hasattr(module, attribute):
+        held = attribute in module._modules or attribute in module._parameters
+        if kind.endswith("?") and (held or not hasattr(module, attribute)):
             continue
         if not _fits(value, kind):
             raise ValueError(f"{attribute} is {value!r}")
@@ -149,7 +163,10 @@ def attributes_from(fields: Fields, name: str) -> dict[str, Any]:
                 continue
             fields.at(attribute)
         part = fields.at(attribute)
-        value = part.data if kind.rstrip("?") == "S" else part.decoded(constant_from, "a constant")
+        if kind.rstrip("?") == "A":
+            value = None if part.data is None else ACTIVATIONS[part.one_of(*ACTIVATIONS)]
+        else:
+            value = part.data if kind.rstrip("?") == "S" else part.decoded(constant_from, "a constant")
         if not _fits(value, kind):
             raise part.wrong(str(value)[:60], f"the {attribute} of a {name}")
         found[attribute] = value
@@ -168,6 +185,10 @@ def _fits(value: Any, kind: str) -> bool:
         return type(value) is bool
     if kind == "s":
         return type(value) is str
+    if kind == "none":
+        return False
+    if kind == "A":
+        return any(value is function for function in ACTIVATIONS.values())
     if kind == "S":
         return isinstance(value, list) and all(_fits(v, "S") or (type(v) is str and v.isidentifier()) for v in value)
     number = (lambda v: type(v) is int or v is None) if kind.startswith("t") else (lambda v: type(v) in (int, float))

@@ -28,21 +28,27 @@ ADDED = ("masker", "maskers", "tasks")
 
 
 class TreeWriter:
-    """Writes the modules of a HAT model.
+    """Writes the modules of a HAT model, or of what its directory holds of the original.
+
+    Args:
+        called: the modules that are called; of the others only the tensors matter (None: all are).
+        whole: the top itself is a layer.
 
     Attributes:
         entries: one per module, parents first.
         tensors: every tensor by the name that it has in the state dict; tensors that are not saved there by the same manner of name.
     """
 
-    def __init__(self, hat: nn.Module, layers: LayerWriter, ids: Ids) -> None:
+    def __init__(
+        self, hat: nn.Module, layers: LayerWriter, ids: Ids, called: Collection[str] | None = None, whole: bool = False
+    ) -> None:
         self.layers, self.ids = layers, ids
         self.training = hat.training
         self.entries: list[dict[str, Any]] = []
         self.tensors: dict[str, Tensor] = {}
         self._modules: dict[int, str] = {}
         self._held: dict[int, str] = {}
-        self._visit(hat, "", top=True)
+        self._visit(hat, "", top=not whole, called=called)
 
     def _visit(self, module: nn.Module | None, path: str, top: bool = False, called: Collection[str] | None = None) -> None:
         """``called`` are the modules that the recipe of a layer around this one calls: of the others only the tensors matter."""
@@ -143,7 +149,15 @@ class TreeReader:
         root: the top, a :class:`Scope`.
     """
 
-    def __init__(self, fields: Fields, training: bool, config: HATConfig, layers: LayerReader, ids: StoredIds) -> None:
+    def __init__(
+        self,
+        fields: Fields,
+        training: bool,
+        config: HATConfig,
+        layers: LayerReader,
+        ids: StoredIds,
+        top: Collection[str] = ("scope",),
+    ) -> None:
         self.training, self.config, self.layers, self.ids = training, config, layers, ids
         self.expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self.masks: list[Mask | LiveMask] = []
@@ -152,7 +166,7 @@ class TreeReader:
         self._strides: dict[str, tuple[int, ...]] = {}
         self._stated: dict[str, Masker | Status] = {}
         entries = list(fields.items())
-        if not entries or entries[0].get("path", str) != "" or entries[0].at("kind").one_of("scope") != "scope":
+        if not entries or entries[0].get("path", str) != "" or entries[0].at("kind").one_of(*top) not in top:
             raise fields.wrong("another top", "the model itself first")
         for entry in entries:
             self._entry(entry)
