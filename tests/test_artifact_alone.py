@@ -37,6 +37,9 @@ def outputs(hat, tasks):
             torch.manual_seed(3)
             for i, out in enumerate(flatten(hat(*args, **kwargs, task=task))[0]):
                 found[f"{training} {task} {i}"] = out.detach().clone().contiguous()
+    with torch.no_grad():  # where some take another path
+        for i, out in enumerate(flatten(hat.eval()(*args, **kwargs))[0]):
+            found[f"no grad {i}"] = out.clone().contiguous()
     return found
 
 for path in sys.argv[1:]:
@@ -106,6 +109,10 @@ def test_outputs_are_the_same_to_the_bit_and_learning_goes_on_without_any_librar
                         other = found[f"{training} {task} {i}"]
                         assert out.dtype == other.dtype and torch.equal(out.detach(), other), (name, training, task)
                         seen += 1
+            with torch.no_grad():
+                for i, out in enumerate(flatten(model.eval()(*args, **kwargs))[0]):
+                    assert torch.equal(out, found[f"no grad {i}"]), (name, "no grad")
+                    seen += 1
         assert seen == 2 * len(found)
 
 

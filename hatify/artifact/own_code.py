@@ -218,6 +218,7 @@ def own_code_from(tree: TreeReader, recipe: Recipe | None, fields: Fields, names
             raise fields.at("modules").wrong(f"no {name[:100]}", "every tensor of the original")
     if recipe is None and plain_class(tree.root) is None:
         raise ArtifactError("a field is wrong", where=f"{fields.file}: {fields.path}.recipe", why="it is missing", fix="save again")
+    tree.layers.filled(tree.modules())
     return stand_in(recipe, tree.root)
 
 
