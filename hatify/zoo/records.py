@@ -17,7 +17,7 @@ VERDICTS = (PROVED, CONVERTED, REFUSED, FAILED)
 _LIBRARIES = ("torch", "timm", "torchvision", "transformers")
 _ROOT = Path(__file__).parents[1]
 _APART = ("cli", "zoo")  # how the sweep is run; what it runs on is in _WITHIN
-_WITHIN = ("zoo/entry.py", "zoo/weights.py", "zoo/proving.py")
+_WITHIN = ("zoo/entry.py", "zoo/weights.py", "zoo/proving.py", "zoo/hollow.py", "zoo/structure.py")
 
 
 @dataclass
@@ -35,6 +35,8 @@ class Record:
         seconds: per step.
         memory: the most that the process held, in bytes.
         asked: what was asked to be proved.
+        structure: a digest of all that decides the graph, where only a conversion was asked for; see ``structure.py``.
+        shares: the key of the model of the same structure whose conversion this is.
         libraries, files: what the result depends on: versions, and a digest of each of hatify's files that the run imported.
     """
 
@@ -48,6 +50,8 @@ class Record:
     parameters: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     memory: int | None = None
+    structure: str | None = None
+    shares: str | None = None
     libraries: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
@@ -82,6 +86,11 @@ def path_of(directory: Path, key: str) -> Path:
     return directory / f"{key}.json"
 
 
+def structure_key(structure: str) -> str:
+    """Where the record of the first model of a structure is found by that."""
+    return f"structures/{structure}"
+
+
 def read(directory: Path, key: str) -> Record | None:
     """The record of a model; None where there is none, or none that this version can read."""
     try:
@@ -90,9 +99,9 @@ def read(directory: Path, key: str) -> Record | None:
         return None
 
 
-def write(directory: Path, record: Record) -> None:
-    """Replaces the record of the model as a whole: an interrupted run leaves none half-written."""
-    path = path_of(directory, record.key)
+def write(directory: Path, record: Record, key: str | None = None) -> None:
+    """Replaces the record of the model (or of another key) as a whole: an interrupted run leaves none half-written."""
+    path = path_of(directory, key or record.key)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(json.dumps(record.to_dict(), indent=1) + "\n", encoding="utf-8")

@@ -77,12 +77,14 @@ def sweep(
             while todo and len(running) < jobs:
                 entry = todo.pop(0)
                 watcher.began(entry)
-                running.append(_Worker(entry, asked, limits, threads))
+                running.append(_Worker(entry, asked, limits, threads, directory))
             wait([worker.sentinel for worker in running], timeout=max(0.0, min(worker.left for worker in running)))
             for worker in [w for w in running if w.over]:
                 running.remove(worker)
                 record = worker.result()
                 records.write(directory, record)
+                if record.structure and not record.shares:
+                    records.write(directory, record, records.structure_key(record.structure))
                 done[record.key] = record
                 watcher.ended(record, True)
     finally:
@@ -94,12 +96,14 @@ def sweep(
 class _Worker:
     """One process and its limits."""
 
-    def __init__(self, entry: Entry, asked: str, limits: Limits, threads: int) -> None:
+    def __init__(self, entry: Entry, asked: str, limits: Limits, threads: int, directory: Path) -> None:
         self.entry, self.asked, self.limits = entry, asked, limits
         self.start = time.monotonic()
         self.room = tempfile.TemporaryDirectory(prefix="hatify-zoo-", ignore_cleanup_errors=True)
         context = _context()
-        self.process = context.Process(target=_work, args=(entry, asked, self.room.name, limits.memory, threads), daemon=True)
+        self.process = context.Process(
+            target=_work, args=(entry, asked, self.room.name, limits.memory, threads, directory), daemon=True
+        )
         self.process.start()
 
     @property
@@ -155,7 +159,7 @@ def _context() -> Any:
     return context
 
 
-def _work(entry: Entry, asked: str, room: str, memory: int, threads: int) -> None:
+def _work(entry: Entry, asked: str, room: str, memory: int, threads: int, directory: Path) -> None:
     """In the process: one model, its record written to the room."""
     log = os.open(Path(room, "log"), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
@@ -168,7 +172,7 @@ def _work(entry: Entry, asked: str, room: str, memory: int, threads: int) -> Non
     from hatify.zoo.proving import prove
 
     torch.set_num_threads(threads)
-    record = prove(entry, asked, partial(_note, Path(room, "step")))
+    record = prove(entry, asked, partial(_note, Path(room, "step")), directory)
     record.memory = _peak()
     records.write(Path(room), record)
 
