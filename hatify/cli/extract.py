@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .failures import failures
-from .saved import DebugOption, DirArgument, FactoryOption, JsonOption, load_saved
+from .saved import DebugOption, DirArgument, FactoryOption, JsonOption, load_saved, tasks_of
 from .steps import Steps, working
 
 __all__ = ["extract"]
@@ -64,7 +64,8 @@ def _run(
     steps("extract")
     from .. import extract as extract_task
 
-    module = extract_task(hat, task, slim=slim)
+    with tasks_of(directory):
+        module = extract_task(hat, task, slim=slim)
     from ..lifecycle.export import exported, write_onnx, write_program, write_weights
 
     if out is not None and out.suffix == ".safetensors":

@@ -20,6 +20,7 @@ from .saved import (
     check_replaceable,
     load_saved,
     replace_saved,
+    tasks_of,
 )
 from .steps import working
 
@@ -99,7 +100,9 @@ def _change(
             target = None if dry_run else check_replaceable(directory, out)
             hat = load_saved(steps, directory, factory)
             steps("forget")
-            result = run(hat, {"dry_run": dry_run, **_reset(pretrained, hat)})
+            reset = _reset(pretrained, hat)
+            with tasks_of(directory):
+                result = run(hat, {"dry_run": dry_run, **reset})
             path = None if target is None else replace_saved(steps, hat, target)
         if as_json:
             typer.echo(json.dumps({**result.to_dict(), "path": None if path is None else str(path)}, indent=2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +12,7 @@ import typer
 from .convert import import_from_here
 from .steps import Steps
 
-__all__ = ["DebugOption", "DirArgument", "FactoryOption", "JsonOption", "OutOption", "load_saved", "replace_saved"]
+__all__ = ["DebugOption", "DirArgument", "FactoryOption", "JsonOption", "OutOption", "load_saved", "replace_saved", "tasks_of"]
 
 DirArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that convert wrote.", show_default=False)]
 FactoryOption = Annotated[
@@ -34,6 +36,18 @@ def load_saved(steps: Steps, path: Path, factory: str | None) -> Any:
 
     import_from_here()
     return load(path, factory=None if factory is None else parse_source(factory).build)
+
+
+@contextmanager
+def tasks_of(path: Path) -> Iterator[None]:
+    """Errors about tasks name the directory, and a command in place of a call."""
+    from ..errors import TaskError
+
+    try:
+        yield
+    except TaskError as error:
+        fix = f"hatify usage {path} shows its finished tasks; more are trained in Python: hat = hatify.load({str(path)!r})"
+        raise TaskError(error.what, where=error.where or str(path), why=error.why, fix=fix) from error
 
 
 def check_replaceable(path: Path, out: Path | None) -> Path:

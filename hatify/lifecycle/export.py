@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,8 +56,10 @@ def _as_captured(hat: HATModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
 
 def write_program(program: ExportedProgram, path: str | os.PathLike[str], overwrite: bool = False) -> None:
     """A file for ``torch.export.load``, whole or not at all."""
+    buffer = io.BytesIO()  # torch's own writer ends the process on a full disk
+    torch.export.save(program, buffer)
     with new_file(path, overwrite) as file:
-        torch.export.save(program, file)
+        file.write_bytes(buffer.getbuffer())
 
 
 def write_onnx(program: ExportedProgram, path: str | os.PathLike[str], overwrite: bool = False) -> None:

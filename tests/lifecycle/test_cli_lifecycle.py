@@ -182,3 +182,50 @@ def test_extract_writes_onnx(model, saved, work):  # noqa: F811
         x = torch.randn(size, 3, 8, 8)
         got = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
         torch.testing.assert_close(torch.from_numpy(got), hat(x, task=2).detach())
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["extract", "--task", 1],
+        ["extract", "--task", 1, "--slim", "--onnx", "task.onnx"],
+        ["extract", "--task", 1, "--out", "task.safetensors"],
+        ["forget", "--task", 1],
+        ["prune", "--keep", "0", "--out", "other"],
+    ],
+    ids=lambda args: " ".join(map(str, args)),
+)
+def test_no_room_on_the_disk(saved, work, monkeypatch, args):  # noqa: F811
+    resource = pytest.importorskip("resource")
+    if "--onnx" in args:
+        pytest.importorskip("onnxscript")
+    old, listing = files(saved), sorted(os.listdir(work))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # the system refuses to write more into any file
+    try:
+        stderr = refused(args[0], saved, *args[1:], *OWN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "could not be written" in stderr and "free some space" in stderr
+    assert files(saved) == old and sorted(set(os.listdir(work)) - {"__pycache__"}) == listing
+
+
+def test_tasks_that_are_not_finished_are_refused_with_a_command(saved, work):  # noqa: F811
+    run("forget", saved, "--task", 1, "--out", "two", *OWN)
+    for args in (["extract", "two", "--task", 1], ["forget", "two", "--task", 1], ["prune", "two", "--keep", "1"]):
+        stderr = refused(*args, *OWN)
+        assert "hatify usage two" in stderr and "hatify.load('two')" in stderr
+    hatify.save(hatify.convert(torch.nn.Linear(2, 2), 2, example_inputs=torch.randn(2, 2), verify=False), work / "fresh")
+    assert "no task is finished yet" in refused("extract", "fresh", "--task", 0)
+
+
+def test_extraction_says_what_was_kept_and_where_it_differs(saved, capsys):
+    from hatify.cli.render import print_extraction
+
+    stdout = run("extract", saved, "--task", 1, "--slim", *OWN).stdout
+    assert "kept, in 3 layers" in stdout
+    report = {"task": 0, "slim": True, "parameters": {"before": 9, "after": 5}, "slimmed": [], "folded": [], "bit_equal": False}
+    whole = [{"node": f"node{n}", "where": "", "why": "channels are drawn"} for n in range(8)]
+    print_extraction({**report, "stayed": [], "whole": whole, "difference": 1e-7, "inexact": ["fc"], "notes": []}, [])
+    shown = capsys.readouterr().out
+    assert "node0, node1, node2, node3, node4, node5 and 2 more: channels are drawn" in shown and "begins at         fc" in shown
