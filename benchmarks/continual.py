@@ -11,7 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,25 @@ class Setting:
     channels_last: bool = False
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
     device: str = "cpu"
+
+
+def selection(setting: Setting, share: float = 0.25) -> Setting:
+    """The setting without its test images: a share of the training images of every task takes their place.
+
+    Defaults are chosen by this, so that the table on the test images judges them and has not made them.
+    """
+
+    def tasks(seed: int) -> list[Task]:
+        return [_held_out(task, share, seed) for task in setting.tasks(seed)]
+
+    return replace(setting, name=f"{setting.name}, validation", tasks=tasks)
+
+
+def _held_out(task: Task, share: float, seed: int) -> Task:
+    count = len(task.train_y)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held, rest = order[: int(share * count)], order[int(share * count) :]
+    return Task(task.train_x[rest], task.train_y[rest], task.train_x[held], task.train_y[held])
 
 
 @dataclass
