@@ -26,6 +26,7 @@ from hatify.learning.protection import Locked, Protection, fingerprint
 from hatify.learning.steps import GUARDS, Steps, watch_all_optimizers
 
 if TYPE_CHECKING:
+    from hatify.learning.free import FreeWeights
     from hatify.learning.session import Learning
 
 
@@ -37,6 +38,7 @@ class Guard:
         session: the session in progress, or None.
         steps: what becomes of optimizer steps.
         generation: counts the changes of what is protected; what finished tasks are is the same while it is.
+        free: what a task that was begun gives back when it is finished.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -44,6 +46,7 @@ class Guard:
         self.protection = Protection()
         self.session: Learning | None = None
         self.steps = Steps(self)
+        self.free: FreeWeights | None = None
         self._hooks: list[Any] = []
         self._opened = False
         self._stale = False
@@ -104,6 +107,8 @@ class Guard:
 
     def loaded(self) -> None:
         """New values were loaded that agree with the protected ones. While a task is trained again, its old ones are kept."""
+        if self.session is None:
+            self.free = None
         if self.session is not None and self.session.retraining:
             self.follow()
         else:
@@ -123,6 +128,8 @@ class Guard:
             )
         self.restore()
         self._opened = True
+        if self.session is None:
+            self.free = None
         try:
             yield
         finally:

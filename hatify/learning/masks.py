@@ -24,6 +24,9 @@ LONGEST = 0.1
 TRAVEL = 5.0
 """What an embedding could travel in an epoch of longest steps."""
 
+OPEN = 10.0
+"""``s_max`` times the least embedding of a channel that is kept: its mask at the largest scale is 1 to four digits."""
+
 
 def step_factor(optimizer: Optimizer, embeddings: list[Tensor], max_scale: float) -> float:
     """What the steps of mask embeddings are multiplied by.
@@ -63,13 +66,14 @@ class MaskSteps:
         network: whose masks.
         task: the task in training.
         shares: by masker, the share of free channels that a step does not go below.
+        max_scale: ``s_max``.
     """
 
-    def __init__(self, network: Network, task: int, shares: Iterable[float]) -> None:
+    def __init__(self, network: Network, task: int, shares: Iterable[float], max_scale: float) -> None:
         self.network = network
         self.maskers = list(network.maskers.values())
         self.embeddings = [m.embeddings[task] for m in self.maskers]
-        self.task, self.shares = task, list(shares)
+        self.task, self.shares, self.open = task, list(shares), min(1.0, OPEN / max_scale)
         self.sizes = [m.channels for m in self.maskers]
         self._before: Tensor | None = None
 
@@ -93,20 +97,22 @@ class MaskSteps:
             bound = step.abs().clamp(min=longest)
             new = old + (factor * step).clamp(-bound, bound)
             torch._foreach_copy_([e.data for e in self.embeddings], new.split(self.sizes))
-        died = (old > 0) & (new <= 0)
-        if bool(died.any()):
-            parts = zip(old.split(self.sizes), died.split(self.sizes))
-            for masker, share, (were, gone) in zip(self.maskers, self.shares, parts):
-                self._keep(masker, share, were, gone)
+        closing = ((old >= self.open) & (new < self.open)) | ((old > 0) & (new <= 0))
+        if not bool(closing.any()):
+            return
+        parts = zip(old.split(self.sizes), closing.split(self.sizes))
+        for masker, share, (were, found) in zip(self.maskers, self.shares, parts):
+            self._keep(masker, share, were, found)
 
-    def _keep(self, masker: Masker, share: float, old: Tensor, gone: Tensor) -> None:
+    def _keep(self, masker: Masker, share: float, old: Tensor, closing: Tensor) -> None:
         """Regularization lowers every free channel, and under soft masks (sigmoid(0) = 1/2 whatever the embedding) it cannot tell that
-        the quota is reached; momentum goes on where it ends. Those that the step would kill last stay where they were."""
+        the quota is reached; momentum goes on where it ends. Those that the step would kill last stay where they were, and clear of 0: a
+        channel that hovers there is trained half open, under a mask of 1/2 even at the largest scale, and finished wide open."""
         embedding = masker.embeddings[self.task].data
         free = free_channels(masker, self.task, self.network.finished - {self.task}) > 0
-        gone = gone & free
-        missing = math.ceil(share * int(free.sum()) - 1e-6) - int(((embedding > 0) & free).sum())
-        count = min(missing, int(gone.sum()))
+        closing = closing & free
+        missing = math.ceil(share * int(free.sum()) - 1e-6) - int(((embedding >= self.open) & free).sum())
+        count = min(missing, int(closing.sum()))
         if count > 0:
-            order = embedding.masked_fill(~gone, -math.inf).topk(count).indices
-            embedding[order] = old[order]
+            order = embedding.masked_fill(~closing, -math.inf).topk(count).indices
+            embedding[order] = old[order].clamp(min=self.open)

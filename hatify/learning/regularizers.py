@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -38,7 +39,7 @@ def regularization(
         weights: factors of single maskers by name (default 1).
 
     Raises:
-        TaskError: no such task, kind or masker.
+        TaskError: no such task, kind or masker; a quota that is no share (0 to 1), or a factor that is negative or not finite.
 
     >>> loss = cross_entropy(hat(x, task=1, mask_scale=5.0), y) + 0.1 * hatify.regularization(hat, 1, 5.0)  # doctest: +SKIP
     """
@@ -76,11 +77,11 @@ class Capacity:
         device = self.free.device
         sizes = torch.tensor([m.channels for m in maskers], device=device)
         self.owner = torch.repeat_interleave(torch.arange(len(names), device=device), sizes, output_size=self.free.numel())
-        self.factor = torch.tensor(_by_name(weights, names, 1.0), device=device)
+        self.factor = torch.tensor(_by_name("weights", weights, names, 1.0), device=device)
         if kind == "network":
             if isinstance(quota, Mapping):
                 raise TaskError("the network-wide regularization has one quota", fix="quota=0.1")
-            self.quota = quota or 0.0
+            self.quota = quotas(view, kind, quota)[0]
             self.total = (self.free * self.factor[self.owner]).sum().clamp(min=1e-12)
         else:
             self.quota = torch.tensor(quotas(view, kind, quota), device=device)
@@ -102,8 +103,11 @@ class Capacity:
 
 def quotas(view: Network, kind: str, quota: float | Mapping[str, float] | None) -> list[float]:
     """The share of its free channels that costs nothing, for every masker in order."""
-    number = quota if isinstance(quota, int | float) else 1 / view.tasks if kind == "layer" else 0.0
-    return _by_name(quota if isinstance(quota, Mapping) else None, list(view.maskers), number)
+    names = list(view.maskers)
+    default = 1 / view.tasks if kind == "layer" else 0.0
+    if isinstance(quota, Mapping):
+        return _by_name("quota", quota, names, default, most=1.0)
+    return [default if quota is None else checked_number("quota", quota, most=1.0)] * len(names)
 
 
 def free_channels(masker: Masker, task: int, others: Iterable[int]) -> Tensor:
@@ -114,8 +118,25 @@ def free_channels(masker: Masker, task: int, others: Iterable[int]) -> Tensor:
     return (~used).float()
 
 
-def _by_name(given: Mapping[str, float] | None, names: list[str], default: float) -> list[float]:
+def checked_number(what: str, value: float, most: float = math.inf) -> float:
+    """``value`` as a float.
+
+    Raises:
+        TaskError: it is negative, larger than ``most``, infinite, NaN or no number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 <= value <= most and value < math.inf):
+        bound = "0 or more, and finite" if most == math.inf else f"0 to {most:g}"
+        raise TaskError(
+            f"{what} is {value!r}",
+            why=f"{'it is a share' if most == 1.0 else 'it is a factor'}: {bound}",
+            fix=f"{what.split('[')[0]}={'0.2' if most == 1.0 else '1.0'}",
+        )
+    return float(value)
+
+
+def _by_name(what: str, given: Mapping[str, float] | None, names: list[str], default: float, most: float = math.inf) -> list[float]:
     unknown = [n for n in given or () if n not in names]
     if unknown:
         raise TaskError(f"no masker {unknown[0]!r}", why=f"there are {', '.join(names[:5])}, ...", fix="list(hat.maskers)")
-    return [float((given or {}).get(n, default)) for n in names]
+    found = {name: checked_number(f"{what}[{name!r}]", value, most) for name, value in (given or {}).items()}
+    return [found.get(n, default) for n in names]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
@@ -12,15 +11,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hatify.errors import NonFiniteError, TaskError
+from hatify.learning.arguments import check_numbers, check_scales, check_words, optimizers_of, scale_at, tasks_to_lock
+from hatify.learning.free import FreeWeights
 from hatify.learning.hooks import guard_of
 from hatify.learning.masks import MaskSteps, kept_shares, longest_step, step_factor
 from hatify.learning.network import network_of
 from hatify.learning.optimizers import all_below, check_holds, forget_locked, parameters_of
-from hatify.learning.protection import Protection
-from hatify.learning.regularizers import KINDS, Capacity
-from hatify.learning.schedules import SCHEDULES, Schedule, checked, mask_scale, progress_of
+from hatify.learning.regularizers import Capacity
+from hatify.learning.resuming import resume, state_of
+from hatify.learning.schedules import Schedule
 from hatify.learning.statistics import Statistics, as_call
-from hatify.learning.steps import ON_NONFINITE
 
 
 class Learning:
@@ -48,8 +48,10 @@ class Learning:
             with the gradient (Adam and its like), so that the factor of equation 3 is not lost, but no farther than 0.1, nor
             ``5 / steps_per_epoch``; 1 for SGD, and where a parameter group holds mask embeddings alone.
         refresh: the running statistics of the task's norms are gathered again, under binary masks, on the inputs of the last
-            ``refresh`` training calls, when the task is finished; 0 leaves them. Calls of compiled code are not remembered: see
-            :meth:`refresh_statistics`.
+            ``refresh`` training calls, when the task is finished; 0 leaves them. Calls that a larger compiled module makes are not
+            remembered: see :meth:`refresh_statistics`.
+        give_back: when the task is finished, shared weights that it has trained and no finished task needs become what they were when it
+            began; False leaves them as trained.
         warm_start: where the task's copies (norms, heads of the same shape, raw parameters) start: ``pretrained`` (the state without a
             task), another task's number, or None (as they are: at first, what the conversion copied).
         locked_task_ids: the finished tasks whose shared weights stay locked; default all. The others may be overwritten, on purpose.
@@ -78,6 +80,7 @@ class Learning:
         weights: Mapping[str, float] | None = None,
         mask_rate: float | None = None,
         refresh: int = 8,
+        give_back: bool = True,
         warm_start: str | int | None = None,
         locked_task_ids: Iterable[int] | None = None,
         on_nonfinite: str = "raise",
@@ -86,12 +89,11 @@ class Learning:
         self._view = network_of(network)
         self.task = self._view.checked(task)
         self.guard = guard_of(network)
-        several = isinstance(optimizer, Iterable) and not isinstance(optimizer, str)
-        self.optimizers = list(optimizer) if several else [] if optimizer is None else [optimizer]
+        self.optimizers = optimizers_of(optimizer)
         self.schedule, self.steps_per_epoch = schedule, steps_per_epoch
         self.max_scale = self._config.max_mask_scale if max_scale is None else max_scale
         self.kind, self.quota, self.weight, self.weights = kind, quota, weight, weights
-        self.mask_rate, self.refresh = mask_rate, refresh
+        self.mask_rate, self.refresh, self.give_back = mask_rate, refresh, give_back
         self.warm_start = warm_start
         self._asked = None if locked_task_ids is None else set(locked_task_ids)
         self.locking: set[int] = set()
@@ -99,7 +101,7 @@ class Learning:
         self.step = 0
         self.open = False
         self.retraining = False
-        self._skipped_before = 0
+        self.skipped_before = 0
         self._active_before: int | None = None
         self._scale = torch.zeros(())
         self._capacity: tuple[Any, Capacity] | None = None
@@ -110,36 +112,9 @@ class Learning:
         return next(iter(self._view.maskers.values())).config if self._view.maskers else self.network.config
 
     def _check(self) -> None:
-        function = checked(self.schedule)
-        steps = self.steps_per_epoch
-        if steps is None and function is not SCHEDULES["constant"]:
-            raise TaskError(
-                f"the schedule {self.schedule!r} needs steps_per_epoch",
-                why="the scale moves within an epoch",
-                fix="hat.learning(..., steps_per_epoch=len(loader)), or schedule='constant'",
-            )
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            raise TaskError(
-                f"steps_per_epoch is at least 1, not {steps!r}",
-                why="an epoch has optimizer steps",
-                fix="steps_per_epoch=len(loader)",
-            )
-        for step in range(1 if steps is None else steps if callable(self.schedule) else min(steps, 2)):
-            self._scale_at(step)
-        if (
-            not (self.mask_rate is None or 0 <= self.mask_rate < math.inf)
-            or isinstance(self.refresh, bool)
-            or not self.refresh >= 0
-        ):
-            raise TaskError(
-                f"mask_rate is a factor and refresh a number of batches, not {self.mask_rate!r} and {self.refresh!r}",
-                fix="hat.learning(task=0, mask_rate=100.0, refresh=8)",
-            )
-        if self.kind not in KINDS or self.on_nonfinite not in ON_NONFINITE:
-            raise TaskError(
-                f"kind is one of {KINDS} and on_nonfinite one of {ON_NONFINITE}, not {self.kind!r} and {self.on_nonfinite!r}",
-                fix="hat.learning(task=0, kind='layer', on_nonfinite='raise')",
-            )
+        check_scales(self.schedule, self.steps_per_epoch, self.max_scale)
+        check_numbers(self.weight, self.mask_rate, self.refresh)
+        check_words(self.kind, self.on_nonfinite, self.give_back)
         if self.warm_start not in (None, "pretrained"):
             self._view.checked(self.warm_start)
         Capacity(self._view, self.task, self.kind, self.quota, self.weights)
@@ -147,28 +122,11 @@ class Learning:
         self._to_lock()
 
     def _check_optimizers(self) -> None:
-        for optimizer in self.optimizers:
-            if not isinstance(optimizer, Optimizer):
-                raise TaskError(
-                    f"{type(optimizer).__name__} is no torch.optim.Optimizer",
-                    why="its steps cannot be seen; weights are protected nevertheless",
-                    fix="hat.learning(task=0, optimizer=None, ...), and run.advance() after each of its steps",
-                )
         if self.optimizers:
             check_holds(self.optimizers, self._needed())
 
     def _to_lock(self) -> set[int]:
-        """The tasks to lock, of those that are finished when the session begins."""
-        finished = self._view.finished - {self.task}
-        if self._asked is None:
-            return finished
-        if not self._asked <= finished:
-            raise TaskError(
-                f"tasks {sorted(self._asked - finished)} are not finished, so they lock nothing",
-                why=f"finished are {sorted(finished)}",
-                fix=f"locked_task_ids={sorted(self._asked & finished)}",
-            )
-        return self._asked
+        return tasks_to_lock(self._asked, self._view.finished - {self.task})
 
     def _needed(self) -> dict[str, nn.Parameter]:
         """What the task trains: shared weights, its masks and its copies."""
@@ -198,18 +156,19 @@ class Learning:
         if self.warm_start is not None and not self.retraining:
             self._view.copy_to(self.task, None if self.warm_start == "pretrained" else self.warm_start)
         self.guard.session, self.open = self, True
+        self._remember_free()
         self._view.mark(self.task, False, begun=True)
         if self.retraining:
             self.guard.narrow(self.locking, finished - {self.task})
         else:
             self.guard.refresh()
-        self._skipped_before = self.guard.steps.skipped
+        self.skipped_before = self.guard.steps.skipped
         self.guard.steps.begin(self.on_nonfinite)
         for task in set(range(self._view.tasks)) - {self.task}:
             for tensor in (*self._view.embeddings(task), *self._view.copies(task)):
                 tensor.grad = None  # zeros of an earlier task would let weight decay and momentum move its copies
         self._forget()
-        self._masks = MaskSteps(self._view, self.task, kept_shares(self._view, self.task, self.kind, self.quota))
+        self._masks = MaskSteps(self._view, self.task, kept_shares(self._view, self.task, self.kind, self.quota), self.max_scale)
         self.statistics = Statistics(self.network, self.task, self.refresh)
         self._set_scale()
         if hasattr(self.network, "active_task"):
@@ -229,6 +188,9 @@ class Learning:
         self.statistics.gather(self.statistics.seen)
         self.guard.steps.keep_statistics()
         self._check_finite()
+        if self.give_back:
+            self.guard.free.give_back(self._view.finished | {self.task})
+        self.guard.free = None
         self._close()
         self._view.mark(self.task, True)
         self.guard.refresh()
@@ -247,6 +209,13 @@ class Learning:
             self._view.mark(self.task, True)
         self.guard.refresh()
         self._forget()
+
+    def _remember_free(self) -> None:
+        """A task that is gone on with was begun with the values of its first beginning."""
+        if not self.give_back:
+            self.guard.free = None
+        elif self.guard.free is None or self.guard.free.task != self.task:
+            self.guard.free = FreeWeights(self._view, self.task)
 
     def _forget(self) -> None:
         for optimizer in self.optimizers:
@@ -298,11 +267,7 @@ class Learning:
     @property
     def scale(self) -> float:
         """The mask scale of the present step; for the forward pass before :attr:`step` counts on."""
-        return self._scale_at(self.step)
-
-    def _scale_at(self, step: int) -> float:
-        progress = 1.0 if self.steps_per_epoch is None else progress_of(step, self.steps_per_epoch, self.schedule)
-        return mask_scale(self.schedule, progress, self.max_scale)
+        return scale_at(self.step, self.schedule, self.steps_per_epoch, self.max_scale)
 
     @property
     def scale_tensor(self) -> Tensor:
@@ -321,7 +286,7 @@ class Learning:
 
     @property
     def skipped(self) -> int:
-        return self.guard.steps.skipped - self._skipped_before
+        return self.guard.steps.skipped - self.skipped_before
 
     def regularization(self) -> Tensor:
         """The regularization of the present step, times ``weight``: a scalar, float32, to add to the loss.
@@ -363,11 +328,19 @@ class Learning:
                 self._masks.after(step_factor(optimizer, embeddings, self.max_scale), longest_step(self.steps_per_epoch))
             else:
                 self._masks.after(self.mask_rate)
-            self.advance()
+            self._count()
 
     def advance(self) -> None:
-        """Counts one step and moves the scale on. Steps of torch's optimizers call it by themselves."""
+        """Counts one step of an optimizer that is none of torch's, puts back what it moved of finished tasks, and moves the scale on.
+
+        Torch's optimizers need no call. Others do before the next forward pass where a *larger* module is compiled with the model inside:
+        that code reads weights as they are. The model's own forward pass, compiled or not, looks by itself.
+        """
         self._check_open()
+        self.guard.restore()
+        self._count()
+
+    def _count(self) -> None:
         embeddings = [e.data for e in self._view.embeddings(self.task)]
         limit = self._config.max_embedding
         if embeddings:
@@ -382,38 +355,20 @@ class Learning:
     # state
 
     def state_dict(self) -> dict[str, Any]:
-        """What it takes, beside the network's and the optimizer's state, to go on in the middle: task, step and, while a finished
-        task is trained again, the old values to go back to."""
-        return {
-            "task": self.task,
-            "step": self.step,
-            "finished": sorted(self._view.finished),
-            "locking": sorted(self.locking),
-            "retraining": self.retraining,
-            "old": self.guard.protection.state() if self.retraining else {},
-        }
+        """What it takes, beside the network's and the optimizer's state, to go on in the middle: task and step, the inputs that the task's
+        statistics will be gathered from (the last ``refresh``), the values of free weights to give back and, while a finished task is
+        trained again, those to go back to. Plain data and tensors; where inputs are tensors, too, ``torch.load(..., weights_only=True)``
+        reads it.
+        """
+        return state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where ``state`` was taken. Load the network's state before the session begins, the optimizer's after. Training goes
-        on with the same bits; inputs are no part of the state, so ``refresh`` sees those since then (``refresh=0``: the
-        running averages stay, and the finished task is the same to the bit, too).
+        """Goes on where ``state`` was taken. Load the network's state before the session begins, the optimizer's after. The finished task
+        is then the same to the last bit as if training had not stopped.
 
         Raises:
             TaskError: it is another task's, or the network is in another state.
         """
         self._check_open()
-        finished = self._view.finished
-        if state["task"] != self.task:
-            raise TaskError(f"the state is of task {state['task']}, the session of task {self.task}", fix=f"task={state['task']}")
-        if set(state["finished"]) != finished:
-            raise TaskError(
-                f"the state was taken with the tasks {state['finished']} finished; here it is {sorted(finished)}",
-                fix="load the network's state before the session begins",
-            )
-        self.step, self.locking, self.retraining = state["step"], set(state["locking"]), state["retraining"]
-        if self.retraining:
-            self.guard.resume(Protection.resumed(self._view, state["old"], finished))
-            self.guard.narrow(self.locking, finished)
-        else:
-            self.guard.refresh()
+        resume(self, state)
         self._set_scale()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -46,6 +48,19 @@ class Statistics:
             self.seen.pop()
         self._since_step = 0
 
+    def state(self) -> dict[str, Any]:
+        """What was remembered, as plain data: tensors, and what the calls had beside them."""
+        names = {module: name for name, module in self.network.named_modules()}
+        calls = [pytree.tree_map(_as_data, call) for call in self.seen]
+        return {"calls": calls, "norms": sorted(names[n] for n in self.moved), "since_step": self._since_step}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Remembers what another session did; ``state`` is from :meth:`state`."""
+        self.seen.clear()
+        self.seen.extend(pytree.tree_map(_from_data, call, is_leaf=_is_payload) for call in state["calls"])
+        self.moved = {self.network.get_submodule(name) for name in state["norms"]}
+        self._since_step = state["since_step"]
+
     def norms_seen(self) -> None:
         """Notes which norms are in train mode now; those that never are have been frozen on purpose."""
         self.moved.update(n for n in self.norms if n.training)
@@ -64,13 +79,19 @@ class Statistics:
                 norm.reset_running_stats()
                 norm.train()
                 norm.momentum = None  # the plain average over all batches
-            for args, kwargs in calls:
-                self.network(*args, **kwargs)
+            with _uncompiled():
+                for args, kwargs in calls:
+                    self.network(*args, **kwargs)
         finally:
             for module, training in modes:
                 module.training = training
             for norm, momentum in momenta:
                 norm.momentum = momentum
+
+
+def _uncompiled() -> contextlib.AbstractContextManager:
+    """Code that was compiled for training knows nothing of plain averages, whose factor depends on a counter."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 def _gathers(module: nn.Module) -> bool:
@@ -82,6 +103,24 @@ def _detached(value: Any) -> Any:
     if isinstance(value, HATPayload):
         return HATPayload(value.data.detach(), task_id=value.task_id)
     return value.detach() if isinstance(value, Tensor) else value
+
+
+_PAYLOAD = "hatify.HATPayload"
+
+
+def _as_data(value: Any) -> Any:
+    return {_PAYLOAD: (value.data, value.task_id)} if isinstance(value, HATPayload) else value
+
+
+def _is_payload(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == {_PAYLOAD}
+
+
+def _from_data(value: Any) -> Any:
+    if not _is_payload(value):
+        return value
+    data, task = value[_PAYLOAD]
+    return HATPayload(data, task_id=task)
 
 
 def as_call(batch: Any) -> tuple[tuple, dict[str, Any]]:

@@ -17,6 +17,7 @@ from hatify import HATModel
 from hatify.errors import HatifyError, NonFiniteError, TaskError
 
 NAME = SMALLEST[0]
+MASKER = next(iter(network(NAME).maskers))
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,18 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown masker": ({"weights": {"nowhere": 1.0}}, "no masker 'nowhere'"),
     "quota of an unknown masker": ({"quota": {"nowhere": 1.0}}, "no masker 'nowhere'"),
     "quotas of a network": ({"kind": "network", "quota": {"stem": 0.1}}, "one quota"),
+    "negative quota": ({"quota": -0.1}, r"quota is -0.1"),
+    "quota above 1": ({"quota": 1.5}, r"quota is 1.5"),
+    "undefined quota": ({"quota": math.nan}, r"quota is nan"),
+    "infinite quota": ({"quota": math.inf}, r"quota is inf"),
+    "quota by a word": ({"quota": "much"}, r"quota is 'much'"),
+    "undefined quota of a network": ({"kind": "network", "quota": math.nan}, r"quota is nan"),
+    "negative quota of a masker": ({"quota": {MASKER: -1.0}}, r"quota\['.*'\] is -1.0"),
+    "undefined factor of a masker": ({"weights": {MASKER: math.nan}}, r"weights\['.*'\] is nan"),
+    "negative factor of a masker": ({"kind": "network", "weights": {MASKER: -1.0}}, r"weights\['.*'\] is -1.0"),
+    "negative weight": ({"weight": -1.0}, r"weight is -1.0"),
+    "undefined weight": ({"weight": math.nan}, r"weight is nan"),
+    "infinite weight": ({"weight": math.inf}, r"weight is inf"),
     "warm start from nowhere": ({"warm_start": TASKS}, f"no task {TASKS}"),
     "warm start by a word": ({"warm_start": "original"}, "no task 'original'"),
     "locking an unfinished task": ({"locked_task_ids": [0, 2]}, r"tasks \[2\] are not finished"),
@@ -80,6 +93,17 @@ def test_options(hat: HATModel, label: str) -> None:
 def test_no_such_task(hat: HATModel, task: Any) -> None:
     with pytest.raises(TaskError, match="no task"):
         hat.learning(task=task, optimizer=optimizer(hat), steps_per_epoch=5)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.5, math.nan, math.inf, True, "much"])
+def test_the_function_checks_as_the_session_does(hat: HATModel, wrong: Any) -> None:
+    with pytest.raises(TaskError, match="quota is"):
+        hatify.regularization(hat, 1, 5.0, quota=wrong)
+    with pytest.raises(TaskError, match=r"quota\['"):
+        hatify.regularization(hat, 1, 5.0, quota={MASKER: wrong})
+    if wrong != 1.5:
+        with pytest.raises(TaskError, match=r"weights\['"):
+            hatify.regularization(hat, 1, 5.0, weights={MASKER: wrong})
 
 
 def test_nothing_to_end(hat: HATModel) -> None:

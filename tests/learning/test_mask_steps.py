@@ -101,6 +101,25 @@ def test_no_step_goes_below_the_share(quota: float | None) -> None:
         assert live == least  # the regularization takes everything else
 
 
+@pytest.mark.parametrize("max_scale", [100.0, 400.0])
+def test_what_is_kept_is_open(max_scale: float) -> None:
+    """No channel that the share keeps is trained under another mask than it is finished with."""
+    hat = network(NAME)
+    for masker in hat.maskers.values():
+        nn.init.ones_(masker.embeddings[0])
+    optimizer = adam(hat)
+    options = {"weight": 100.0, "quota": 0.5, "mask_rate": 400.0, "max_scale": max_scale}
+    with hat.learning(task=0, optimizer=optimizer, schedule=lambda progress: 1.0, steps_per_epoch=30, **options) as run:
+        for number in range(20):
+            loss = 0.01 * loss_of(hat(*inputs(NAME, 4, key=number))) + run.regularization()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        found = embeddings(hat)
+        assert 0 < int((found > 0).sum()) < len(found)
+        assert bool((torch.sigmoid(max_scale * found[found > 0]) > 0.9999).all())
+
+
 def test_values_set_by_hand_are_left_alone() -> None:
     """Only a step is taken back; a mask that is below the share stays as it is."""
     hat = network(NAME)
