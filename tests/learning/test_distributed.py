@@ -11,45 +11,66 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
-from training import SMALLEST, equal, finite, inputs, network, outputs, step
+from training import ARCHITECTURES, SMALLEST, defenceless, equal, finite, inputs, network, outputs, step
 
 import hatify
-from hatify import HATConfig
+from hatify import HATConfig, HATModel
 from hatify.errors import NonFiniteError
 
 NAME = SMALLEST[0]
 
 
+def three_tasks(name: str, rank: int, wrapped: bool = True) -> tuple[HATModel, nn.Module, AdamW, list[list[Tensor]]]:
+    """Tasks 0 to 2, another half of each batch on every rank; what they gave when they were finished."""
+    hat = network(name)
+    shared = DistributedDataParallel(hat, find_unused_parameters=True) if wrapped else hat
+    optimizer = AdamW(hat.parameters(), lr=0.05, weight_decay=0.1)
+    before = []
+    for task in range(3):
+        with hat.learning(task, optimizer, steps_per_epoch=3) as run:
+            for number in range(3):
+                step(shared, run, optimizer, inputs(name, 4, key=100 * rank + 10 * task + number))
+        before.append(outputs(hat, name, task))
+    return hat, shared, optimizer, before
+
+
+def ranks_agree(hat: HATModel) -> bool:
+    agree = True
+    for parameter in hat.parameters():
+        other = parameter.detach().clone()
+        dist.broadcast(other, 0)
+        agree &= torch.equal(other, parameter)
+    disagreements = torch.tensor(0.0 if agree else 1.0)
+    dist.all_reduce(disagreements)
+    return not disagreements
+
+
 def worker(rank: int, port: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=600))
     try:
-        hat = network(NAME)
-        shared = DistributedDataParallel(hat, find_unused_parameters=True)
-        optimizer = AdamW(hat.parameters(), lr=0.05, weight_decay=0.1)
-        before = []
-        for task in range(3):
-            with hat.learning(task, optimizer, steps_per_epoch=3) as run:
-                for number in range(3):
-                    step(shared, run, optimizer, inputs(NAME, 4, key=100 * rank + 10 * task + number))
-            before.append(outputs(hat, NAME, task))
-        assert all(equal(outputs(hat, NAME, t), before[t]) for t in range(3))
+        for name in dict.fromkeys((NAME, *ARCHITECTURES)):
+            hat, shared, optimizer, before = three_tasks(name, rank)
+            assert all(equal(outputs(hat, name, t), before[t]) for t in range(3)), name
+            assert ranks_agree(hat), name
         # one rank's batch is bad: all ranks refuse the step
+        hat, shared, optimizer, before = three_tasks(NAME, rank)
         weights = [p.detach().clone() for p in hat.parameters()]
         with pytest.raises(NonFiniteError), hat.learning(3, optimizer, steps_per_epoch=3) as run:
             bad = tuple(x * (torch.nan if rank == 1 else 1.0) for x in inputs(NAME, 4))
             step(shared, run, optimizer, bad)
         assert equal([p.detach() for p in hat.parameters()], weights) and finite(hat)
         assert all(equal(outputs(hat, NAME, t), before[t]) for t in range(3))
-        # the ranks have learned the same, and not the same as without each other
-        for parameter in hat.parameters():
-            other = parameter.detach().clone()
-            dist.broadcast(other, 0)
-            assert torch.equal(other, parameter)
+        # controls: ranks that train alone learn different things, and without the guard tasks drift
+        assert not ranks_agree(three_tasks(NAME, rank, wrapped=False)[0])
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            defenceless(monkeypatch)
+            hat, _, _, before = three_tasks(NAME, rank)
+            assert not any(equal(outputs(hat, NAME, t), before[t]) for t in range(2))
     finally:
         dist.destroy_process_group()
 

@@ -9,7 +9,7 @@ PROTECTED = pytest.mark.parametrize("protected", [True, False], ids=["protected"
 
 
 @PROTECTED
-@pytest.mark.parametrize("optimizer", ["SGD with momentum", "AdamW"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures(name: str, optimizer: str, protected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     three_tasks(name, optimizer, protected, monkeypatch)
