@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import zoo_networks
 from typer.testing import CliRunner
 
 from hatify.cli.main import app
-from hatify.zoo import snapshots
+from hatify.zoo import catalogue, page, snapshots
 
 LINES = {
     "model": "net_a",
@@ -50,7 +51,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_converts_is_shown_from_the_snapshots(folder: Path) -> None:
     shown = _run().stdout
     row = next(line for line in shown.splitlines() if "net_a" in line)
-    assert "nets" in row and "proved" in row and "80.0 %" in row and "20.0 %" in row and "x[2] = 32" in row
+    assert "nets" in row and "proved" in row and "80.0 %" in row and " 4.0 %" in row and "16.0 %" in row and "x[2] = 32" in row
     assert "it cannot be traced" in next(line for line in shown.splitlines() if "net_b" in line)
     assert "2 models of 1 families: 1 proved, 1 refused; 95.2 % of parameters on the HAT rungs on average" in shown
     assert json.loads(_run("--json").stdout) == [LINES, REFUSAL]
@@ -79,6 +80,22 @@ def test_a_model_is_proved_and_not_twice(tmp_path: Path) -> None:
     assert "1 models of 1 families: 1 proved" in summary
 
 
+def test_all_names_of_a_library_are_one_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversions of every name: full snapshots of the representatives, a line for each name, a page that counts them."""
+    good, other, bad = (zoo_networks.entry(name) for name in ("Good", "Forgetful", "Undecided"))
+    monkeypatch.setattr(catalogue, "entries", lambda source=None: iter([good, other, bad]))
+    monkeypatch.setattr(catalogue, "representatives", lambda source=None: [good])
+    _run("run", "--all", "--convert-only", "--update", "--source", "timm", "--records", str(tmp_path / "records"))
+    names = snapshots.read_names("timm")
+    assert list(names) == ["Good", "Forgetful", "Undecided"]
+    assert names["Good"]["verdict"] == "converted" and names["Good"]["hat"] > 0.9 and names["Good"]["code"]
+    assert names["Undecided"]["verdict"] == "refused" and "traced" in names["Undecided"]["reason"]
+    assert snapshots.path_of("timm/Good").exists() and not snapshots.path_of("timm/Forgetful").exists()
+    text = (folder / page.NAME).read_text()
+    assert "[All 3 names](timm.json), without a proof: 2 converted, 1 refused, to 2 different graphs; `Undecided`" in text
+    assert text == page.contents()
+
+
 def test_a_failure_is_shown_and_is_the_exit_code(tmp_path: Path) -> None:
     shown = _run("run", "test_efficientnet", "--records", str(tmp_path), "--timeout", "1", code=1).stdout
     assert "failed  timm/test_efficientnet" in shown and "not done after 1 seconds" in shown
@@ -86,6 +103,6 @@ def test_a_failure_is_shown_and_is_the_exit_code(tmp_path: Path) -> None:
 
 def test_usage_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no model is called 'resnet_of_my_dreams'" in _run("run", "resnet_of_my_dreams", code=1).stderr
-    assert "--convert-only" in _run("run", "--convert-only", "--update", code=2).stderr
+    assert "--convert-only" in _run("run", "--convert-only", "--tightness", code=2).stderr
     monkeypatch.setattr(snapshots, "_CHECKOUT", tmp_path / "nowhere")
     assert "checkout" in _run("run", "test_efficientnet", "--update", code=1).stderr

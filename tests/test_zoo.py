@@ -13,7 +13,7 @@ from zoo import ZOO
 
 import hatify
 from hatify.snapshot import snapshot
-from hatify.zoo import page, snapshots, timm_models
+from hatify.zoo import from_timm, page, snapshots
 from hatify.zoo.catalogue import entries
 from hatify.zoo.proving import TASKS
 
@@ -49,14 +49,14 @@ def test_every_snapshot_has_a_model() -> None:
 
 def test_the_page_says_what_the_snapshots_say() -> None:
     written = (snapshots.directory() / page.NAME).read_text(encoding="utf-8")
-    assert written == page.render(snapshots.read_all()), "hatify zoo run --update writes the page"
+    assert written == page.contents(), "hatify zoo run --update writes the page"
 
 
 def test_the_smallest_models_are_the_smallest() -> None:
     """The shipped list covers every family, and is right where it can be checked fast."""
-    families = timm_models.families()
-    chosen = timm_models.representatives()
+    families = from_timm.families()
+    chosen = from_timm.representatives()
     assert chosen.keys() == families.keys()
     for family in ("starnet", "pit", "visformer", "tnt"):
-        assert chosen[family] == timm_models.smallest(families[family])
-    assert timm_models.smallest(["resnet34", "resnet18", "resnet50"]) == "resnet18"
+        assert chosen[family] == from_timm.smallest(families[family])
+    assert from_timm.smallest(["resnet34", "resnet18", "resnet50"]) == "resnet18"

@@ -15,10 +15,10 @@ import hatify
 from hatify.snapshot import snapshot
 from hatify.zoo import records
 from hatify.zoo.entry import Entry
+from hatify.zoo.from_timm import build
 from hatify.zoo.hollow import build_hollow
 from hatify.zoo.proving import prove
 from hatify.zoo.structure import structure_of
-from hatify.zoo.timm_models import build
 
 X = torch.zeros(2, 3, 8, 8)
 

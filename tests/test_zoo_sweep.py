@@ -104,3 +104,9 @@ def test_snapshots_and_their_page(tmp_path: Path) -> None:
     less = {part: value for part, value in good.items() if part != "tightness"}
     snapshots.write(less, folder)
     assert snapshots.read_all(folder)[0] == good
+    # a conversion to the same keeps the proof, one to something else does not
+    mere = {part: value for part, value in less.items() if part != "proof"} | {"verdict": "converted"}
+    snapshots.write(mere, folder)
+    assert snapshots.read_all(folder)[0] == good
+    snapshots.write(mere | {"code": "0123"}, folder)
+    assert snapshots.read_all(folder)[0]["verdict"] == "converted"

@@ -12,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ..zoo.page import sizes, summary
-from ..zoo.snapshots import hat_share, reason, snapshot_of
+from ..zoo.snapshots import HEAD, hat_share, reason, snapshot_of
 from .render import _console
 
 __all__ = ["Bar", "print_sweep", "print_zoo"]
 
 _STYLES = {"proved": "green", "converted": "cyan", "refused": "yellow", "failed": "bold red"}
-_RUNGS = ("hat", "row-locked", "task-indexed", "frozen")
+_SHARES = ("hat", "row-locked", "task-indexed", HEAD, "frozen")
 
 
 class Bar:
@@ -67,18 +67,26 @@ def _table(source: str, snapshots: list[dict[str, Any]]) -> Table:
     table = Table(title=source, title_justify="left", box=None, padding=(0, 1))
     for column in ("family", "model", ""):
         table.add_column(column, no_wrap=True)
-    for column in (*_RUNGS, "tightness"):
+    for column in (*_SHARES, "tightness"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("fixed sizes", overflow="fold")
     for lines in snapshots:
         row = [lines["family"], lines["model"], Text(lines["verdict"], style=_STYLES[lines["verdict"]])]
         if hat_share(lines) is None:
-            table.add_row(*row, *[""] * 5, Text(reason(lines), style="dim"))
+            table.add_row(*row, *[""] * 6, Text(reason(lines), style="dim"))
             continue
-        shares = [lines["rungs"][rung]["share"] for rung in _RUNGS]
         tight = lines.get("tightness")
-        table.add_row(*row, *(f"{100 * s:.1f} %" for s in shares), "" if tight is None else f"{tight:.3f}", sizes(lines))
+        table.add_row(*row, *(f"{100 * s:.1f} %" for s in _shares(lines)), "" if tight is None else f"{tight:.3f}", sizes(lines))
     return table
+
+
+def _shares(lines: dict[str, Any]) -> list[float]:
+    """The share of parameters on each rung, with output layers on their own."""
+    counts = {rung: lines["rungs"][rung]["parameters"] for rung in lines["rungs"]}
+    counts[HEAD] = lines["task-indexed because"].get(HEAD, 0)
+    counts["task-indexed"] -= counts[HEAD]
+    total = max(sum(counts.values()), 1)
+    return [counts[name] / total for name in _SHARES]
 
 
 def print_sweep(found: list[Any], written: list[Path]) -> None:

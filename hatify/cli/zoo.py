@@ -59,7 +59,7 @@ def run(
     every: Annotated[bool, typer.Option("--all", help="Every name, not one model per family.")] = False,
     tightness: Annotated[bool, typer.Option("--tightness", help="Also measure how many locked weights count (slow).")] = False,
     convert_only: Annotated[bool, typer.Option("--convert-only", help="Convert, prove nothing.")] = False,
-    update: Annotated[bool, typer.Option("--update", help="Write the snapshots and their page.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Write the snapshots, with --all also the list of names.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Run again what has a result of the same code.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for each model.", metavar="SECONDS")] = 1800,
     memory: Annotated[
@@ -76,8 +76,8 @@ def run(
     Each model has a process of its own, with random weights; nothing is downloaded. A sweep that is interrupted goes on where it was; what
     has a result of the same code is not run again. Exit code 1 if anything fails; a refusal with its reason is no failure.
     """
-    if convert_only and (tightness or update):
-        raise typer.BadParameter("without a proof there is no tightness and no snapshot", param_hint="--convert-only")
+    if convert_only and tightness:
+        raise typer.BadParameter("tightness is part of the proof", param_hint="--convert-only")
     asked = "conversion" if convert_only else "proof and tightness" if tightness else "proof"
     with failures(debug):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -87,7 +87,7 @@ def run(
             check_writable()
         with quiet(debug), contextlib.redirect_stdout(sys.stderr):
             found = _sweep(pattern, source, every, asked, directory, jobs, timeout, memory, force)
-        written = _update(found) if update else []
+        written = _update(found, every and pattern is None) if update else []
         if as_json:
             typer.echo(json.dumps([record.to_dict() for record in found], indent=2))
         else:
@@ -128,7 +128,16 @@ def _share(jobs: int) -> int:
         return 0
 
 
-def _update(found: list[Any]) -> list[Path]:
-    from ..zoo import page, snapshots
+def _update(found: list[Any], whole: bool) -> list[Path]:
+    """Snapshots of what ran; of a whole library those of its representatives, and all names in one file."""
+    from ..zoo import catalogue, page, snapshots
 
-    return [*(snapshots.write(snapshots.snapshot_of(record)) for record in found), page.write()]
+    if not whole:
+        return [*(snapshots.write(snapshots.snapshot_of(record)) for record in found), page.write()]
+    written: list[Path] = []
+    for source in dict.fromkeys(record.source for record in found):
+        of_source = [record for record in found if record.source == source]
+        written.append(snapshots.write_names(source, of_source))
+        chosen = {entry.key for entry in catalogue.select(source=source)}
+        written += [snapshots.write(snapshots.snapshot_of(record)) for record in of_source if record.key in chosen]
+    return [*written, page.write()]

@@ -7,12 +7,12 @@ import importlib.util
 from collections.abc import Iterator
 
 from hatify.errors import UnknownModelError
-from hatify.zoo import timm_models, torchvision_models, transformers_models
+from hatify.zoo import from_timm, from_torchvision, from_transformers
 from hatify.zoo.entry import Entry
 from hatify.zoo.snapshots import read_all
 
 SOURCES = ("timm", "torchvision", "transformers")
-_ENTRIES = {"timm": timm_models.entries, "torchvision": torchvision_models.entries, "transformers": transformers_models.entries}
+_ENTRIES = {"timm": from_timm.entries, "torchvision": from_torchvision.entries, "transformers": from_transformers.entries}
 
 
 def installed(source: str | None = None) -> list[str]:
@@ -35,29 +35,16 @@ def entries(source: str | None = None) -> Iterator[Entry]:
         yield from _ENTRIES[library]()
 
 
-def find(key: str) -> Entry:
-    """The entry of a key, such as ``timm/resnet18``.
-
-    Raises:
-        UnknownModelError: there is none.
-    """
-    source, _, name = key.partition("/")
-    for entry in entries(source):
-        if entry.name == name:
-            return entry
-    raise UnknownModelError(f"unknown model {name!r}", where=source, fix="hatify zoo run 'resnet*' --source timm")
-
-
 def representatives(source: str | None = None) -> list[Entry]:
     """One model for each family: the smallest of timm's and torchvision's modules, and all configurations of transformers."""
     chosen: set[str] = set()
     for library in installed(source):
         if library == "timm":
-            chosen |= {f"timm/{name}" for name in timm_models.representatives().values()}
+            chosen |= {f"timm/{name}" for name in from_timm.representatives().values()}
         elif library == "torchvision":
-            chosen |= {f"torchvision/{name}" for name in torchvision_models.representatives()}
+            chosen |= {f"torchvision/{name}" for name in from_torchvision.representatives()}
         else:
-            chosen |= {entry.key for entry in transformers_models.entries()}
+            chosen |= {entry.key for entry in from_transformers.entries()}
     return [entry for entry in entries(source) if entry.key in chosen]
 
 

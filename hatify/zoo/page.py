@@ -6,11 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from hatify.zoo.records import PROVED, VERDICTS
-from hatify.zoo.snapshots import directory, hat_share, read_all, reason
+from hatify.zoo.records import CONVERTED, PROVED, VERDICTS
+from hatify.zoo.snapshots import directory, hat_share, read_all, read_names, reason
 
 NAME = "README.md"
-_LIBRARY = {"timm": "timm", "torchvision": "torchvision", "transformers": "transformers"}
 _HEAD = """# What converts
 
 One file for each model: rungs, maskers, mask nodes, gates, fixed sizes, operators, what was proved, and a digest of the generated code.
@@ -24,15 +23,21 @@ task feels (an unlocked weight that it feels would be a leak, and no proof); *op
 
 def write(folder: Path | None = None) -> Path:
     path = (folder or directory()) / NAME
-    path.write_text(render(read_all(folder)), encoding="utf-8")
+    path.write_text(contents(folder), encoding="utf-8")
     return path
 
 
-def render(snapshots: list[dict[str, Any]]) -> str:
-    """The page as Markdown."""
+def contents(folder: Path | None = None) -> str:
+    """What the page of a folder has to say."""
+    snapshots = read_all(folder)
+    return render(snapshots, {source: read_names(source, folder) for source in {lines["source"] for lines in snapshots}})
+
+
+def render(snapshots: list[dict[str, Any]], names: dict[str, dict[str, Any]]) -> str:
+    """The page as Markdown; ``names`` are what all names of a library convert to, by source."""
     parts = [_HEAD]
     for source in dict.fromkeys(lines["source"] for lines in snapshots):
-        parts.append(_section(_LIBRARY.get(source, source), [lines for lines in snapshots if lines["source"] == source]))
+        parts.append(_section(source, [lines for lines in snapshots if lines["source"] == source], names.get(source, {})))
     return "\n".join(parts)
 
 
@@ -52,16 +57,27 @@ def sizes(lines: dict[str, Any]) -> str:
     return ", ".join(fixed) or ("open" if "rungs" in lines else "")
 
 
-def _section(title: str, snapshots: list[dict[str, Any]]) -> str:
+def _section(source: str, snapshots: list[dict[str, Any]], names: dict[str, Any]) -> str:
     rows = [
-        f"## {title}",
+        f"## {source}",
         "",
         summary(snapshots),
+        *([_of_names(source, names)] if names else []),
         "",
         "| family | model | verdict | parameters | HAT | tightness | fixed sizes | one copy per task, or why not |",
         "|---|---|---|---:|---:|---:|---|---|",
     ]
     return "\n".join([*rows, *map(_row, snapshots), ""])
+
+
+def _of_names(source: str, names: dict[str, Any]) -> str:
+    """All names in a line, and those that do not convert."""
+    counts = Counter(line["verdict"] for line in names.values())
+    said = ", ".join(f"{counts[verdict]:,} {verdict}" for verdict in VERDICTS if counts[verdict])
+    graphs = len({line["code"] for line in names.values() if "code" in line})
+    others = [f"`{name}` ({line['reason']})" for name, line in names.items() if line["verdict"] != CONVERTED]
+    rest = f"; {', '.join(others)}" if others else ""
+    return f"[All {len(names):,} names]({source}.json), without a proof: {said}, to {graphs:,} different graphs{rest}."
 
 
 def _row(lines: dict[str, Any]) -> str:

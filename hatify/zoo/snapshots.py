@@ -84,17 +84,62 @@ def _proof(proof: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(lines: dict[str, Any], folder: Path | None = None) -> Path:
-    """Replaces the snapshot of a model. A tightness that was measured before stays where it was not measured now."""
+    """Replaces the snapshot of a model.
+
+    A tightness that was measured before stays where it was not measured now, and a proof where a mere conversion gives the same code,
+    gates and operators.
+    """
     path = path_of(f"{lines['source']}/{lines['model']}", folder)
-    if path.exists() and "tightness" not in lines and lines["verdict"] == PROVED:
-        old = json.loads(path.read_text(encoding="utf-8")).get("tightness")
-        if old is not None:
-            at = list(lines).index("proof") + 1
-            items = list(lines.items())
-            lines = dict([*items[:at], ("tightness", old), *items[at:]])
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if known.get("verdict") == PROVED:
+        lines = _with_what_holds(lines, known)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def _with_what_holds(lines: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """New lines, with what a proof before them said and they do not contradict."""
+    if lines["verdict"] == CONVERTED:
+        same = all(known.get(part) == value for part, value in lines.items() if part != "verdict")
+        return known if same else lines
+    if lines["verdict"] == PROVED and "tightness" in known and "tightness" not in lines:
+        at = list(lines).index("proof") + 1
+        items = list(lines.items())
+        return dict([*items[:at], ("tightness", known["tightness"]), *items[at:]])
+    return lines
+
+
+def write_names(source: str, found: list[Record], folder: Path | None = None) -> Path:
+    """All names of a library in one file, a line each: verdict, share on the HAT rungs, maskers, mask nodes, digest of the code."""
+    lines = (f"  {json.dumps(record.name)}: {json.dumps(_name_line(snapshot_of(record)))}" for record in found)
+    path = names_path(source, folder)
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    return path
+
+
+def read_names(source: str, folder: Path | None = None) -> dict[str, dict[str, Any]]:
+    """What :func:`write_names` wrote, by name; empty where it did not."""
+    path = names_path(source, folder)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def names_path(source: str, folder: Path | None = None) -> Path:
+    return (folder or directory()) / f"{source}.json"
+
+
+def _name_line(lines: dict[str, Any]) -> dict[str, Any]:
+    verdict = CONVERTED if lines["verdict"] == PROVED else lines["verdict"]
+    if "rungs" not in lines:
+        return {"family": lines["family"], "verdict": verdict, "reason": reason(lines)}
+    return {
+        "family": lines["family"],
+        "verdict": verdict,
+        "hat": round(hat_share(lines), 4),
+        "maskers": lines["maskers"],
+        "mask nodes": lines["mask nodes"],
+        "code": lines["code"],
+    }
 
 
 def hat_share(lines: dict[str, Any]) -> float | None:
