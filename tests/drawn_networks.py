@@ -384,6 +384,11 @@ def roll(net, x, y, number):
 
 
 @step(4)
+def halves_swapped(net, x, y, number):
+    return [x.roll((channels(x) // 2, 1), (1, 2))]
+
+
+@step(4)
 def flip(net, x, y, number):
     return [x.flip(1)]
 

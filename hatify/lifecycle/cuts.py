@@ -1,4 +1,5 @@
-"""Where each value is cut, checked: the operators that move elements, run on the labels of the smaller values, have to agree."""
+"""Where each value is cut, checked: an operator that moves elements has to bring the remaining ones of its smaller operands to where it
+brought them before."""
 
 from __future__ import annotations
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor, fx
 
 from hatify.gates.rules.movement import VIEWS
-from hatify.gates.value import compress
 from hatify.lifecycle.labels import Labelled, Labels
 from hatify.lifecycle.picture import Picture, operator_of
 
@@ -89,56 +89,52 @@ class Cuts:
 
     # movement
 
-    def _labels(self, node: fx.Node, part: int | None = None) -> Tensor:
-        """The labels of the smaller value, of its full shape (float64, as movement runs on)."""
-        held, cut, shape = self.labels.of[node], self.found[node], self.picture[node].shape
-        if part is not None:
-            held, cut, shape = held[part], cut[part], self.picture[node].parts[part].shape
-        ids = held.ids.to(torch.float64)
-        if cut is not None:
-            size = [max(a, b) if d != cut.dim else cut.size for d, (a, b) in enumerate(zip(ids.shape, cut.index.shape))]
-            target = [s if d != cut.dim else cut.kept for d, s in enumerate(size)]
-            ids = torch.gather(ids.expand(size), cut.dim, cut.index.expand(target))
-            shape = tuple(cut.kept if d == cut.dim else s for d, s in enumerate(shape))
-        return ids.expand(shape)
+    def _smaller(self, ids: Tensor, cut: Cut | None) -> Tensor:
+        """What is left of a full-sized value."""
+        if cut is None:
+            return ids
+        shape = [cut.kept if d == cut.dim else s for d, s in enumerate(ids.shape)]
+        return torch.gather(ids, cut.dim, cut.index.expand(shape))
 
     def _movement(self, node: fx.Node) -> None:
         operands = [n for n in node.all_input_nodes if self.picture[n].shape is not None]
         found = self.found[node]
         out = found if isinstance(found, list) else [found]
-        cut_in = [n for n in operands if self.found[n] is not None]
-        if not cut_in and not any(o is not None for o in out):
+        if all(self.found[n] is None for n in operands) and all(cut is None for cut in out):
             return
         constants = [n for n in operands if self.picture[n].constant and self.picture[n].dtype.is_floating_point]
         name = operator_of(node)
         if constants and name not in JOINS:
             raise Refused(node, "it moves channels among constants")
         target, tail = self._rewritten(node, name, out)
-        args, kwargs = (node.args, node.kwargs) if tail is None else ((node.args[0], *tail), {})
 
-        def operand(n: fx.Node) -> Any:
-            if self.picture[n].shape is None:
-                return self.picture[n].size if self.picture[n].size is not None else self.picture[n].other
+        def operand(n: fx.Node, small: bool) -> Any:
+            seen = self.picture[n]
+            if seen.shape is None:
+                return seen.size if seen.size is not None else seen.other
             if n in constants:
-                shape = list(self.picture[n].shape)
-                cut = out[0]
-                if cut is not None and name != "stack" and not self._joins_along(node, cut.dim):
+                shape, cut = list(seen.shape), out[0]
+                if small and cut is not None and name != "stack" and not self._joins_along(node, cut.dim):
                     shape[cut.dim] = cut.kept
                 return torch.zeros(shape, dtype=torch.float64)
-            if n not in operands or not self.picture[n].dtype.is_floating_point and self.picture[n].constant:
-                return self.picture[n].known
-            return self._labels(n)
+            if not seen.dtype.is_floating_point and seen.constant:
+                return seen.known
+            ids = _numbered(seen.shape, operands.index(n))
+            return self._smaller(ids, self.found[n]) if small else ids
 
-        run_args, run_kwargs = fx.map_arg((args, kwargs), operand)
-        func = torch.reshape if name in VIEWS else target
+        def run(func: Any, args: tuple, kwargs: dict, small: bool) -> list[Tensor]:
+            args, kwargs = fx.map_arg((args, kwargs), lambda n: operand(n, small))
+            results = (torch.reshape if name in VIEWS else func)(*args, **kwargs)
+            return list(results) if isinstance(results, list | tuple) else [results]
+
+        whole = run(node.target, node.args, node.kwargs, False)
+        args, kwargs = (node.args, node.kwargs) if tail is None else ((node.args[0], *tail), {})
         try:
-            results = func(*run_args, **run_kwargs)
+            results = run(target, args, kwargs, True)
         except (RuntimeError, IndexError) as error:  # the operator itself says that the smaller value does not fit
             raise Refused(node, str(error).splitlines()[0]) from error
-        results = list(results) if isinstance(results, list | tuple) else [results]
-        for i, result in enumerate(results):
-            expected = self._labels(node, i if isinstance(found, list) else None)
-            if not _same(result, expected):
+        for result, full, cut in zip(results, whole, out):
+            if not torch.equal(result, self._smaller(full, cut)):
                 raise Refused(node, "it would put the remaining channels in another order")
         self.moved[node] = target, tail
 
@@ -192,7 +188,10 @@ class Cuts:
         """The same channels by the numbers that they have on the smaller value."""
         rank = len(self.picture[node.args[0]].shape)
         numbers = torch.arange(cut.size).reshape([-1 if d == cut.dim else 1 for d in range(rank)])
-        args = fx.map_arg(node.args, lambda n: numbers if n is node.args[0] else self.picture[n].known)
+        seen = self.picture.seen
+        args = fx.map_arg(
+            node.args, lambda n: numbers if n is node.args[0] else seen[n].known if seen[n].size is None else seen[n].size
+        )
         taken = node.target(*args).reshape(-1)
         taken = taken if made is None else taken[made.channels]
         return aten.index_select.default, (cut.dim, torch.searchsorted(cut.channels, taken))
@@ -234,12 +233,10 @@ def compress_other(index: Tensor, dim: int) -> Tensor:
     return index.contiguous()
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal labels; a constant goes with anything."""
-    if a.shape != b.shape:
-        return False
-    a, b = compress(a)[0], compress(b)[0]
-    return bool(((a == b) | (a == 0) | (b == 0)).all())
+def _numbered(shape: tuple[int, ...], operand: int) -> Tensor:
+    """A number of its own for every element of every operand: float64, as movement runs on."""
+    count = torch.Size(shape).numel()
+    return (operand * 2.0**40 + 1 + torch.arange(count, dtype=torch.float64)).reshape(shape)
 
 
 __all__ = ["Cut", "Cuts", "Refused"]
