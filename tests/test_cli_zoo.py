@@ -97,8 +97,18 @@ def test_all_names_of_a_library_are_one_file(folder: Path, tmp_path: Path, monke
 
 
 def test_a_failure_is_shown_and_is_the_exit_code(tmp_path: Path) -> None:
-    shown = _run("run", "test_efficientnet", "--records", str(tmp_path), "--timeout", "1", code=1).stdout
-    assert "failed  timm/test_efficientnet" in shown and "not done after 1 seconds" in shown
+    ended = _run("run", "test_efficientnet", "--records", str(tmp_path), "--timeout", "1", code=1)
+    assert "failed  timm/test_efficientnet" in ended.stdout and "not done after 1 seconds" in ended.stdout
+    assert "unexpected" not in ended.stderr, "an exit code is no error of its own"
+
+
+def test_an_interrupted_sweep_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hatify.zoo.sweep.sweep", interrupt)
+    said = _run("run", "test_efficientnet", code=130).stderr
+    assert "goes on from there" in said and "unexpected" not in said
 
 
 def test_usage_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

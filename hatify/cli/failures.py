@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import click
 import typer
 from rich.console import Console
 from rich.text import Text
@@ -29,8 +28,8 @@ def failures(debug: bool) -> Iterator[None]:
     """Turns what is raised in the block into a message on stderr and an exit code."""
     try:
         yield
-    except (click.exceptions.Exit, click.ClickException, click.Abort):
-        raise  # typer's own: usage errors, and exits that have said what they had to say
+    except (typer.Exit, typer.Abort, typer.BadParameter):  # under typer's names: newer ones are no classes of click
+        raise  # usage errors, and exits that have said what they had to say
     except KeyboardInterrupt as error:
         _trace(debug)
         show(HatifyError("interrupted", why="nothing was written"))

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .failures import FAILED, failures, quiet
+from ..errors import HatifyError
+from .failures import FAILED, INTERRUPTED, failures, quiet, show
 from .saved import DebugOption, JsonOption
 
 __all__ = ["zoo"]
@@ -30,7 +31,7 @@ SourceOption = Annotated[Library | None, typer.Option("--source", help="Only mod
 
 
 @zoo.callback(invoke_without_command=True)
-def show(context: typer.Context, source: SourceOption = None, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+def listing(context: typer.Context, source: SourceOption = None, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """What converts, on which rungs, with which fixed sizes: the snapshots that ship with hatify."""
     if context.invoked_subcommand is not None:
         return
@@ -116,8 +117,12 @@ def _sweep(
 
     entries = select(pattern, source, every)
     limits = Limits(timeout, int(memory * 2**30) if memory is not None else _share(jobs))
-    with Bar(len(entries)) as bar:
-        return sweep(entries, asked, directory or default_directory(), jobs=jobs, limits=limits, watcher=bar, force=force)
+    try:
+        with Bar(len(entries)) as bar:
+            return sweep(entries, asked, directory or default_directory(), jobs=jobs, limits=limits, watcher=bar, force=force)
+    except KeyboardInterrupt as error:
+        show(HatifyError("interrupted", why="the results so far are kept", fix="run the same command again: it goes on from there"))
+        raise typer.Exit(INTERRUPTED) from error
 
 
 def _share(jobs: int) -> int:

@@ -67,8 +67,15 @@ def prove(entry: Entry, asked: str = "proof", tell: Callable[[str], None] = lamb
         reason = {"step": run.step, "what": f"{type(error).__name__}: {str(error)[:600]}", "where": "\n".join(last)}
         record = Record(entry.key, entry.family, FAILED, reason=reason)
     record.asked, record.seconds, record.structure = asked, run.seconds, run.structure
-    record.libraries, record.files = versions(), imported_files()
+    record.libraries = versions()
+    if not _out_of_memory(record):  # which is no result of the code
+        record.files = imported_files()
     return record
+
+
+def _out_of_memory(record: Record) -> bool:
+    said = record.reason.get("what", "")
+    return record.verdict == FAILED and ("MemoryError" in said or "can't allocate memory" in said)
 
 
 def _converted(run: _Run) -> Record:
