@@ -257,3 +257,19 @@ def computed_elements() -> nn.Module:
         nn.Conv1d(6, 4, 1),
         width=4,
     )
+
+
+class Affine(nn.Module):
+    """A scale and a shift per channel in one call."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.rand(width) + 0.5), nn.Parameter(torch.randn(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, self.scale, x)
+
+
+@case("affine", _randn(3, 4))
+def affine() -> nn.Module:
+    return Pooled(nn.Linear(4, 6), Affine(6), nn.Linear(6, 5), width=5)

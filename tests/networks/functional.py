@@ -272,3 +272,24 @@ class WeightOnTheLeft(nn.Module):
         x = F.softplus(self.step.weight @ x + self.step.bias[:, None])
         x = torch.tanh(self.mix @ x.transpose(1, 2))
         return self.fc(x.mean(1))
+
+
+@network("affine_residuals", floats(9, 6))
+class AffineResiduals(nn.Module):
+    """``addcmul`` as a channel's scale and shift, as a gated residual, and with a base that other channels write to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(6, 16)
+        self.scale = nn.Parameter(torch.rand(16) + 0.5)
+        self.shift = nn.Parameter(torch.randn(16) * 0.3)
+        self.fc2 = nn.Linear(16, 16)
+        self.fc3 = nn.Linear(16, 16)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.fc1(x))
+        x = torch.addcmul(self.shift, self.scale, x)
+        x = torch.addcmul(x, self.scale, x.sin(), value=0.5)
+        x = torch.addcmul(x, torch.tanh(self.fc2(x)), self.fc3(x))
+        return self.fc(x.mean(1))

@@ -234,6 +234,21 @@ def product(run: Interpreter, call: Call) -> Outcome:
     return Outcome(call.args, call.kwargs, Gates(_joined(run, "and", call.values()), state))
 
 
+def addcmul(run: Interpreter, call: Call) -> Outcome:
+    """``base + value * a * b``: the gates of the product, OR those of the base. A constant base is a shift, as a bias is."""
+    base, a, b = call.args[:3]
+    if any(v.constant and not v.finite for v in (base, a, b)):
+        return unknown(run, call)
+    together = _joined(run, "and", [a, b])
+    inner = replace(a, ids=together, shape=torch.broadcast_shapes(a.shape, b.shape))
+    out = _joined(run, "or", [base, inner])
+    if base.constant or base.gated and _same(base.ids, together):
+        call, state = one_state(run, call)
+    else:
+        call, state = clean_call(run, call), State.CLEAN
+    return Outcome(call.args, call.kwargs, Gates(out, after_shift(state) if covers_constants([base, inner], out) else state))
+
+
 def quotient(run: Interpreter, call: Call) -> Outcome:
     """``a / b``: gates AND. A gated divisor reads 1 where it is dead; a clean quotient may be 0/0, so it is masked again."""
     if len(call.values()) == 1:
@@ -284,6 +299,7 @@ def register(rules: RuleTable) -> None:
     rules.add(ADDITIVE, additive)
     rules.add(PRODUCT, product)
     rules.add(QUOTIENT, quotient)
+    rules.add(["addcmul"], addcmul)
     rules.add(["pow"], power)
     rules.add(["addcdiv", "remainder", "fmod"], divides)
     rules.add(["masked_fill"], masked_fill)
