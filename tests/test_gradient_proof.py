@@ -12,7 +12,8 @@ import hatify
 from hatify.proof.gradients import Smooth
 from hatify.verification import prove_by_gradients
 
-TIGHT = ["conv1d", "unet", "depthwise", "groupnorm_net", "mixer", "stacked_both_ways", "projected_lstm", "text_cnn", "weight_norm"]
+TIGHT = ["conv1d", "unet", "depthwise", "groupnorm_net", "mixer", "stacked_both_ways", "projected_lstm", "text_cnn", "weight_norm",
+         "normalised_over_outputs", "weight_on_the_left"]  # fmt: skip
 """No product of two masked values, no layer so narrow that a live path ends."""
 
 

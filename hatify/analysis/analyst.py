@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from hatify.analysis.contracted_weights import contracted_weight, contraction
 from hatify.analysis.coupling import DERIVABLE, NORMS
 from hatify.analysis.functional import is_parameter, weighted_call
 from hatify.analysis.heads import Heads, operator_name
@@ -176,6 +177,9 @@ class Analyst:
         found = weighted_call(call)
         if found is not None and is_parameter(found.weight):
             return weight_call(self, node, call, found)
+        contracted = contraction(call)
+        if contracted is not None:
+            return contracted_weight(self, node, call, contracted)
         values = call.values()
         if name in FRESH:
             return self._constant(node, call, known=False)

@@ -127,6 +127,9 @@ def row_sources(found: WeightedCall, held: dict[str, Tensor]) -> tuple[str, int,
     rows = origin.positions.movedim(out_dim, 0).reshape(origin.positions.shape[out_dim], -1)
     for d in range(len(shape)):
         coordinates = torch.div(rows, strides[d], rounding_mode="floor") % shape[d]
-        if bool((rows >= 0).all()) and bool((coordinates == coordinates[:, :1]).all()):
+        alike = bool((rows >= 0).all()) and bool((coordinates == coordinates[:, :1]).all())
+        if alike and not (
+            origin.derived and coordinates[:, 0].unique().numel() < len(rows)
+        ):  # coupled over outputs: not one channel
             return (path if d == 0 else f"{path}.{d}", shape[d], coordinates[:, 0])
     return None

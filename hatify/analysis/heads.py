@@ -12,7 +12,7 @@ from hatify.registry import describe
 
 WEIGHT_SLOT = {
     "linear": 1, "conv1d": 1, "conv2d": 1, "conv3d": 1, "conv_transpose1d": 1, "conv_transpose2d": 1, "conv_transpose3d": 1,
-    "addmm": 2, "matmul": 1, "mm": 1, "embedding": 0, "_grouped_mm": 1, "grouped_mm_fallback": 1,
+    "addmm": 2, "matmul": 1, "mm": 1, "embedding": 0, "_grouped_mm": 1, "grouped_mm_fallback": 1, "einsum": 1, "bmm": 1,
 }  # fmt: skip
 UNTOUCHED = {
     "add", "sub", "mul", "div", "dropout", "softmax", "log_softmax", "sigmoid", "mean", "getitem", "upsample_bilinear2d",
@@ -31,13 +31,11 @@ def operator_name(node: fx.Node) -> str:
 def weight_source(node: fx.Node) -> list[fx.Node]:
     """The parameters that the weight of a functional weighted operator is made of; empty where it depends on data."""
     name = operator_name(node) if node.op == "call_function" else None
-    slots = (1, 0) if name in ("matmul", "mm") else (WEIGHT_SLOT[name],) if name in WEIGHT_SLOT else ()
-    for slot in slots:
-        if slot < len(node.args) and isinstance(node.args[slot], fx.Node):
-            found = _parameters_behind(node.args[slot])
-            if found:
-                return found
-    return []
+    if name not in WEIGHT_SLOT:
+        return []
+    either = {"einsum": node.args[-1], "matmul": node.args, "mm": node.args, "bmm": node.args}
+    places = either.get(name, node.args[WEIGHT_SLOT[name] :][:1])
+    return [parameter for operand in places if isinstance(operand, fx.Node) for parameter in _parameters_behind(operand)]
 
 
 def _parameters_behind(node: fx.Node) -> list[fx.Node]:

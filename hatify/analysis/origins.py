@@ -65,7 +65,7 @@ def split_use(use: Use, origin: Origin, shapes: dict[str, tuple[int, ...]]) -> I
     for part in origin.parts:
         if part.derived and not _lockable(part, use.shape):
             yield None
-        elif part.groups is not None and _whole_rows(part, use.shape, shapes[part.name]):
+        elif part.groups is not None and use.rows[0].numel() == 1 and _whole_rows(part, use.shape, shapes[part.name]):
             yield replace(use, parameter=part.name, cols=torch.full((1,) * len(use.shape), TOP), grouped=True)
         else:
             grouped = use.grouped or part.groups is not None

@@ -277,15 +277,29 @@ class _Slimmer:
                 continue
             letter = theirs[cut.dim]
             if letter in letters and self.picture[side].shape[letters.index(letter)] > 1:
-                if not cut.uniform:
-                    raise AssertionError("a constant beside parts that keep different channels")
-                node.replace_input_with(side, self.channels.chosen(side, node, letters.index(letter), cut.channels))
+                index = _by_letters(cut.index, theirs, letters)
+                if index is None:
+                    node.replace_input_with(other, self.channels.whole(other))
+                    continue
+                index = cut.channels if cut.uniform else index
+                node.replace_input_with(side, self.channels.chosen(side, node, letters.index(letter), index))
 
     def _attention(self, node: fx.Node) -> None:
         """Scores are scaled by the size that a head had."""
         cut = self.channels.cut(node.args[0])
         if cut is not None and node.kwargs.get("scale") is None:
             node.kwargs = {**node.kwargs, "scale": float(self.picture[node.args[0]].shape[-1]) ** -0.5}
+
+
+def _by_letters(index: Tensor, letters: str, target: str) -> Tensor | None:
+    """``index``, one dimension per letter, in the layout of ``target``; None where it differs along a letter that is not there."""
+    if any(size > 1 and letter not in target for letter, size in zip(letters, index.shape)):
+        return None
+    own = {letter: d for d, letter in enumerate(letters)}
+    kept = [letter for letter in target if letter in own]
+    moved = index.permute(*[own[c] for c in kept], *[d for d, c in enumerate(letters) if c not in kept])
+    sizes = {c: index.shape[own[c]] for c in kept}
+    return moved.reshape([sizes.get(c, 1) for c in target])
 
 
 __all__ = ["Slimmed", "slim_down"]

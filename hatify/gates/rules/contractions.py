@@ -31,12 +31,17 @@ def common_along(table: GateTable, ids: Tensor, dims: list[int]) -> Tensor:
 
 def or_along(table: GateTable, ids: Tensor, dim: int) -> Tensor:
     """The OR over all dimensions but ``dim`` (or an upper bound), for locks: shape ``(size of dim,)``. CONST counts as live."""
-    size = ids.shape[dim]
-    columns = ids.movedim(dim, 0).reshape(size, -1)
+    return or_over(table, ids, [dim])
+
+
+def or_over(table: GateTable, ids: Tensor, kept: list[int]) -> Tensor:
+    """:func:`or_along` for several dimensions ``kept``, in their order."""
+    sizes = [ids.shape[d] for d in kept]
+    columns = ids.permute(*kept, *[d for d in range(ids.dim()) if d not in kept]).reshape(torch.Size(sizes).numel(), -1)
     if columns.shape[1] == 1:
         flat = columns[:, 0]
-        return torch.where(flat == CONST, TOP, flat)
-    return torch.tensor(_each(columns, table.bounded_or))
+        return torch.where(flat == CONST, TOP, flat).reshape(sizes)
+    return torch.tensor(_each(columns, table.bounded_or)).reshape(sizes)
 
 
 def _each(rows: Tensor, function: Callable[[list[int]], int]) -> list[int]:
