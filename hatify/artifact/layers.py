@@ -13,7 +13,7 @@ from .fields import Fields
 from .lowered import Lowered, Recipe
 from .torch_layers import LAYERS, attributes_from, attributes_to, empty_layer, plain_class, settle
 
-__all__ = ["LayerReader", "LayerWriter", "class_of", "name_of"]
+__all__ = ["OURS", "LayerReader", "LayerWriter", "class_of", "name_of"]
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
@@ -60,7 +60,9 @@ class LayerWriter:
             ) from error
 
 
-_INTERNAL = set(vars(nn.Module())) | {"seen", "masker", "masker_path", "plain_class"}
+OURS = ("seen", "masker", "masker_path", "plain_class", "_hat_slot")
+"""What the conversion and the calls keep on a layer: none of its settings."""
+_INTERNAL = {*vars(nn.Module()), *OURS}
 
 
 def _own_attributes(module: nn.Module) -> dict[str, Any]:

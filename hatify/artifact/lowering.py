@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,8 +25,9 @@ from ..modules.task_indexed import write_buffer
 from ..registry import describe_as
 from ..rewrite.graph import by_mode
 from .graphs import graph_to
-from .layers import class_of
+from .layers import OURS, class_of
 from .lowered import Lowered, Recipe
+from .resizing import Family, family_of, resized
 from .torch_layers import LAYERS, attributes_of, empty_layer, plain_class
 
 __all__ = ["Lowering", "lower_layers", "read_recipe"]
@@ -88,7 +90,7 @@ def _plain_copy(layer: nn.Module, cls: type) -> nn.Module:
     plain = copy.deepcopy(layer, memo).cpu()
     for name in _added(layer):
         plain._modules.pop(name, None)
-    for name in ("seen", "masker", "masker_path"):
+    for name in OURS:
         plain.__dict__.pop(name, None)
     plain.__class__ = cls
     for part in plain.modules():
@@ -110,13 +112,31 @@ def _recipe(layer: nn.Module, cls: type, node: fx.Node, known: dict[tuple, list]
             raise recipe
         if isinstance(recipe, str) or seen == sizes or _fits(recipe, values):
             return recipe
-    try:
-        recipe = _captured(_plain_copy(layer, cls), _real(values))
-    except (HatifyError, ValueError, NotImplementedError) as error:
-        known[key].append((error, sizes))
-        raise
+    plain, call, family = _plain_copy(layer, cls), _real(values), family_of(key)
+    relatives = known.setdefault(family.kind, [])
+    recipe = _of_relatives(relatives, family, plain, call)
+    if recipe is None:
+        try:
+            recipe = _captured(plain, call)
+        except (HatifyError, ValueError, NotImplementedError) as error:
+            known[key].append((error, sizes))
+            raise
+        relatives.append((recipe, family))
     known[key].append((recipe, sizes))
     return recipe
+
+
+def _of_relatives(relatives: list[tuple[Recipe | str, Family]], family: Family, plain: nn.Module, call: tuple) -> Recipe | None:
+    """What was captured of a layer that differs in its sizes alone, proved on this one."""
+    for recipe, other in relatives:
+        if isinstance(recipe, str):
+            continue
+        made = resized(recipe, other, family, call, describe_as(plain, type(plain)))
+        if made is not None:
+            with suppress(ValueError, RuntimeError, HatifyError):  # it does not serve: this one is captured, too
+                _prove(plain, made, *call)
+                return made
+    return None
 
 
 def _fits(recipe: Recipe, values: Any) -> bool:
@@ -144,7 +164,7 @@ def _captured(plain: nn.Module, call: tuple[tuple, dict]) -> Recipe | str:
 
 def _kind(layer: nn.Module, cls: type, values: Any) -> tuple:
     """Layers of one kind compute the same: class, settings, shapes of the tensors, all the way down; inputs of the same rank and type."""
-    internal = (set(vars(nn.Module())) | {"seen", "masker", "masker_path", "inplace"}) - {"forward"}
+    internal = {*vars(nn.Module()), *OURS, "inplace"} - {"forward"}
     parts: list[Any] = []
 
     def visit(part: nn.Module, path: str, cls: type, left_out: tuple[str, ...]) -> None:
