@@ -53,7 +53,7 @@ UNDERSCORED = {
     "_upsample_lanczos2d_aa", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "_weight_norm",
     "_weight_norm_interface", "__and__", "__or__", "__xor__", "__lshift__", "__rshift__", "_fft_c2c", "_fft_c2r", "_fft_r2c",
     "_pack_padded_sequence", "_pad_packed_sequence", "_trilinear", "_cdist_forward", "_stack", "_euclidean_dist", "_pdist_forward",
-    "_assert_tensor_metadata", "_local_scalar_dense", "_reshape_copy", "_embedding_bag", "_safe_softmax", "_to_dense",
+    "_assert_tensor_metadata", "_local_scalar_dense", "_reshape_copy", "_embedding_bag", "_safe_softmax", "_to_dense", "_grouped_mm",
 }  # fmt: skip
 FUNCTIONAL = {
     "sym_size", "sym_numel", "sym_stride", "sym_storage_offset", "pad", "native_batch_norm", "native_layer_norm", "native_group_norm",
