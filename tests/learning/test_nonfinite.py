@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
-from training import OPTIMIZERS, SMALLEST, Unhooked, equal, finite, inputs, learn, loss_of, network, outputs, state_finite, step
+from training import (
+    ARCHITECTURES,
+    OPTIMIZERS,
+    SMALLEST,
+    Unhooked,
+    equal,
+    finite,
+    inputs,
+    learn,
+    loss_of,
+    network,
+    outputs,
+    state_finite,
+    step,
+)
 
 from hatify import HATModel
 from hatify.errors import NonFiniteError
@@ -56,16 +72,80 @@ def test_a_bad_batch_is_refused_and_nothing_of_it_remains(optimizer: str, bad: f
     assert equal(outputs(hat, NAME, 0), before)
 
 
-def test_without_the_check_a_bad_batch_reaches_the_finished_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The negative control: locks alone do not keep it out, since NaN times a dead channel's zero is NaN."""
-    hat, carried, before = begun()
-    monkeypatch.setattr(Steps, "before", lambda *_: None)
+def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: locks as ever, and nobody who looks whether values are finite."""
+    for name in ("before", "check_shared", "keep_statistics", "_forget_batch", "_repair", "repair", "_refuse"):
+        monkeypatch.setattr(Steps, name, lambda *_, **__: None)
     monkeypatch.setattr(Steps, "_representable", lambda *_: True)
-    monkeypatch.setattr(Steps, "check_shared", lambda *_: None)
-    hat.begin_task(1, carried, steps_per_epoch=4)
-    step(hat, None, carried, batch(11, math.nan))
-    found = outputs(hat, NAME, 0)
+
+
+@pytest.mark.parametrize("name", dict.fromkeys((NAME, *ARCHITECTURES)))
+def test_without_the_check_a_bad_batch_reaches_the_finished_task(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks alone do not keep it out, since NaN times a dead channel's zero is NaN."""
+    hat = network(name)
+    carried = OPTIMIZERS["SGD with momentum"](list(hat.parameters()))
+    learn(hat, name, 0, carried)
+    before = outputs(hat, name, 0)
+    unwatched(monkeypatch)
+    run = hat.begin_task(1, carried, steps_per_epoch=4)
+    carried.zero_grad()
+    (math.nan * loss_of(hat(*inputs(name, 4))) + run.regularization()).backward()
+    carried.step()
+    found = outputs(hat, name, 0)
     assert not equal(found, before) and any(bool(t.isnan().any()) for t in found)
+
+
+def too_far(hat: HATModel) -> None:
+    wild = SGD(hat.parameters(), lr=1e38)
+    (1e3 * loss_of(hat(*batch(11)))).backward()
+    wild.step()
+
+
+def squares(hat: HATModel) -> Optimizer:
+    adam = Adam(hat.parameters(), lr=0.01)
+    (1e25 * loss_of(hat(*batch(11)))).backward()
+    adam.step()
+    return adam
+
+
+def closure(hat: HATModel) -> None:
+    lbfgs = LBFGS(hat.parameters(), lr=0.1, max_iter=3)
+
+    def again() -> Tensor:
+        lbfgs.zero_grad()
+        loss = loss_of(hat(*batch(10, math.nan)))
+        loss.backward()
+        return loss
+
+    lbfgs.step(again)
+
+
+def too_large_for_half(hat: HATModel) -> None:
+    optimizer = SGD(hat.parameters(), lr=1e7)
+    with torch.autocast("cpu", torch.float16):
+        loss = loss_of(hat(*batch(10)))
+    loss.backward()
+    optimizer.step()
+
+
+def left_out(hat: HATModel) -> None:
+    loss_of(hat(*batch(13, math.inf)))
+
+
+@pytest.mark.parametrize("watched", [True, False], ids=["watched", "control"])
+@pytest.mark.parametrize("what", [too_far, squares, closure, too_large_for_half, left_out], ids=lambda f: f.__name__)
+def test_what_the_checks_keep_out(what: Callable[[HATModel], Any], watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, statistics and what optimizers remember, in the type that they are computed in."""
+    hat, carried, _ = begun()
+    if not watched:
+        unwatched(monkeypatch)
+    hat.begin_task(1, carried, steps_per_epoch=4, on_nonfinite="skip")
+    made = what(hat)
+    if watched:
+        hat.abandon_task()
+    largest = max(float(p.detach().abs().max()) for p in hat.parameters())
+    limit = 65504.0 if what is too_large_for_half else math.inf
+    assert (finite(hat) and largest < limit and (made is None or state_finite(made))) == watched
 
 
 def test_skipping_goes_on() -> None:
