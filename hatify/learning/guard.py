@@ -24,6 +24,7 @@ from hatify.learning.network import network_of
 from hatify.learning.optimizers import forget_locked
 from hatify.learning.protection import Locked, Protection, fingerprint
 from hatify.learning.steps import GUARDS, Steps, watch_all_optimizers
+from hatify.modules.shards import agreed, shard_again
 
 if TYPE_CHECKING:
     from hatify.learning.free import FreeWeights
@@ -81,6 +82,7 @@ class Guard:
     def refresh(self) -> None:
         """Works out the protection anew from the network as it is now: its present values are those to keep."""
         self._stale = False
+        shard_again(self.module)
         network = network_of(self.module)
         finished = network.finished
         locking = finished if self.session is None else self.session.locking
@@ -171,6 +173,7 @@ class Guard:
 
     def restore(self) -> None:
         """Puts every protected value back."""
+        shard_again(self.module)
         if self._stale:
             self.refresh()
         elif not self._opened:
@@ -200,10 +203,13 @@ class Guard:
             settled = task in self._settled and self._settled[task] == fingerprint(needed)
         else:
             settled = self._stepped or not training
-        if not settled:
+        if agreed(float(not settled), (entry.tensor for entry in needed)):
+            gathered = shard_again(self.module)  # what a forward pass has gathered is as old as the shards
             for entry in needed:
                 entry.restore()
             self.steps.check_shared()
+            for module in gathered:
+                module.unshard()
         else:
             for entry in needed:
                 if entry.written:

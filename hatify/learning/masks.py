@@ -16,6 +16,7 @@ from torch.optim import ASGD, LBFGS, SGD, Optimizer
 from hatify.learning.network import Network
 from hatify.learning.regularizers import free_channels, quotas
 from hatify.modules import Masker
+from hatify.modules.shards import local, part_of, whole
 
 PROPORTIONAL = (SGD, ASGD, LBFGS)
 """Optimizers whose steps grow with the gradient. Those of others (Adam, RMSprop, ...) do not depend on its size."""
@@ -83,7 +84,7 @@ class MaskSteps:
 
     def _now(self) -> Tensor:
         """All embeddings, one after another."""
-        return torch.cat([e.data for e in self.embeddings])
+        return torch.cat([whole(e.data) for e in self.embeddings])
 
     @torch.no_grad()
     def after(self, factor: float, longest: float = math.inf) -> None:
@@ -96,7 +97,8 @@ class MaskSteps:
             step = new - old
             bound = step.abs().clamp(min=longest)
             new = old + (factor * step).clamp(-bound, bound)
-            torch._foreach_copy_([e.data for e in self.embeddings], new.split(self.sizes))
+            shares = [part_of(n, e) for n, e in zip(new.split(self.sizes), self.embeddings)]
+            torch._foreach_copy_([local(e) for e in self.embeddings], shares)
         closing = ((old >= self.open) & (new < self.open)) | ((old > 0) & (new <= 0))
         if not bool(closing.any()):
             return
@@ -108,7 +110,8 @@ class MaskSteps:
         """Regularization lowers every free channel, and under soft masks (sigmoid(0) = 1/2 whatever the embedding) it cannot tell that
         the quota is reached; momentum goes on where it ends. Those that the step would kill last stay where they were, and clear of 0: a
         channel that hovers there is trained half open, under a mask of 1/2 even at the largest scale, and finished wide open."""
-        embedding = masker.embeddings[self.task].data
+        parameter = masker.embeddings[self.task]
+        embedding = whole(parameter.data)
         free = free_channels(masker, self.task, self.network.finished - {self.task}) > 0
         closing = closing & free
         missing = math.ceil(share * int(free.sum()) - 1e-6) - int(((embedding >= self.open) & free).sum())
@@ -116,3 +119,4 @@ class MaskSteps:
         if count > 0:
             order = embedding.masked_fill(~closing, -math.inf).topk(count).indices
             embedding[order] = old[order].clamp(min=self.open)
+            local(parameter).copy_(part_of(embedding, parameter))

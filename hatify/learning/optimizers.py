@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from hatify.errors import TaskError
 from hatify.learning.protection import Protection
+from hatify.modules.shards import agreed, local
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
@@ -50,7 +51,8 @@ def forget_locked(optimizer: Optimizer, protection: Protection) -> None:
                 break
             entry = locked.get(id(parameter))
             if entry is not None and isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
-                value.zero_() if entry.held is None else value.masked_fill_(entry.held, 0)
+                here = local(value)
+                here.zero_() if entry.held is None else here.masked_fill_(entry.held, 0)
 
 
 def _spans(value: Any, parameter: Tensor) -> bool:
@@ -91,8 +93,11 @@ def state_tensors(optimizer: Optimizer) -> list[Tensor]:
 
 def largest(tensors: list[Tensor]) -> float:
     """A bound on the largest magnitude in ``tensors`` (their largest 2-norm); infinite or NaN where an element may be."""
-    dense = [t._values() if t.is_sparse else t for t in tensors]
-    dense = [t for t in dense if t.numel() and t.is_floating_point()]
+    dense = [t._values() if t.is_sparse else local(t) for t in tensors]
+    return agreed(_largest([t for t in dense if t.numel() and t.is_floating_point()]), tensors)
+
+
+def _largest(dense: list[Tensor]) -> float:
     if not dense:
         return 0.0
     by_device: dict[torch.device, list[Tensor]] = {}
@@ -106,5 +111,6 @@ def all_below(tensors: list[Tensor], limit: float) -> bool:
     """Whether every element is finite and smaller than ``limit`` in magnitude."""
     if largest(tensors) < limit:
         return True  # the norm bounds every element; it may overflow where no element does
-    dense = [t._values() if t.is_sparse else t for t in tensors]
-    return all(bool((t.abs() < limit).all()) for t in dense if t.is_floating_point())
+    dense = [t._values() if t.is_sparse else local(t) for t in tensors]
+    above = any(not bool((t.abs() < limit).all()) for t in dense if t.is_floating_point())
+    return agreed(float(above), tensors) == 0.0

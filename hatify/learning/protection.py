@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hatify.learning import bits
 from hatify.learning.network import Network
+from hatify.modules.shards import local, part_of, version
 
 
 @dataclass(eq=False)
@@ -19,7 +20,8 @@ class Locked:
     ``free`` says which are not (int8, the tensor's shape and device: -1 where an element may move, 0 where it is protected), or is None
     where all are protected; ``kept`` holds the protected elements as they must stay and zeros elsewhere, so that protecting costs one more
     copy of the tensor. ``within`` narrows the lock (bool) for as long as a finished task is trained again: ``kept`` keeps all
-    that was protected before, to go back to. ``task`` is the one that owns the tensor, None for what tasks share.
+    that was protected before, to go back to. ``task`` is the one that owns the tensor, None for what tasks share. Of a sharded
+    tensor all are of the part that is here.
     """
 
     name: str
@@ -33,11 +35,11 @@ class Locked:
     @classmethod
     def of(cls, name: str, tensor: Tensor, lock: Tensor | None, task: int | None = None) -> Locked:
         """Takes the present values as those to keep; ``lock`` (bool, the tensor's shape) says where, None everywhere."""
-        data = tensor.detach()
+        data = local(tensor)
         if lock is None:
-            return cls(name, tensor, None, data.clone(), version=tensor._version, task=task)
-        free = bits.cleared(lock, like=data)
-        return cls(name, tensor, free, bits.clear_(data.clone(), ~free), version=tensor._version, task=task)
+            return cls(name, tensor, None, data.clone(), version=version(tensor), task=task)
+        free = bits.cleared(part_of(lock, tensor), like=data)
+        return cls(name, tensor, free, bits.clear_(data.clone(), ~free), version=version(tensor), task=task)
 
     @property
     def whole(self) -> bool:
@@ -57,28 +59,29 @@ class Locked:
     def restore(self) -> None:
         """Puts the protected values back. Not through the tensor itself: a new version of it would invalidate graphs
         that wait for their backward pass, although nothing that they saved has changed."""
-        data = self.tensor.data
+        data = local(self.tensor)
         if self.within is not None:
             data.copy_(torch.where(self.within, self.kept, data))
         elif self.free is None:
             data.copy_(self.kept)
         else:
             bits.merge_(bits.clear_(data, self.free), self.kept)
-        self.version = self.tensor._version
+        self.version = version(self.tensor)
 
     def narrow(self, lock: Tensor) -> None:
         """Protects only the elements of ``lock`` (bool), which were protected before."""
-        self.within = lock.to(self.tensor.device)
-        self._moving = bits.cleared(self.within, like=self.tensor.detach())
+        self.within = part_of(lock, self.tensor).to(self.tensor.device)
+        self._moving = bits.cleared(self.within, like=local(self.tensor))
 
     def follow(self, tensor: Tensor) -> None:
         """The network was moved or cast: the values go where its tensor is now."""
-        self.tensor, data = tensor, tensor.detach()
+        self.tensor, data = tensor, local(tensor)
         self.kept = torch.empty_like(data).copy_(self.kept)
         self.free = None if self.free is None else torch.empty_like(data, dtype=torch.int8).copy_(self.free)
         if self.within is not None:
-            self.narrow(self.within)
-        self.version = tensor._version
+            self.within = self.within.to(data.device)
+            self._moving = bits.cleared(self.within, like=data)
+        self.version = version(self.tensor)
 
     def return_to_old(self) -> None:
         """Puts back all values, those of a task in retraining too."""
@@ -88,7 +91,7 @@ class Locked:
     @property
     def written(self) -> bool:
         """Whether torch counted a write to the tensor since its values were last put back."""
-        return self.tensor._version != self.version
+        return version(self.tensor) != self.version
 
     def values(self) -> Tensor:
         """The protected values alone: flat, or all of the tensor where all are protected."""
@@ -97,11 +100,11 @@ class Locked:
 
     def moved(self) -> int:
         """How many protected elements differ from their values."""
-        return int(self._different(self.tensor.detach()).sum())
+        return int(self._different(local(self.tensor)).sum())
 
     def differs(self, other: Tensor) -> bool:
         """Whether ``other``, of the same shape, has other values at protected elements."""
-        return bool(self._different(other.detach().to(self.tensor.device, self.tensor.dtype)).any())
+        return bool(self._different(part_of(other.detach(), self.tensor).to(self.kept.device, self.kept.dtype)).any())
 
     def _different(self, other: Tensor) -> Tensor:
         different = self.kept != other
@@ -117,7 +120,12 @@ class Locked:
             values, at = rows._values(), rows._indices()
             values = torch.zeros_like(values) if free is None else bits.clear_(values.clone(), free[tuple(at)])
             return torch.sparse_coo_tensor(at, values, gradient.shape, is_coalesced=True, check_invariants=False)
-        return gradient.zero_() if free is None else bits.clear_(gradient, free)
+        here = local(gradient)
+        if free is None:
+            here.zero_()
+        else:
+            bits.clear_(here, free)
+        return gradient
 
 
 @dataclass(eq=False)
@@ -221,7 +229,7 @@ def fingerprint(entries: Iterable[Locked]) -> list[int]:
     """A sum over the bits of each tensor, modulo 2^64: many times faster than putting values back, and other for other bits."""
     sums: dict[torch.device, list[Tensor]] = {}
     for entry in entries:
-        sums.setdefault(entry.tensor.device, []).append(_bits(entry.tensor.detach()).sum())
+        sums.setdefault(entry.tensor.device, []).append(_bits(local(entry.tensor)).sum())
     return [found for group in sums.values() for found in torch.stack(group).tolist()]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hatify.errors import TaskError
 from hatify.learning.network import Network, network_of
 from hatify.modules.masker import Masker, soft_mask
+from hatify.modules.shards import whole
 
 KINDS = ("layer", "network")
 
@@ -92,7 +93,7 @@ class Capacity:
         embeddings = self.view.embeddings(self.task)
         if not embeddings:
             return torch.zeros(())
-        taken = soft_mask(torch.cat([e.float() for e in embeddings]), mask_scale, self.config) * self.free
+        taken = soft_mask(torch.cat([whole(e).float() for e in embeddings]), mask_scale, self.config) * self.free
         if self.kind == "network":
             return ((taken * self.factor[self.owner]).sum() / self.total - self.quota).clamp(min=0.0)
         return (self.factor * (self._per_masker(taken) / self.total - self.quota).clamp(min=0.0)).sum()

@@ -21,6 +21,7 @@ from hatify.learning.regularizers import Capacity
 from hatify.learning.resuming import resume, state_of
 from hatify.learning.schedules import Schedule
 from hatify.learning.statistics import Statistics, as_call
+from hatify.modules.shards import local, shard_again
 
 
 class Learning:
@@ -85,6 +86,7 @@ class Learning:
         locked_task_ids: Iterable[int] | None = None,
         on_nonfinite: str = "raise",
     ) -> None:
+        shard_again(network)
         self.network = network
         self._view = network_of(network)
         self.task = self._view.checked(task)
@@ -149,8 +151,8 @@ class Learning:
             raise TaskError(
                 f"task {self.guard.session.task} is being learned", why="one session at a time", fix="hat.finish_task()"
             )
-        self._check_optimizers()
         self.guard.restore()
+        self._check_optimizers()
         finished = self._view.finished
         self.locking, self.retraining = self._to_lock(), self.task in finished
         if self.warm_start is not None and not self.retraining:
@@ -341,7 +343,7 @@ class Learning:
         self._count()
 
     def _count(self) -> None:
-        embeddings = [e.data for e in self._view.embeddings(self.task)]
+        embeddings = [local(e) for e in self._view.embeddings(self.task)]
         limit = self._config.max_embedding
         if embeddings:
             torch._foreach_clamp_min_(embeddings, -limit)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hatify.modules.masker import Masker, soft_mask
+from hatify.modules.shards import whole
 
 
 class Bank:
@@ -34,7 +35,7 @@ class Bank:
 
     def masks(self, task: int, scale: float | Tensor | None) -> dict[str, Tensor]:
         """What ``masker(task, scale)`` gives, for every masker: the same values and gradients, to the bit."""
-        embeddings = self.embeddings(task)
+        embeddings = [whole(e) for e in self.embeddings(task)]
         finished = [task in m.finished for m in self.maskers]
         soft = scale is not None and not all(finished)
         mixed = soft and any(finished)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hatify.modules.config import HATConfig
+from hatify.modules.shards import whole
 
 _NUMBERS = itertools.count()
 MASKERS: weakref.WeakValueDictionary[str, Masker] = weakref.WeakValueDictionary()
@@ -142,14 +143,14 @@ class Masker(nn.Module):
 
     def forward(self, task: int, scale: float | Tensor | None = None) -> Tensor:
         """The mask of ``task``: float32, shape ``(channels,)``; binary without a scale and for a finished task."""
-        embedding = self.embeddings[task]
+        embedding = whole(self.embeddings[task])
         if scale is None or task in self.finished:
             return self.live(task).to(torch.float32)
         return soft_mask(embedding, scale, self.config)
 
     def live(self, task: int) -> Tensor:
         """Which channels the binary mask of ``task`` keeps: bool, shape ``(channels,)``."""
-        return live_channels(self.embeddings[task].detach())
+        return live_channels(whole(self.embeddings[task].detach()))
 
     def __deepcopy__(self, memo: dict) -> Masker:
         copied = self.__class__.__new__(self.__class__)
