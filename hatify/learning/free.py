@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hatify.learning.network import Network
+from hatify.modules.shards import local, part_of, shard_again
 
 
 class FreeWeights:
@@ -28,21 +29,23 @@ class FreeWeights:
         for name, lock in network.locks(sorted(network.finished)).items():
             parameter = network.module.get_parameter(name)
             if parameter.requires_grad:
-                where = None if not bool(lock.any()) else ~lock.to(parameter.device)
-                value = parameter.detach()
+                where = None if not bool(lock.any()) else ~part_of(lock, parameter).to(parameter.device)
+                value = local(parameter)
                 self.values[name] = where, value.clone() if where is None else value[where]
 
     @torch.no_grad()
     def give_back(self, needed: Iterable[int]) -> None:
         """What was free and none of the tasks ``needed`` needs becomes what it was."""
+        shard_again(self.network.module)
         for name, lock in self.network.locks(sorted(needed)).items():
             if name not in self.values:
                 continue
             where, value = self.values[name]
             parameter = self.network.module.get_parameter(name)
-            data, value = parameter.data, value.to(parameter)
+            data = local(parameter)
+            value = value.to(data)
             old = value if where is None else data.clone().masked_scatter_(where.to(data.device), value)
-            data.copy_(torch.where(lock.to(data.device), data, old))
+            data.copy_(torch.where(part_of(lock, parameter).to(data.device), data, old))
 
     def state(self) -> dict[str, Any]:
         """Places and values by parameter."""

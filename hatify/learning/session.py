@@ -202,6 +202,7 @@ class Learning:
         """Ends the session without finishing: what was learned stays and can be gone on with, but nothing of it is locked; a task
         in retraining is as it was before."""
         self._check_open()
+        shard_again(self.network)
         self.guard.steps.undo_broken(with_closures=True)
         self.guard.steps.repair(list(self._needed().values()))  # not even an unlocked weight may be infinite: 0 times it is NaN
         self.guard.restore()

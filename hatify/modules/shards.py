@@ -73,12 +73,16 @@ def _managed(module: nn.Module) -> list[nn.Module]:
 
 
 def shard_again(module: nn.Module) -> list[nn.Module]:
-    """Gives up what was gathered for a forward pass, so that the module holds the parameters that its optimizer holds.
+    """Gives up what was gathered for a forward pass, in the middle of one too (where ``reshard()`` does nothing for a root), so that the
+    module holds the parameters that its optimizer holds.
 
     Returns:
-        The modules that ``unshard()`` gathers again.
+        The modules whose ``unshard()`` gathers it again.
     """
-    found = _managed(module)
-    for each in found:
-        each.reshard()
-    return found
+    gathered = []
+    for each in _managed(module):
+        groups = [g for g in each._get_fsdp_state()._fsdp_param_groups if g.is_unsharded]
+        for group in groups:
+            group._to_sharded()
+        gathered += [each] if groups else []
+    return gathered
