@@ -40,6 +40,12 @@ def test_zoo_model(key: str) -> None:
         assert (proof.gradients == 0.0) == (known["proof"]["gradients"] == "equal")
 
 
+def test_a_third_of_timms_families_is_proved() -> None:
+    families = {entry.family for entry in entries("timm")}
+    proved = {entry.family for entry in ZOO.values() if entry.source == "timm"}
+    assert 3 * len(proved) >= len(families), f"{len(proved)} of {len(families)}"
+
+
 def test_every_snapshot_has_a_model() -> None:
     known = {entry.key for entry in entries()}
     paths = [path for path in snapshots.directory().glob("*/*") if path.suffix == ".json"]
