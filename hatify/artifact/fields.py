@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -112,18 +113,22 @@ def check_file(path: Path, largest: int | None = None) -> int:
     Raises:
         ArtifactError: it is missing, a symbolic link, no plain file, or larger than ``largest``.
     """
-    why = None
-    if path.is_symlink():
-        why = "it is a symbolic link"
-    elif not path.exists():
-        why = "there is no such file"
-    elif not path.is_file():
-        why = "it is no plain file"
-    elif largest is not None and path.stat().st_size > largest:
-        why = f"{path.stat().st_size} bytes; at most {largest} are read"
-    if why:
-        raise ArtifactError("a file is missing or not what was written", where=str(path), why=why, fix="save again")
-    return path.stat().st_size
+    try:
+        status = path.lstat()  # asked once: another process may be saving there
+    except OSError as error:
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        raise _not_as_written(path, "there is no such file" if missing else error.strerror) from error
+    if stat.S_ISLNK(status.st_mode):
+        raise _not_as_written(path, "it is a symbolic link")
+    if not stat.S_ISREG(status.st_mode):
+        raise _not_as_written(path, "it is no plain file")
+    if largest is not None and status.st_size > largest:
+        raise _not_as_written(path, f"{status.st_size} bytes; at most {largest} are read")
+    return status.st_size
+
+
+def _not_as_written(path: Path, why: str | None) -> ArtifactError:
+    return ArtifactError("a file is missing or not what was written", where=str(path), why=why, fix="save again")
 
 
 class Fields:
