@@ -1,5 +1,7 @@
 import copy
 import json
+import os
+import sys
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 
@@ -66,7 +68,15 @@ def test_json_keeps_the_structure(value):
     leaves, structure = flatten(value)
     again = Structure.from_json(json.loads(json.dumps(structure.to_json())))
     assert again == structure
-    assert same(unflatten(leaves, again), value)
+    read = unflatten(leaves, again)
+    if (
+        type(value).__module__ == __name__
+    ):  # a class of the user's own is not looked up by the name in a file: one with its parts stands in
+        mine, theirs = vars(value) if hasattr(value, "__dict__") else value._asdict(), read
+        assert type(read) is not type(value) and type(read).__name__ == type(value).__name__
+        assert all(flatten(getattr(theirs, name))[0] == flatten(part)[0] for name, part in mine.items())
+    else:
+        assert same(read, value)
 
 
 def test_transformers_outputs_come_back_with_their_attributes():
@@ -92,11 +102,12 @@ def test_other_values_are_refused_by_place(bad):
 
 def test_reading_a_structure_imports_no_module_of_the_files_choosing():
     data = {"kind": "dict", "type": "antigravity:Dict", "keys": [], "children": []}
-    with pytest.raises(CallError, match="not there"):
-        unflatten([], Structure.from_json(data))
+    read = unflatten([], Structure.from_json(data))
+    assert "antigravity" not in sys.modules
+    assert isinstance(read, dict) and type(read).__name__ == "Dict"
     data["type"] = "os:system"
-    with pytest.raises(CallError, match="not there"):
-        unflatten([], Structure.from_json(data))
+    read = unflatten([], Structure.from_json(data))
+    assert isinstance(read, dict) and type(read) is not os.system
 
 
 @pytest.mark.parametrize("data", [None, [], {}, {"kind": "set"}, {"kind": "constant", "value": ["code", "1"]}])

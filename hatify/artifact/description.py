@@ -275,9 +275,10 @@ class Rebuilt:
 
     def _own_code(self, own: Fields, tree: TreeReader, classes: Mapping[str, type], original: Fields) -> nn.Module:
         recipe = None
-        if own.data["recipe"] is not None:
-            recipe = _recipe_head(own.at("recipe"), classes)
-            _recipe_body(recipe, own.at("recipe"), tree.root)
+        part = own.at("recipe")
+        if part.data is not None:
+            recipe = _recipe_head(part, classes)
+            _recipe_body(recipe, part, tree.root)
         return own_code_from(tree, recipe, own, original.list("names", str))
 
     def _room(self) -> str:

@@ -51,12 +51,12 @@ def converted(name: str, tasks: Any = 3, **options: Any) -> HATModel:
     return hatify.convert(make(), tasks, example_inputs=inputs(3), verify=False, **options).eval()
 
 
-def learn(hat: HATModel, task: int, steps: int = 2, optimizer: Any = None, call: Callable | None = None) -> None:
+def learn(hat: HATModel, task: int, steps: int = 2, optimizer: Any = None, call: Callable | None = None, **options: Any) -> None:
     """A few steps of one task on the example inputs, or on what ``call`` gives."""
     args, kwargs = hat.example_inputs
     optimizer = optimizer or torch.optim.SGD(hat.parameters(), lr=0.05, momentum=0.9)
     hat.train(hat.can_train)
-    with hat.learning(task, optimizer, schedule="constant", max_scale=10.0) as run:
+    with hat.learning(task, optimizer, schedule="constant", max_scale=10.0, **options) as run:
         for _ in range(steps):
             loss = 0.01 * total(call() if call else hat(*args, **kwargs)) + 0.01 * run.regularization()
             optimizer.zero_grad()
