@@ -31,7 +31,7 @@ class OwnCode:
             model = hat._facts.stand_in if hat._facts.reference is None else hat._facts.reference
         self.model = copy_tree(model)
         self._places = [self._place(name) for name in hat._facts.original_names]
-        self._modes = [(m, hat.get_submodule(p)) for p, m in self.model.named_modules() if p and _has(hat, p)]
+        self._modes = [(m, hat.get_submodule(p)) for p, m in self.model.named_modules() if p and has_module(hat, p)]
         self._bind()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +81,8 @@ class OwnCode:
                 old.data.copy_(new)
 
 
-def _has(hat: HATModel, path: str) -> bool:
+def has_module(hat: HATModel, path: str) -> bool:
+    """Whether the converted model has a module at that path of the original."""
     try:
         hat.get_submodule(path)
     except AttributeError:

@@ -21,7 +21,7 @@ from ..capture import capture
 from ..conversion import on_meta
 from ..errors import ArtifactError, ArtifactWarning, HatifyError
 from ..gates.layers import TaskIndexedLayer
-from ..original import OwnCode, original_of
+from ..original import OwnCode, has_module, original_of
 from ..registry import register
 from .fields import Fields
 from .gates import Ids
@@ -102,7 +102,7 @@ def _of_original(hat: HATModel, lowering: Lowering) -> tuple[Recipe | None, nn.M
         raise _KNOWN[facts]
     recipe, tree = _KNOWN[facts]
     for path in () if recipe is None else recipe.called():
-        mine = hat.get_submodule(path) if _has(hat, path) else None
+        mine = hat.get_submodule(path) if has_module(hat, path) else None
         theirs = mine.recipe if isinstance(mine, Lowered) else lowering.recipes.get(id(mine))
         if theirs is not None:
             lowering.recipes[id(tree.get_submodule(path))] = theirs
@@ -220,11 +220,3 @@ def own_code_from(tree: TreeReader, recipe: Recipe | None, fields: Fields, names
         raise ArtifactError("a field is wrong", where=f"{fields.file}: {fields.path}.recipe", why="it is missing", fix="save again")
     tree.layers.filled(tree.modules())
     return stand_in(recipe, tree.root)
-
-
-def _has(hat: HATModel, path: str) -> bool:
-    try:
-        hat.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
