@@ -101,7 +101,7 @@ def check_session(hat: HATModel) -> None:
         raise ArtifactError(
             f"task {session.task} is finished and being trained again",
             why="what it was before is kept by the session, and would be lost with the directory",
-            fix="hat.finish_task() or hat.abandon_task(), then save",
+            fix="hat.finish_task() or hat.abandon_task(), then save; or keep hat.state_dict() and run.state_dict() to go on with",
         )
 
 
