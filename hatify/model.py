@@ -18,6 +18,7 @@ from hatify.facts import Facts
 from hatify.forward import forward
 from hatify.hub import HubMethods
 from hatify.learning import Guard
+from hatify.learning.casts import check_reach
 from hatify.learning.hooks import watch_state
 from hatify.learning.methods import LearningMethods
 from hatify.learning.network import Converted, network_of
@@ -179,8 +180,13 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> HATModel:
-        """``.to()`` and the like: the protected values move along."""
+        """``.to()`` and the like: the protected values move along, and binary masks stay as they are.
+
+        Raises:
+            NonFiniteError: a weight would become infinite; nothing has been cast then.
+        """
         self._guard.restore()
+        check_reach(self, fn)
         super()._apply(fn, recurse)
         self._guard.follow()
         return self

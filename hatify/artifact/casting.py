@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
-from ..modules.masker import live_channels
+from ..modules.masker import in_type
 
 __all__ = ["FLOATS", "Cast", "cast", "check_dtype", "named"]
 
@@ -47,7 +47,7 @@ def cast(key: str, tensor: Tensor, dtype: torch.dtype | None, embedding: bool = 
     """
     if dtype is None or not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
-    made = _embedding(tensor, dtype) if embedding else tensor.to(dtype)
+    made = in_type(tensor, dtype) if embedding else tensor.to(dtype)
     if not made.is_meta and not made.isfinite().all() and bool((tensor.isfinite() & ~made.isfinite()).any()):
         raise ArtifactError(
             "a number is too large for the type",
@@ -56,17 +56,6 @@ def cast(key: str, tensor: Tensor, dtype: torch.dtype | None, embedding: bool = 
             fix="dtype=torch.bfloat16, which reaches as far as float32",
         )
     return made
-
-
-def _embedding(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A channel is live iff its embedding is positive, or the largest where none is: rounding to zero, or to a tie, would change that."""
-    made = tensor.to(dtype)
-    if tensor.is_meta or torch.equal(live_channels(made), live_channels(tensor)):
-        return made
-    live, least = live_channels(tensor), torch.finfo(dtype).tiny
-    if tensor.max() > 0:
-        return torch.where(live, made.clamp(min=least), made.clamp(max=0))
-    return torch.where(live, torch.zeros_like(made), made.clamp(max=-least))
 
 
 class Cast:

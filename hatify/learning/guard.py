@@ -177,6 +177,8 @@ class Guard:
         if self._stale:
             self.refresh()
         elif not self._opened:
+            if self.protection.elsewhere:
+                self.follow()
             self.steps.undo_broken()
             self.protection.restore()
 
@@ -199,6 +201,8 @@ class Guard:
         self.steps.undo_broken()
         training, finished = torch.is_grad_enabled(), task in self.protection.tasks
         needed = self.protection.needed_by(task)
+        if any(entry.elsewhere for entry in needed):
+            self.follow()
         if finished:
             settled = task in self._settled and self._settled[task] == fingerprint(needed)
         else:

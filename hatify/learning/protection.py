@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hatify.learning import bits
 from hatify.learning.network import Network
+from hatify.modules.masker import in_type
 from hatify.modules.shards import local, part_of, version
 
 
@@ -20,8 +21,8 @@ class Locked:
     ``free`` says which are not (int8, the tensor's shape and device: -1 where an element may move, 0 where it is protected), or is None
     where all are protected; ``kept`` holds the protected elements as they must stay and zeros elsewhere, so that protecting costs one more
     copy of the tensor. ``within`` narrows the lock (bool) for as long as a finished task is trained again: ``kept`` keeps all
-    that was protected before, to go back to. ``task`` is the one that owns the tensor, None for what tasks share. Of a sharded
-    tensor all are of the part that is here.
+    that was protected before, to go back to. ``task`` is the one that owns the tensor, None for what tasks share; ``mask`` says that
+    it is a mask embedding. Of a sharded tensor all are of the part that is here.
     """
 
     name: str
@@ -31,13 +32,14 @@ class Locked:
     within: Tensor | None = None
     version: int = -1
     task: int | None = None
+    mask: bool = False
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor, lock: Tensor | None, task: int | None = None) -> Locked:
+    def of(cls, name: str, tensor: Tensor, lock: Tensor | None, task: int | None = None, mask: bool = False) -> Locked:
         """Takes the present values as those to keep; ``lock`` (bool, the tensor's shape) says where, None everywhere."""
         data = local(tensor)
         if lock is None:
-            return cls(name, tensor, None, data.clone(), version=version(tensor), task=task)
+            return cls(name, tensor, None, data.clone(), version=version(tensor), task=task, mask=mask)
         free = bits.cleared(part_of(lock, tensor), like=data)
         return cls(name, tensor, free, bits.clear_(data.clone(), ~free), version=version(tensor), task=task)
 
@@ -76,7 +78,8 @@ class Locked:
     def follow(self, tensor: Tensor) -> None:
         """The network was moved or cast: the values go where its tensor is now."""
         self.tensor, data = tensor, local(tensor)
-        self.kept = torch.empty_like(data).copy_(self.kept)
+        kept = in_type(self.kept, data.dtype) if self.mask and self.kept.dtype != data.dtype else self.kept
+        self.kept = torch.empty_like(data).copy_(kept)
         self.free = None if self.free is None else torch.empty_like(data, dtype=torch.int8).copy_(self.free)
         if self.within is not None:
             self.within = self.within.to(data.device)
@@ -87,6 +90,11 @@ class Locked:
         """Puts back all values, those of a task in retraining too."""
         self.within = None
         self.restore()
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the tensor was cast or moved since."""
+        return self.tensor.dtype != self.kept.dtype or self.tensor.device != self.kept.device
 
     @property
     def written(self) -> bool:
@@ -153,8 +161,8 @@ class Protection:
                     shared.append(Locked.of(name, parameter, None if bool(lock.all()) else lock.to(parameter.device)))
         names = {id(t): n for n, t in _tensors(network.module).items()}
         for task in sorted(finished):
-            for tensor in (*network.embeddings(task), *network.copies(task)):
-                own.append(Locked.of(names[id(tensor)], tensor, None, task))
+            own += [Locked.of(names[id(t)], t, None, task, mask=True) for t in network.embeddings(task)]
+            own += [Locked.of(names[id(t)], t, None, task) for t in network.copies(task)]
         return cls(locking | finished, shared, own)
 
     def __iter__(self):
@@ -178,9 +186,10 @@ class Protection:
         made = cls(frozenset(tasks))
         tensors = _tensors(network.module)
         owners = {id(t): task for task in made.tasks for t in (*network.embeddings(task), *network.copies(task))}
+        masks = {id(t) for task in made.tasks for t in network.embeddings(task)}
         for name, (lock, values) in old.items():
             tensor = tensors[name]
-            entry = Locked.of(name, tensor, lock, owners.get(id(tensor)))
+            entry = Locked.of(name, tensor, lock, owners.get(id(tensor)), id(tensor) in masks)
             entry.kept[... if lock is None else lock] = values.to(tensor.device, tensor.dtype)
             entry.version = -1  # the tensor itself holds something else by now
             (made.shared if name in shared else made.own).append(entry)
@@ -189,6 +198,11 @@ class Protection:
     def state(self) -> dict[str, tuple[Tensor | None, Tensor]]:
         """Locks and values by the tensor's name."""
         return {entry.name: (entry.lock, entry.values()) for entry in self}
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the network was cast or moved, wholly or in part, and the values were not."""
+        return any(entry.elsewhere for entry in self)
 
     def follow(self, module: nn.Module) -> None:
         """The network was moved or cast, or its tensors were replaced: so are the values."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hatify.modules.config import HATConfig
-from hatify.modules.shards import whole
+from hatify.modules.shards import local, part_of, whole
 
 _NUMBERS = itertools.count()
 MASKERS: weakref.WeakValueDictionary[str, Masker] = weakref.WeakValueDictionary()
@@ -90,6 +90,17 @@ def live_channels(embedding: Tensor) -> Tensor:
     return (embedding > 0) | ((embedding == top) & (top <= 0))
 
 
+def in_type(embedding: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask embedding in another floating-point type, with the binary mask that it had: rounding to zero, or to a tie, would change it."""
+    made = embedding.to(dtype)
+    if embedding.is_meta or torch.equal(live_channels(made), live_channels(embedding)):
+        return made
+    live, least = live_channels(embedding), torch.finfo(dtype).tiny
+    if embedding.max() > 0:
+        return torch.where(live, made.clamp(min=least), made.clamp(max=0))
+    return torch.where(live, torch.zeros_like(made), made.clamp(max=-least))
+
+
 class Masker(nn.Module):
     """One mask embedding per task over the output channels of a layer: ``a = sigmoid(s * e)`` (equation 1).
 
@@ -151,6 +162,16 @@ class Masker(nn.Module):
     def live(self, task: int) -> Tensor:
         """Which channels the binary mask of ``task`` keeps: bool, shape ``(channels,)``."""
         return live_channels(whole(self.embeddings[task].detach()))
+
+    @torch.no_grad()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Masker:
+        """``.half()`` and the like: no binary mask changes, however the numbers are rounded."""
+        before = [e.detach() for e in self.embeddings]
+        super()._apply(fn, recurse)
+        for old, embedding in zip(before, self.embeddings):
+            if embedding.dtype != old.dtype and embedding.is_floating_point() and not (old.is_meta or embedding.is_meta):
+                local(embedding).copy_(part_of(in_type(whole(old), embedding.dtype), embedding))
+        return self
 
     def __deepcopy__(self, memo: dict) -> Masker:
         copied = self.__class__.__new__(self.__class__)
