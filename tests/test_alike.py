@@ -47,7 +47,12 @@ def test_layers_that_are_alike_are_run_once_and_the_graph_is_the_same(runs, monk
     assert with_memory.code == without.code and hatify.verify(with_memory).ok
     assert len(runs) == 2 * 19 and len(once) < len(runs)
     convolutions = [path for path in once if path.endswith(".0")]
-    assert convolutions == 2 * ["stages.0.0", "stages.4.0", "stages.5.0"]  # in each mode
+    assert convolutions == 2 * [
+        "stages.0.0",
+        "stages.1.0",
+        "stages.4.0",
+        "stages.5.0",
+    ]  # in each mode; what the first is given asks for no gradient
 
 
 class Widened(nn.Module):
