@@ -28,7 +28,8 @@ def setting(tasks: list) -> continual.Setting:
 @pytest.fixture
 def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list:
     """CIFAR-10 as torchvision keeps it, of 20 random images a class; darker in odd classes."""
-    datasets = pytest.importorskip("torchvision.datasets")
+    from torchvision import datasets
+
     monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)  # other images have other checksums
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()

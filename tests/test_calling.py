@@ -80,7 +80,8 @@ def test_json_keeps_the_structure(value):
 
 
 def test_transformers_outputs_come_back_with_their_attributes():
-    outputs = pytest.importorskip("transformers.modeling_outputs")
+    from transformers import modeling_outputs as outputs
+
     value = outputs.BaseModelOutputWithPooling(last_hidden_state=a, hidden_states=(b, c))
     leaves, structure = flatten(value)
     again = unflatten(leaves, Structure.from_json(structure.to_json()))

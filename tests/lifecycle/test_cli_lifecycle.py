@@ -133,7 +133,6 @@ def test_refusals_write_nothing(saved):
 def test_usage_as_table_json_and_picture(saved, work):  # noqa: F811
     stdout = run("usage", saved, *OWN).stdout
     assert "conv2" in stdout and "task 2" in stdout and "free" in stdout
-    pytest.importorskip("matplotlib")
     data = json.loads(run("usage", saved, "--json", "--plot", "fill.png", *OWN).stdout)
     assert data["tasks"] == [0, 1, 2] and data["plot"] == "fill.png" and (work / "fill.png").stat().st_size > 1000
 
@@ -172,8 +171,8 @@ def test_extract_writes_programs_and_weights(model, saved, work):  # noqa: F811
 
 
 def test_extract_writes_onnx(model, saved, work):  # noqa: F811
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+    import onnxruntime
+
     _, hat, _ = model
     stdout = run("extract", saved, "--task", 2, "--onnx", "task.onnx", *OWN).stdout
     assert "task.onnx" in stdout and not (work / "model-task2.pt2").exists()
@@ -196,9 +195,8 @@ def test_extract_writes_onnx(model, saved, work):  # noqa: F811
     ids=lambda args: " ".join(map(str, args)),
 )
 def test_no_room_on_the_disk(saved, work, monkeypatch, args):  # noqa: F811
-    resource = pytest.importorskip("resource")
-    if "--onnx" in args:
-        pytest.importorskip("onnxscript")
+    import resource
+
     old, listing = files(saved), sorted(os.listdir(work))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # the system refuses to write more into any file

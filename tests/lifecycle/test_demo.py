@@ -12,8 +12,6 @@ import hatify.demo
 from hatify.errors import HatifyError
 from hatify.lifecycle import forgetting
 
-pytest.importorskip("sklearn")
-
 
 @pytest.fixture
 def short(monkeypatch):

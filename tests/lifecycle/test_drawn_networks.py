@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from drawn_networks import Drawn, Step, inputs, programs
+from drawn import Drawn, Step, inputs, programs
 from extracting import extracts, finished
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -151,7 +151,6 @@ def test_as_table_dict_and_text():
 
 
 def test_as_a_picture(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
     used = quietly(network())
     assert used.plot(tmp_path / "usage.png").read_bytes()[:4] == b"\x89PNG"
     assert (

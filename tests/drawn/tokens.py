@@ -1,0 +1,144 @@
+"""Steps on tokens ``(batch, length, channels)``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .steps import ACTIVATIONS, channels, step, width
+
+
+@step(3)
+def linear(net, x, y, number):
+    return [net.layer("linear", lambda: nn.Linear(channels(x), width(number), bias=number % 3 > 0))(x)]
+
+
+@step(3)
+def linear_by_function(net, x, y, number):
+    weight = net.parameter("weight", channels(x), 6)
+    return [x @ weight if number % 2 else torch.einsum("nlc,cd->nld", x, weight)]
+
+
+@step(3)
+def layer_norm(net, x, y, number):
+    return [net.layer("norm", lambda: nn.LayerNorm(channels(x), elementwise_affine=number % 3 > 0))(x)]
+
+
+@step(3)
+def rms_norm(net, x, y, number):
+    return [net.layer("norm", lambda: nn.RMSNorm(channels(x)))(x)]
+
+
+@step(3)
+def norm_of_heads(net, x, y, number):
+    if channels(x) % 2:
+        return []
+    heads = x.unflatten(2, (2, -1))
+    return [net.layer("norm", lambda: nn.LayerNorm(heads.shape[3]))(heads).flatten(2)]
+
+
+@step(3)
+def batch_norm_of_tokens(net, x, y, number):
+    return [net.layer("norm", lambda: nn.BatchNorm1d(channels(x)))(x.transpose(1, 2)).transpose(1, 2)]
+
+
+@step(3)
+def activation_of_tokens(net, x, y, number):
+    return [ACTIVATIONS[number % len(ACTIVATIONS)](x)]
+
+
+@step(3, two=True)
+def add_tokens(net, x, y, number):
+    return [x + y]
+
+
+@step(3, two=True)
+def multiply_tokens(net, x, y, number):
+    return [F.silu(x) * y]
+
+
+@step(3)
+def fused_attention(net, x, y, number):
+    size = (4, 8)[number % 2]
+    q, k, v = (
+        net.layer("qkv", lambda: nn.Linear(channels(x), 3 * size))(x).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    )
+    out = F.scaled_dot_product_attention(q, k, v)
+    return [net.layer("proj", lambda: nn.Linear(size, width(number)))(out.transpose(1, 2).flatten(2))]
+
+
+@step(3)
+def attention_by_hand(net, x, y, number):
+    q, k, v = net.layer("qkv", lambda: nn.Linear(channels(x), 12))(x).chunk(3, -1)
+    scores = (q @ k.transpose(1, 2) * 0.5).softmax(-1)
+    return [scores @ v]
+
+
+@step(3, two=True)
+def cross_attention(net, x, y, number):
+    size = (4, 6)[number % 2]
+    q = net.layer("q", lambda: nn.Linear(channels(x), size))(x).unflatten(2, (2, -1)).transpose(1, 2)
+    k, v = net.layer("kv", lambda: nn.Linear(channels(x), 2 * size))(y).unflatten(2, (2, 2, -1)).permute(2, 0, 3, 1, 4)
+    return [F.scaled_dot_product_attention(q, k, v, scale=0.7).transpose(1, 2).reshape(*x.shape[:2], size)]
+
+
+@step(3)
+def torch_attention(net, x, y, number):
+    if channels(x) % 2:
+        return []
+    return [net.layer("attn", lambda: nn.MultiheadAttention(channels(x), 2, batch_first=True))(x, x, x, need_weights=False)[0]]
+
+
+@step(3)
+def token_mixing(net, x, y, number):
+    return [net.layer("mix", lambda: nn.Linear(x.shape[1], x.shape[1]))(x.transpose(1, 2)).transpose(1, 2)]
+
+
+@step(3)
+def spatial_gating_unit(net, x, y, number):
+    if channels(x) % 2:
+        return []
+    a, b = x.chunk(2, -1)
+    b = net.layer("norm", lambda: nn.LayerNorm(b.shape[-1]))(b)
+    return [a * net.layer("mix", lambda: nn.Linear(x.shape[1], x.shape[1]))(b.transpose(1, 2)).transpose(1, 2)]
+
+
+@step(3)
+def class_token(net, x, y, number):
+    return [torch.cat([net.parameter("token", 1, 1, channels(x)).expand(x.shape[0], -1, -1), x], 1)]
+
+
+@step(3)
+def without_first_token(net, x, y, number):
+    return [x[:, 1:]] if x.shape[1] > 2 else []
+
+
+@step(3)
+def first_token_added(net, x, y, number):
+    return [x + x[:, :1]]
+
+
+@step(3)
+def positions(net, x, y, number):
+    return [x + net.parameter("positions", 1, x.shape[1], channels(x))]
+
+
+@step(3)
+def conv_over_tokens(net, x, y, number):
+    return [net.layer("conv", lambda: nn.Conv1d(channels(x), width(number), 3, padding=1))(x.transpose(1, 2)).transpose(1, 2)]
+
+
+@step(3)
+def recurrent(net, x, y, number):
+    return [net.layer("rnn", lambda: (nn.GRU, nn.LSTM)[number % 2](channels(x), 4, batch_first=True))(x)[0]]
+
+
+@step(3)
+def heads_swapped(net, x, y, number):
+    return [x.unflatten(2, (2, -1)).flip(2).flatten(2)] if channels(x) % 2 == 0 else []
+
+
+@step(3)
+def to_image(net, x, y, number):
+    return [x.transpose(1, 2).unflatten(2, (2, -1))] if x.shape[1] % 2 == 0 else []
