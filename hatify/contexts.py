@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,15 +33,15 @@ class TaskContexts:
         default is ``config.max_mask_scale``; the task of a session gets the session's scale, in train mode or where gradients are on.
 
         Raises:
-            TaskError: no such task, or a scale that is not positive.
+            TaskError: no such task, or a scale that is not positive and finite.
         """
         if task is None:
             if mask_scale is not None:
                 raise TaskError("a mask scale needs a task", fix="hat(x, task=0, mask_scale=20.0)")
             return None
         task = self.checked_task(task)
-        if mask_scale is not None and not mask_scale > 0:
-            raise TaskError(f"mask_scale must be positive, not {mask_scale!r}", fix="hat(x, task=0, mask_scale=20.0)")
+        if mask_scale is not None and not 0 < mask_scale < math.inf:
+            raise TaskError(f"mask_scale must be positive and finite, not {mask_scale!r}", fix="hat(x, task=0, mask_scale=20.0)")
         if task in self.finished_tasks:
             mask_scale = None
         elif mask_scale is None:

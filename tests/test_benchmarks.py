@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import sys
 from pathlib import Path
@@ -26,22 +27,28 @@ def setting(tasks: list) -> continual.Setting:
 
 
 @pytest.fixture
-def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """CIFAR-10 as torchvision keeps it, of 20 random images a class; darker in odd classes."""
     from torchvision import datasets
 
     monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)  # other images have other checksums
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
+    (tmp_path / "cifar-10-batches-py").mkdir()
     random = np.random.default_rng(0)
     for name in (*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"):
         labels = np.repeat(np.arange(10), 4)
         data = random.integers(0, 128, (40, 3072)) + 100 * (labels % 2)[:, None]
-        (folder / name).write_bytes(pickle.dumps({"data": data.astype(np.uint8), "labels": labels.tolist()}))
+        (tmp_path / "cifar-10-batches-py" / name).write_bytes(
+            pickle.dumps({"data": data.astype(np.uint8), "labels": labels.tolist()})
+        )
     names = {"label_names": [str(n) for n in range(10)]}
-    (folder / "batches.meta").write_bytes(pickle.dumps(names))
+    (tmp_path / "cifar-10-batches-py" / "batches.meta").write_bytes(pickle.dumps(names))
     monkeypatch.setitem(datasets.CIFAR10.meta, "md5", None)
-    return split_cifar10.cifar(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def cifar(folder: Path) -> list:
+    return split_cifar10.cifar(folder)
 
 
 def test_tasks_of_cifar(cifar: list) -> None:
@@ -54,6 +61,18 @@ def test_split_cifar10(cifar: list) -> None:
     assert found["drift"] == 0.0
     assert found["final"] == found["learned"]
     assert found["forgotten"][1:] == found["final"][1:], "only the first task is forgotten"
+
+
+def test_split_cifar10_as_a_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """The ResNet of the benchmark, very narrow."""
+    written = folder / "found.json"
+    monkeypatch.setattr(
+        sys, "argv", ["split_cifar10.py", "--data", str(folder), "--epochs", "1", "--width", "2", "--json", str(written)]
+    )
+    split_cifar10.main()
+    found, shown = json.loads(written.read_text()), capsys.readouterr().out
+    assert found["drift"] == 0.0 and len(found["forgotten"]) == 5 and found["final"] == found["learned"]
+    assert shown.count("\n| ") == 3 and "drift of finished tasks 0;" in shown
 
 
 def test_records_are_not_measured_again(cifar: list, tmp_path: Path) -> None:

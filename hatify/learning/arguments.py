@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +19,7 @@ def check_scales(schedule: Schedule, steps_per_epoch: int | None, max_scale: flo
     Raises:
         TaskError: one is not, there is no such schedule, or the number of steps makes no sense.
     """
+    checked_number("max_scale", max_scale)
     function, steps = checked(schedule), steps_per_epoch
     if steps is None and function is not SCHEDULES["constant"]:
         raise TaskError(
@@ -49,11 +49,10 @@ def check_numbers(weight: float, mask_rate: float | None, refresh: int) -> None:
         TaskError: a factor is negative or not finite, or ``refresh`` is no number of batches.
     """
     checked_number("weight", weight)
-    if not (mask_rate is None or 0 <= mask_rate < math.inf) or isinstance(refresh, bool) or not refresh >= 0:
-        raise TaskError(
-            f"mask_rate is a factor and refresh a number of batches, not {mask_rate!r} and {refresh!r}",
-            fix="hat.learning(task=0, mask_rate=100.0, refresh=8)",
-        )
+    if mask_rate is not None:
+        checked_number("mask_rate", mask_rate)
+    if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 0:
+        raise TaskError(f"refresh is a number of batches, not {refresh!r}", fix="hat.learning(task=0, refresh=8)")
 
 
 def check_words(kind: str, on_nonfinite: str, give_back: bool) -> None:
@@ -86,6 +85,34 @@ def optimizers_of(optimizer: Any) -> list[Optimizer]:
                 fix="hat.learning(task=0, optimizer=None, ...), and run.advance() after each of its steps",
             )
     return found
+
+
+def check_warm_start(source: str | int | None, task: int, tasks: int) -> None:
+    """A task starts from the state without a task, from another task, or where it is.
+
+    Raises:
+        TaskError: ``source`` is none of these.
+    """
+    if source in (None, "pretrained"):
+        return
+    others = [t for t in range(tasks) if t != task]
+    if isinstance(source, bool) or not isinstance(source, int) or source not in others:
+        raise TaskError(
+            f"task {task} cannot start from {source!r}",
+            why=f"there are 'pretrained' and the other tasks, {others}",
+            fix=f"hat.learning(task={task}, warm_start='pretrained')",
+        )
+
+
+def numbers_of(tasks: Iterable[int]) -> set[int]:
+    """Task numbers as a set.
+
+    Raises:
+        TaskError: something else than several of them.
+    """
+    if isinstance(tasks, str) or not isinstance(tasks, Iterable):
+        raise TaskError(f"locked_task_ids are several task numbers, not {tasks!r}", fix="locked_task_ids=[0]")
+    return set(tasks)
 
 
 def tasks_to_lock(asked: set[int] | None, finished: set[int]) -> set[int]:

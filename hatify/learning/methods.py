@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hatify.errors import TaskError
+from hatify.learning.arguments import optimizers_of
 from hatify.learning.guard import Guard
 from hatify.learning.session import Learning
 
@@ -50,10 +51,17 @@ class LearningMethods:
 
         What is locked is put back after the step of any optimizer; this keeps it from being moved in between.
 
+        Args:
+            optimizer: one or several.
+
         Raises:
-            TaskError: the optimizer holds none of the model's parameters.
+            TaskError: the optimizer is none of torch's, or holds none of the model's parameters.
         """
-        self._guard.protect(optimizer)
+        found = optimizers_of(optimizer)
+        if not found:
+            raise TaskError("there is no optimizer to protect", fix="hat.protect(optimizer)")
+        for each in found:
+            self._guard.protect(each)
 
     def _session(self) -> Learning:
         if self._guard.session is None:

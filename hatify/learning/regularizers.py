@@ -40,11 +40,14 @@ def regularization(
         weights: factors of single maskers by name (default 1).
 
     Raises:
-        TaskError: no such task, kind or masker; a quota that is no share (0 to 1), or a factor that is negative or not finite.
+        TaskError: no such task, kind or masker; a scale that is not positive and finite, a quota that is no share (0 to 1), or a factor
+            that is negative or not finite.
 
     >>> loss = cross_entropy(hat(x, task=1, mask_scale=5.0), y) + 0.1 * hatify.regularization(hat, 1, 5.0)  # doctest: +SKIP
     """
     view = network_of(network)
+    if not isinstance(mask_scale, Tensor) and not 0 < mask_scale < math.inf:
+        raise TaskError(f"mask_scale must be positive and finite, not {mask_scale!r}", fix="hatify.regularization(hat, 1, 20.0)")
     return Capacity(view, task, kind, quota, weights).term(mask_scale)
 
 

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hatify.errors import NonFiniteError, TaskError
-from hatify.learning.arguments import check_numbers, check_scales, check_words, optimizers_of, scale_at, tasks_to_lock
+from hatify.learning.arguments import (
+    check_numbers,
+    check_scales,
+    check_warm_start,
+    check_words,
+    numbers_of,
+    optimizers_of,
+    scale_at,
+    tasks_to_lock,
+)
 from hatify.learning.free import FreeWeights
 from hatify.learning.hooks import guard_of
 from hatify.learning.masks import MaskSteps, kept_shares, longest_step, step_factor
@@ -97,7 +106,7 @@ class Learning:
         self.kind, self.quota, self.weight, self.weights = kind, quota, weight, weights
         self.mask_rate, self.refresh, self.give_back = mask_rate, refresh, give_back
         self.warm_start = warm_start
-        self._asked = None if locked_task_ids is None else set(locked_task_ids)
+        self._asked = None if locked_task_ids is None else numbers_of(locked_task_ids)
         self.locking: set[int] = set()
         self.on_nonfinite = on_nonfinite
         self.step = 0
@@ -117,8 +126,7 @@ class Learning:
         check_scales(self.schedule, self.steps_per_epoch, self.max_scale)
         check_numbers(self.weight, self.mask_rate, self.refresh)
         check_words(self.kind, self.on_nonfinite, self.give_back)
-        if self.warm_start not in (None, "pretrained"):
-            self._view.checked(self.warm_start)
+        check_warm_start(self.warm_start, self.task, self._view.tasks)
         Capacity(self._view, self.task, self.kind, self.quota, self.weights)
         self._check_optimizers()
         self._to_lock()

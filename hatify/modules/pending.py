@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -141,6 +142,6 @@ def _task(task: Any) -> int | None:
 
 
 def _scale(scale: Any) -> float | None:
-    if scale is not None and not scale > 0:
-        raise TaskError(f"mask_scale must be positive, not {scale!r}", fix="HATPayload(x, task_id=0, mask_scale=20.0)")
+    if scale is not None and not 0 < scale < math.inf:
+        raise TaskError(f"mask_scale must be positive and finite, not {scale!r}", fix="HATPayload(x, task_id=0, mask_scale=20.0)")
     return None if scale is None else float(scale)

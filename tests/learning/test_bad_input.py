@@ -55,8 +55,9 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "undefined schedule": ({"schedule": lambda p: math.nan}, "scale nan"),
     "schedule without a result": ({"schedule": lambda p: None}, "scale None"),
     "zero in the third step": ({"schedule": lambda p: 0.0 if 0.4 < p < 0.6 else 1.0}, "scale 0.0"),
+    "largest scale by a word": ({"max_scale": "large"}, "max_scale is 'large'"),
     "largest scale of 0": ({"max_scale": 0.0}, "largest scale"),
-    "infinite largest scale": ({"max_scale": math.inf}, "largest scale"),
+    "infinite largest scale": ({"max_scale": math.inf}, "max_scale is inf"),
     "unknown kind": ({"kind": "l1"}, "kind is one of"),
     "unknown reaction": ({"on_nonfinite": "ignore"}, "on_nonfinite one of"),
     "unknown masker": ({"weights": {"nowhere": 1.0}}, "no masker 'nowhere'"),
@@ -74,9 +75,20 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "negative weight": ({"weight": -1.0}, r"weight is -1.0"),
     "undefined weight": ({"weight": math.nan}, r"weight is nan"),
     "infinite weight": ({"weight": math.inf}, r"weight is inf"),
-    "warm start from nowhere": ({"warm_start": TASKS}, f"no task {TASKS}"),
-    "warm start by a word": ({"warm_start": "original"}, "no task 'original'"),
+    "negative pace of masks": ({"mask_rate": -1.0}, "mask_rate is -1.0"),
+    "infinite pace of masks": ({"mask_rate": math.inf}, "mask_rate is inf"),
+    "pace of masks by a word": ({"mask_rate": "fast"}, "mask_rate is 'fast'"),
+    "negative refresh": ({"refresh": -1}, "refresh is a number of batches, not -1"),
+    "refresh by half a batch": ({"refresh": 2.5}, "not 2.5"),
+    "refresh by a word": ({"refresh": "all"}, "not 'all'"),
+    "giving back by a word": ({"give_back": "all"}, "give_back is True or False"),
+    "warm start from nowhere": ({"warm_start": TASKS}, f"cannot start from {TASKS}"),
+    "warm start by a word": ({"warm_start": "original"}, "cannot start from 'original'"),
+    "warm start from itself": ({"warm_start": 1}, "task 1 cannot start from 1"),
+    "warm start from a flag": ({"warm_start": True}, "cannot start from True"),
     "locking an unfinished task": ({"locked_task_ids": [0, 2]}, r"tasks \[2\] are not finished"),
+    "locking one task": ({"locked_task_ids": 0}, "several task numbers, not 0"),
+    "locking by a word": ({"locked_task_ids": "all"}, "several task numbers, not 'all'"),
     "locking itself": ({"locked_task_ids": [1]}, r"tasks \[1\] are not finished"),
 }
 
@@ -136,6 +148,10 @@ def test_optimizers_that_lack_what_is_trained(hat: HATModel) -> None:
     for wrong in ("adam", object(), [hat]):
         with pytest.raises(TaskError, match="no torch.optim.Optimizer"):
             hat.begin_task(1, wrong, steps_per_epoch=5)
+        with pytest.raises(TaskError, match="no torch.optim.Optimizer"):
+            hat.protect(wrong)
+    with pytest.raises(TaskError, match="no optimizer"):
+        hat.protect(None)
 
 
 def test_an_optimizer_that_lost_its_parameters_since(hat: HATModel) -> None:
@@ -188,9 +204,15 @@ def test_targets_out_of_range_leave_no_session_open(hat: HATModel) -> None:
 
 
 def test_calls_with_a_wrong_scale(hat: HATModel) -> None:
-    for scale in (0.0, -1.0, math.nan):
-        with pytest.raises(TaskError, match="must be positive"):
+    for scale in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(TaskError, match="must be positive and finite"):
             hat(*inputs(NAME, 4), task=1, mask_scale=scale)
+        with pytest.raises(TaskError, match="must be positive and finite"):
+            hatify.regularization(hat, 1, scale)
+        with pytest.raises(TaskError, match="must be positive and finite"):
+            hatify.HATPayload(torch.zeros(2, 3), task_id=1, mask_scale=scale)
+    with pytest.raises(TaskError, match="needs a task"):
+        hat(*inputs(NAME, 4), mask_scale=5.0)
 
 
 def test_errors_say_what_to_write_instead(hat: HATModel) -> None:

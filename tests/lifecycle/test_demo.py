@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+import torch
 from test_cli import refused, run
 
 import hatify.demo
@@ -27,6 +28,18 @@ def test_nothing_is_forgotten_and_then_one_task_is(short):
     assert [sum(a is not None for a in row) for row in rows] == [1, 2, 3, 3]
     assert all(rows[3][task] == rows[2][task] == rows[task][task] for task in range(1, 3))
     assert all(0 < row["used"] <= 100 for row in shown["rows"]) and shown["freed"]["copies"] > 0
+
+
+def test_it_learns_on_one_thread_and_puts_the_number_back(monkeypatch):
+    monkeypatch.setattr(hatify.demo, "TASKS", 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        seen = {}
+        hatify.demo.demonstrate(tell=lambda step, share: seen.setdefault(step, torch.get_num_threads()), epochs=1)
+        assert seen["learn task 0"] == 1 and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_change_of_another_task_is_an_error(short, monkeypatch):
