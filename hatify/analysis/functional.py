@@ -14,7 +14,7 @@ from hatify.gates.value import Part
 
 CONV = {f"conv{k}d": k for k in (1, 2, 3)}
 CONV_TRANSPOSE = {f"conv_transpose{k}d": k for k in (1, 2, 3)}
-GROUPED = {"_grouped_mm", "grouped_mm_fallback"}
+GROUPED = {"_grouped_mm", "grouped_mm"}
 """Rows of tokens, sorted by expert, times the matrix of their expert: ``(rows, in) @ (experts, in, out)``."""
 
 

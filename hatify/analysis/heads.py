@@ -12,7 +12,7 @@ from hatify.registry import describe
 
 WEIGHT_SLOT = {
     "linear": 1, "conv1d": 1, "conv2d": 1, "conv3d": 1, "conv_transpose1d": 1, "conv_transpose2d": 1, "conv_transpose3d": 1,
-    "addmm": 2, "matmul": 1, "mm": 1, "embedding": 0, "_grouped_mm": 1, "grouped_mm_fallback": 1, "einsum": 1, "bmm": 1,
+    "addmm": 2, "matmul": 1, "mm": 1, "embedding": 0, "_grouped_mm": 1, "grouped_mm": 1, "einsum": 1, "bmm": 1,
 }  # fmt: skip
 UNTOUCHED = {
     "add", "sub", "mul", "div", "dropout", "softmax", "log_softmax", "sigmoid", "mean", "getitem", "upsample_bilinear2d",

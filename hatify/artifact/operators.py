@@ -17,6 +17,7 @@ import torch
 from ..capture.regions import enter_autocast, exit_autocast
 from ..errors import ArtifactError
 from ..modules import live_norms
+from ..modules.grouped import GROUPED_MM
 from ..modules.task_indexed import write_buffer
 from ..rewrite.graph import by_mode
 
@@ -111,6 +112,8 @@ def _resolve(name: str) -> torch._ops.OpOverload | None:
     base, _, overload = rest.partition(".")
     if not (base.isidentifier() and overload.isidentifier()):
         return None
+    if name == str(GROUPED_MM):
+        return GROUPED_MM
     if space == "torchvision" and base in TORCHVISION:
         if not hasattr(torch.ops.torchvision, base):
             raise ArtifactError(

@@ -17,6 +17,7 @@ from hatify.capture.captured import Captured, FixedSize, ShapeGuard
 from hatify.capture.functional import copied
 from hatify.capture.regions import enter_autocast, exit_autocast
 from hatify.capture.tree import LEAF, FunctionCall, arguments, forget_call
+from hatify.modules.grouped import EQUIVALENT
 
 DROPPED = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "sym_constrain_range", "_assert_async"}
 """Checks of the exporter's own: what it assumed of sizes is read from its guards."""
@@ -117,7 +118,8 @@ def _copy_function(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> N
     if node.target is operator.getitem and isinstance(env[node.args[0]], list):
         env[node] = env[node.args[0]][node.args[1]]
         return
-    new = graph.create_node("call_function", node.target, *_mapped(env, node), name=_telling_name(node))
+    target = EQUIVALENT.get(str(node.target), node.target)
+    new = graph.create_node("call_function", target, *_mapped(env, node), name=_telling_name(node))
     _note(new, node)
     env[node] = new
 

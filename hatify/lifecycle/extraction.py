@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,8 +143,8 @@ def measured(hat: HATModel, task: int, module: torch.nn.Module) -> tuple[float, 
     with _evaluating(hat), torch.no_grad():
         for tensors in input_batches(hat):
             outs = []
-            for model, how in ((hat, {"task": task}), (module, {})):
-                args, kwargs = plain_call(hat, [t.clone().to(device) for t in tensors])
+            for model, how, call in ((hat, {"task": task}, hat.signature.rebuild), (module, {}, partial(plain_call, hat))):
+                args, kwargs = call([t.clone().to(device) for t in tensors])
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)
                     outs.append([t.detach().clone() for t in flatten(model(*args, **how, **kwargs))[0]])

@@ -11,12 +11,13 @@ from torch import fx
 from hatify.lifecycle.picture import Picture
 from hatify.lifecycle.plain import LIVE_NORMS, Plain, tidy
 from hatify.modules import live_norms
+from hatify.modules.grouped import GROUPED_MM
 
 
 def module_of(plain: Plain, picture: Picture, name: str = "Extracted") -> fx.GraphModule:
     """The graph as a module, in eval mode. Nothing in it is of hatify."""
     for node in list(plain.graph.nodes):
-        if node.target in LIVE_NORMS:
+        if node.target in LIVE_NORMS or node.target is GROUPED_MM:
             write_out(plain.graph, node, picture)
     tidy(plain.graph)
     plain.drop_unused_buffers()
@@ -29,19 +30,32 @@ def module_of(plain: Plain, picture: Picture, name: str = "Extracted") -> fx.Gra
 
 
 def write_out(graph: fx.Graph, node: fx.Node, picture: Picture) -> None:
-    """A normalisation over live channels as plain operators, the same as :mod:`hatify.modules.live_norms`."""
-    dtype = picture[node].dtype
-    rank = len(picture[node].shape)
+    """A normalisation over live channels as plain operators, the same as :mod:`hatify.modules.live_norms`; or a grouped product."""
     tracer = fx.proxy.GraphAppendingTracer(graph)
 
     def proxy(value: Any) -> Any:
         return fx.Proxy(value, tracer) if isinstance(value, fx.Node) else value
 
     with graph.inserting_before(node):
-        out = _RULES[node.target](*map(proxy, node.args), proxy(node.kwargs["live"]), dtype, rank)
+        if node.target is GROUPED_MM:
+            operands = (*node.args, *node.kwargs.values())
+            out = _grouped_mm(*map(proxy, operands), experts=picture[operands[1]].shape[0])
+        else:
+            dtype, rank = picture[node].dtype, len(picture[node].shape)
+            out = _RULES[node.target](*map(proxy, node.args), proxy(node.kwargs["live"]), dtype, rank)
     out.node.meta.update(node.meta)
     node.replace_all_uses_with(out.node)
     graph.erase_node(node)
+
+
+def _grouped_mm(x: Any, weight: Any, offs: Any, experts: int) -> Any:
+    """All rows go through all experts, and each keeps what its own gave: more work than the sorted rows were, but sizes that depend on
+    data are nothing that ``torch.export`` or ONNX take."""
+    rows = torch.arange(x.size(0), device=x.device)
+    out = x.new_zeros((x.size(0), weight.size(2)))
+    for expert in reversed(range(experts)):
+        out = torch.where((rows < offs[expert]).unsqueeze(1), torch.mm(x, weight[expert]), out)
+    return out
 
 
 def _layer_norm(x: Any, shape: tuple, weight: Any, bias: Any, eps: float, live: Any, dtype: torch.dtype, rank: int) -> Any:
