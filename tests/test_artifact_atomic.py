@@ -74,9 +74,26 @@ def test_a_failure_leaves_everything_as_it_was(small, tmp_path, monkeypatch, fai
         hatify.save(small, target, overwrite=True)
     if isinstance(failure, OSError):
         assert "No space left on device" in str(caught.value)
+        assert ("what was there is as it was" if existing else "nothing was left there") in caught.value.why
     assert os.listdir(tmp_path) == (["deep"] if existing else [])
     if existing:
         assert os.listdir(tmp_path / "deep") == ["saved"] and os.listdir(target) == ["mine.txt"]
+
+
+def test_an_error_after_the_last_rename_says_that_the_new_one_is_there(small, tmp_path, monkeypatch):
+    target, flush = hatify.save(small, tmp_path / "saved"), atomic._flush
+    first = (target / "config.json").stat().st_ino
+
+    def fail(path):
+        if path == tmp_path:
+            raise OSError(5, "Input/output error")
+        flush(path)
+
+    monkeypatch.setattr(atomic, "_flush", fail)
+    with pytest.raises(ArtifactError, match="it is there, but"):
+        hatify.save(small, target, overwrite=True)
+    assert (target / "config.json").stat().st_ino != first and os.listdir(tmp_path) == ["saved"]
+    hatify.load(target)
 
 
 def test_precious_directories_are_never_replaced(tmp_path, monkeypatch):

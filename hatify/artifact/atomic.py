@@ -75,7 +75,7 @@ def new_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     target = check_target(path, overwrite)
     absent = [parent for parent in target.parents if not parent.exists()]
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    handle = None
+    handle, swapped = None, False
     try:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,9 +90,10 @@ def new_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
             _flush(temporary)
             with _alone(target.parent):
                 _swap(temporary, target, overwrite)
+            swapped = True
             _flush(target.parent)
         except OSError as error:
-            raise _unwritten(path, target, error) from error
+            raise _unwritten(path, target, error, swapped) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in absent:
@@ -135,23 +136,27 @@ def new_file(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[
         ArtifactError: as ``check_file``; or the file system refuses.
     """
     target = check_file(path, overwrite)
-    temporary = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}{target.suffix}")
+    temporary, swapped = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}{target.suffix}"), False
     try:
         yield temporary
         _flush(temporary)
         temporary.replace(target)
+        swapped = True
+        _flush(target.parent)
     except OSError as error:
-        raise _unwritten(path, target, error) from error
+        raise _unwritten(path, target, error, swapped) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _unwritten(path: str | os.PathLike[str], target: Path, error: OSError) -> ArtifactError:
+def _unwritten(path: str | os.PathLike[str], target: Path, error: OSError, swapped: bool) -> ArtifactError:
+    """Says what is there now: the new one where only its name could not be flushed, else what was there before."""
+    there = "nothing was left there" if not target.exists() else "what was there is as it was"
     return ArtifactError(
         f"{path} could not be written",
         where=str(target),
-        why=f"{error.strerror or error}; nothing was left there",
-        fix="free some space, or give another directory",
+        why=f"{error.strerror or error}; {'it is there, but a crash of the machine may bring back the old one' if swapped else there}",
+        fix="write it again" if swapped else "free some space, or give another directory",
     )
 
 

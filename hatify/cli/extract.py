@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .failures import failures
-from .saved import DebugOption, DirArgument, FactoryOption, JsonOption, load_saved, tasks_of
+from .saved import DebugOption, DirArgument, FactoryOption, JsonOption, check_outside, load_saved, tasks_of
 from .steps import Steps, working
 
 __all__ = ["extract"]
@@ -39,7 +39,7 @@ def extract(
     if out is not None and out.suffix not in _ENDINGS:
         raise typer.BadParameter(f"{out} ends neither with .pt2 nor with .safetensors", param_hint="--out")
     if out is None and onnx is None:
-        out = Path(f"{directory.name or 'model'}-task{task}.pt2")
+        out = _beside(directory, f"{directory.resolve().name or 'model'}-task{task}.pt2")
     with failures(debug):
         with working(debug) as steps:
             report = _run(steps, directory, task, slim, out, onnx, force, factory)
@@ -52,6 +52,12 @@ def extract(
         print_extraction(report, written)
 
 
+def _beside(directory: Path, name: str) -> Path:
+    """``name`` where the command runs, or beside ``directory`` where it runs inside of it."""
+    own = directory.resolve()
+    return own.parent / name if Path.cwd().resolve().is_relative_to(own) else Path(name)
+
+
 def _run(
     steps: Steps, directory: Path, task: int, slim: bool, out: Path | None, onnx: Path | None, force: bool, factory: str | None
 ) -> dict[str, Any]:
@@ -60,6 +66,7 @@ def _run(
     for path in (out, onnx):
         if path is not None:
             check_file(path, overwrite=force)
+            check_outside(path, directory)
     hat = load_saved(steps, directory, factory)
     steps("extract")
     from .. import extract as extract_task

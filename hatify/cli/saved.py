@@ -12,7 +12,9 @@ import typer
 from .convert import import_from_here
 from .steps import Steps
 
-__all__ = ["DebugOption", "DirArgument", "FactoryOption", "JsonOption", "OutOption", "load_saved", "replace_saved", "tasks_of"]
+__all__ = [
+    "DebugOption", "DirArgument", "FactoryOption", "JsonOption", "OutOption", "check_outside", "load_saved", "replace_saved", "tasks_of",
+]  # fmt: skip
 
 DirArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that convert wrote.", show_default=False)]
 FactoryOption = Annotated[
@@ -48,6 +50,23 @@ def tasks_of(path: Path) -> Iterator[None]:
     except TaskError as error:
         fix = f"hatify usage {path} shows its finished tasks; more are trained in Python: hat = hatify.load({str(path)!r})"
         raise TaskError(error.what, where=error.where or str(path), why=error.why, fix=fix) from error
+
+
+def check_outside(file: Path, directory: Path) -> None:
+    """Whether a file goes elsewhere than among those of a saved model, which hold nothing else.
+
+    Raises:
+        ArtifactError: it does not.
+    """
+    from ..errors import ArtifactError
+
+    if file.resolve().is_relative_to(directory.resolve()):
+        raise ArtifactError(
+            f"{file} is not written",
+            where=str(directory.resolve()),
+            why="the directory of a model holds its own files and no others",
+            fix=f"give another place: {directory.resolve().parent / file.name}",
+        )
 
 
 def check_replaceable(path: Path, out: Path | None) -> Path:

@@ -55,7 +55,7 @@ def forget_task(
     1184
     """
     network = network_of(hat)
-    network.checked(task)
+    _check_known(network, [task], "hatify.forget_task(hat, task), of one of these")
     _check_closed(hat)
     if task not in network.finished | network.begun:
         raise TaskError(
@@ -83,9 +83,11 @@ def prune(
         TaskError: also where ``keep`` is empty, or has a task that is not finished.
     """
     network = network_of(hat)
-    kept = {network.checked(task) for task in keep}
+    kept, finished = list(keep), network.finished
+    stay = sorted(t for t in finished if t in kept) or sorted(finished)
+    _check_known(network, kept, f"hatify.prune(hat, keep={stay})")
+    kept = set(kept)
     _check_closed(hat)
-    finished = network.finished
     if not kept:
         raise TaskError(
             "pruning would forget every task",
@@ -96,9 +98,25 @@ def prune(
         raise TaskError(
             f"tasks {sorted(kept - finished)} are not finished, so there is nothing of them to keep",
             why=f"finished are {sorted(finished) or 'none'}",
-            fix=f"hatify.prune(hat, keep={sorted(kept & finished) or sorted(finished)})",
+            fix=f"hatify.prune(hat, keep={stay})" if stay else None,
         )
     return _forget(network, sorted(finished - kept), dry_run, reset, state_dict)
+
+
+def _check_known(network: Network, tasks: list[int], fix: str) -> None:
+    """Whether there are such tasks. No number is suggested that was not asked for: what is forgotten is gone.
+
+    Raises:
+        TaskError: there are not.
+    """
+    unknown = [t for t in tasks if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < network.tasks]
+    if unknown:
+        trained = sorted(network.finished | network.begun)
+        raise TaskError(
+            f"no task {', '.join(repr(t) for t in unknown)}",
+            why=f"the network has the tasks 0 to {network.tasks - 1}; trained are {trained or 'none'}",
+            fix=fix if trained else None,
+        )
 
 
 def _check_closed(hat: nn.Module) -> None:

@@ -104,6 +104,18 @@ def test_reset_to_a_checkpoint(model, saved):
     assert torch.equal(loaded(saved).conv2.weight[free], make().conv2.weight[free])
 
 
+def test_extract_writes_nothing_among_the_models_own_files(saved, work, monkeypatch):  # noqa: F811
+    old = files(saved)
+    for option in ("--out", "--onnx"):
+        stderr = refused("extract", saved, "--task", 1, option, saved / "inside.pt2", *OWN)
+        assert "holds its own files and no others" in stderr and str(work / "inside.pt2") in stderr
+    monkeypatch.chdir(saved)
+    run("extract", ".", "--task", 1, *OWN)
+    assert files(saved) == old and (work / f"{saved.name}-task1.pt2").is_file()
+    run("forget", ".", "--task", 1, "--out", "../other", *OWN)
+    refused("extract", ".", "--task", 1, "--out", ".", code=2)
+
+
 @pytest.mark.parametrize("args", [["forget", "--task", "1"], ["prune", "--keep", "0"]])
 def test_an_interrupted_run_leaves_the_old_directory_whole(saved, work, monkeypatch, args):  # noqa: F811
     old, listing = files(saved), sorted(os.listdir(work))

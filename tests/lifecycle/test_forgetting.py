@@ -256,6 +256,13 @@ def test_bad_requests(hat):
     ):
         with pytest.raises(TaskError, match=match):
             call()
+    for keep, fix in (([0, 9], "keep=[0])"), ([7], "keep=[0, 1, 2])")):
+        with pytest.raises(TaskError) as caught:
+            hatify.prune(hat, keep=keep)
+        assert fix in caught.value.fix and "trained are [0, 1, 2]" in caught.value.why
+    with pytest.raises(TaskError) as caught:
+        hatify.forget_task(hat, 7)
+    assert "task=0" not in caught.value.fix  # what is forgotten is gone: no task that nobody asked for
     assert changed(hat, old) == {} and hat.finished_tasks == {0, 1, 2}
     hat.begin_task(1, schedule="constant")
     for call in (lambda: hatify.forget_task(hat, 1), lambda: hatify.prune(hat, keep=[0])):
