@@ -102,7 +102,10 @@ def test_what_cannot_be_compared_is_always_run(runs):
     class Box:
         pass
 
+    calls = []
     assert alike.likeness(Widened(2, how=Box()), [torch.zeros(2, 4)], []) is None
+    assert alike.likeness(Widened(2, how=lambda x: calls.append(x)), [torch.zeros(2, 4)], []) is None
+    assert alike.likeness(Widened(2, how=torch.relu), [torch.zeros(2, 4)], []) is not None
     assert alike.likeness(Widened(2), [torch.zeros(2, 4)], [Box()]) is None
 
     class Boxed(nn.ReLU):

@@ -75,6 +75,8 @@ def _tensor(tensor: Tensor) -> Hashable:
 def _value(value: Any) -> Hashable:
     if isinstance(value, torch.SymInt):
         return value.node.expr
+    if isinstance(value, FunctionType) and value.__closure__:
+        raise _Incomparable  # it may remember
     if isinstance(value, _CONSTANTS + _OBJECTS):
         return type(value), value
     if isinstance(value, list | tuple):
