@@ -1,15 +1,20 @@
 """Elements chosen by their bits: AND with all ones or all zeros, OR with what is to be there.
 
 The same as ``masked_fill_`` and ``masked_scatter_`` for every number, NaN and infinity included, in a third of the time: these
-branch at every element, a bitwise operation does not.
+branch at every element, a bitwise operation does not. On a CPU they go through large tensors piece by piece, so that a piece is still
+in its cache for the second operation, and what one byte per element is widened to is never as large as the tensor.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+PIECE = 2**19
+"""Bytes of a piece, for each thread: half of what a core's own cache usually holds."""
 
 
 def cleared(lock: Tensor, like: Tensor) -> Tensor:
@@ -20,12 +25,26 @@ def cleared(lock: Tensor, like: Tensor) -> Tensor:
 
 def clear_(data: Tensor, keep: Tensor) -> Tensor:
     """``data``, any number type of up to eight bytes, with +0 where ``keep`` is 0 and unchanged where it is -1; in place."""
-    data.view(WORDS[data.element_size()]).bitwise_and_(keep)
+    for words, kept in _pieces(data.view(WORDS[data.element_size()]), keep):
+        words.bitwise_and_(kept)
     return data
 
 
-def merge_(data: Tensor, other: Tensor) -> Tensor:
-    """``data`` with the elements of ``other``, of the same type, where these are not +0; in place. ``data`` must be +0 there."""
+def put_(data: Tensor, keep: Tensor, other: Tensor) -> Tensor:
+    """``data`` with the elements of ``other``, of the same type, where ``keep`` is 0, and unchanged where it is -1; in place.
+    ``other`` must be +0 there."""
     words = WORDS[data.element_size()]
-    data.view(words).bitwise_or_(other.view(words))
+    for here, kept, there in _pieces(data.view(words), keep, other.view(words)):
+        here.bitwise_and_(kept).bitwise_or_(there)
     return data
+
+
+def _pieces(words: Tensor, keep: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors, of one shape, cut alike, and ``keep`` widened; whole where they are small or do not lie in memory alike."""
+    size = PIECE // words.element_size() * torch.get_num_threads()
+    if words.device.type != "cpu" or words.numel() <= size or not all(t.is_contiguous() for t in (words, keep, *others)):
+        yield words, keep, *others
+        return
+    wide = torch.empty(size, dtype=words.dtype)
+    for here, narrow, *there in zip(*(t.view(-1).split(size) for t in (words, keep, *others))):
+        yield here, wide[: len(here)].copy_(narrow), *there

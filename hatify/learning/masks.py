@@ -76,6 +76,7 @@ class MaskSteps:
         self.embeddings = [m.embeddings[task] for m in self.maskers]
         self.task, self.shares, self.open = task, list(shares), min(1.0, OPEN / max_scale)
         self.sizes = [m.channels for m in self.maskers]
+        self._owner = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes, dtype=torch.long))
         self._before: Tensor | None = None
 
     def before(self) -> None:
@@ -100,11 +101,12 @@ class MaskSteps:
             shares = [part_of(n, e) for n, e in zip(new.split(self.sizes), self.embeddings)]
             torch._foreach_copy_([local(e) for e in self.embeddings], shares)
         closing = ((old >= self.open) & (new < self.open)) | ((old > 0) & (new <= 0))
-        if not bool(closing.any()):
+        concerned = set(self._owner[closing.cpu()].tolist())
+        if not concerned:
             return
-        parts = zip(old.split(self.sizes), closing.split(self.sizes))
-        for masker, share, (were, found) in zip(self.maskers, self.shares, parts):
-            self._keep(masker, share, were, found)
+        parts = list(zip(old.split(self.sizes), closing.split(self.sizes)))
+        for i in sorted(concerned):
+            self._keep(self.maskers[i], self.shares[i], *parts[i])
 
     def _keep(self, masker: Masker, share: float, old: Tensor, closing: Tensor) -> None:
         """Regularization lowers every free channel, and under soft masks (sigmoid(0) = 1/2 whatever the embedding) it cannot tell that

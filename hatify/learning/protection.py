@@ -67,7 +67,7 @@ class Locked:
         elif self.free is None:
             data.copy_(self.kept)
         else:
-            bits.merge_(bits.clear_(data, self.free), self.kept)
+            bits.put_(data, self.free, self.kept)
         self.version = version(self.tensor)
 
     def narrow(self, lock: Tensor) -> None:

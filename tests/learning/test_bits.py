@@ -27,16 +27,20 @@ def words(data: Tensor) -> Tensor:
     return data.view(bits.WORDS[data.element_size()])
 
 
+@pytest.mark.parametrize("piece", [bits.PIECE, 256], ids=["whole", "pieces"])
 @pytest.mark.parametrize("layout", ["dense", "last", "strided"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_clearing_and_merging_is_filling_and_choosing(dtype: torch.dtype, layout: str) -> None:
+def test_clearing_and_putting_is_filling_and_choosing(
+    dtype: torch.dtype, layout: str, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bits, "PIECE", piece)
     data, other = tensor(dtype, layout), tensor(dtype, layout).flip(0)
     lock = torch.rand(data.shape) < 0.5
     free = bits.cleared(lock, like=data)
     assert free.stride() == data.stride() and free.dtype is torch.int8
     assert torch.equal(words(bits.clear_(data.clone(), free)), words(data.masked_fill(lock, 0)))
     kept = bits.clear_(other.clone(), ~free)
-    merged = bits.merge_(bits.clear_(data.clone(), free), kept)
+    merged = bits.put_(data.clone(), free, kept)
     assert torch.equal(words(merged), torch.where(lock, words(other), words(data)))  # -0, NaN and their payloads included
 
 
