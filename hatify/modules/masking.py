@@ -111,6 +111,9 @@ class _Scaled(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         output, mask, bits = ctx.saved_tensors
         of_x = of_mask = None
+        if all(ctx.needs_input_grad[:2]) and ctx.shape == gradient.shape and _in_pieces(mask, gradient, output):
+            of_x, of_mask = _gradients(gradient, output, mask, bits)
+            return of_x, _divided(of_mask, mask), None
         if ctx.needs_input_grad[1]:
             of_mask = _divided((gradient * output).sum_to_size(mask.shape), mask)
         if ctx.needs_input_grad[0]:
@@ -122,6 +125,37 @@ class _Scaled(torch.autograd.Function):
         output, mask, bits = ctx.saved_tensors
         out = torch.zeros_like(output) if of_x is None else kept(of_x, bits) * mask
         return out if of_mask is None else out + _divided(output, mask) * of_mask
+
+
+PIECE = 2**17
+"""Elements of a piece, for each thread, that stay in a core's own cache from one operation to the next."""
+
+
+def _alike(mask: Tensor, dims: int) -> int:
+    """Along how many of a value's leading dimensions its mask is the same."""
+    sizes = (1,) * (dims - mask.dim()) + tuple(mask.shape)
+    return next((i for i, size in enumerate(sizes) if size != 1), dims)
+
+
+def _in_pieces(mask: Tensor, *tensors: Tensor) -> bool:
+    """Whether the tensors, of one shape, are large, lie in memory alike and can be cut, and nobody differentiates what becomes of them."""
+    plain = all(t.device.type == "cpu" and t.is_contiguous() and t.dtype in (torch.float32, torch.float64) for t in tensors)
+    large = plain and tensors[0].numel() > PIECE * torch.get_num_threads() and _alike(mask, tensors[0].dim()) > 0
+    return large and not _differentiated()
+
+
+def _gradients(gradient: Tensor, output: Tensor, mask: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """``where(live, gradient * mask, 0)``, and the sum of ``gradient * output``, of the mask's shape; piece by piece."""
+    dims = _alike(mask, gradient.dim())
+    of_x, total = torch.empty_like(gradient), torch.zeros_like(mask)
+    lines = gradient.shape[:dims].numel()
+    count = max(1, PIECE * torch.get_num_threads() * lines // gradient.numel())
+    one = (1, *mask.shape[mask.dim() - gradient.dim() + dims :]) if dims < gradient.dim() else (1,)
+    mask, bits, sums = mask.view(one), bits.view(one), total.view(one)
+    for given, made, out in zip(*(t.view(lines, *t.shape[dims:]).split(count) for t in (gradient, output, of_x))):
+        sums += torch.mul(given, made, out=out).sum_to_size(one)
+        torch.mul(given, mask, out=out).view(bits.dtype).bitwise_and_(bits)
+    return of_x, total
 
 
 def _divided(x: Tensor, mask: Tensor) -> Tensor:

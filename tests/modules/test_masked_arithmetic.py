@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from hatify.modules import live_norms
+from hatify.modules import live_norms, masking
 from hatify.modules.masking import apply_mask
 
 LAYOUTS = {  # shape of the tensor, shape of the mask, reduced dimensions
@@ -56,6 +56,24 @@ def test_normalising_can_be_differentiated_twice(layout: str) -> None:
     live = (torch.rand(mask_shape, dtype=torch.float64) + 0.2).requires_grad_()
     assert gradcheck(lambda x, live: live_norms._normalised(x, live, dims, 1e-2, True), (x, live))
     assert gradgradcheck(lambda x, live: live_norms._normalised(x, live, dims, 1e-2, True), (x, live))
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 1, 6), (5, 6), (1, 5, 1), (1, 1), (4, 1, 1)], ids=str)
+def test_a_large_gradient_in_pieces_is_the_same(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 6, dtype=torch.float64, requires_grad=True)
+    mask = torch.randn(shape, dtype=torch.float64).clamp(min=0).requires_grad_()
+    along = torch.randn(4, 5, 6, dtype=torch.float64)
+    along[0, 0] = torch.nan
+    cut = []
+    monkeypatch.setattr(masking, "_gradients", lambda *given, plain=masking._gradients: cut.append(1) or plain(*given))
+    whole = torch.autograd.grad(apply_mask(x, mask, soft=True), (x, mask), along)
+    assert not cut
+    monkeypatch.setattr(masking, "PIECE", 12 // torch.get_num_threads())
+    pieces = torch.autograd.grad(apply_mask(x, mask, soft=True), (x, mask), along)
+    assert bool(cut) is (shape != (4, 1, 1))  # a mask that is another along the first dimension is applied whole
+    assert torch.equal(pieces[0].nan_to_num(9.0), whole[0].nan_to_num(9.0))
+    torch.testing.assert_close(pieces[1], whole[1], equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
