@@ -2,6 +2,10 @@
 
     python benchmarks/overhead.py                             # all models below, one thread
     python benchmarks/overhead.py resnet18@32x32 --threads 2 --rounds 15 --json
+    python benchmarks/overhead.py vit_tiny_patch16_224:depth=24@224x2 --measure train,eval --tasks 1,10,100
+    python benchmarks/overhead.py resnet18@32x32 --compile    # both compiled
+
+A model is timm's name (or ``bert``: a small transformers BERT), arguments of its constructor, image size or tokens, and batch size.
 
 Original and converted run in one process, interleaved round by round, so that a busy machine slows both; a figure is the median of the
 rounds' ratios (converted / original), with the quartiles. Two tasks with random masks, half of the channels live, are finished and
@@ -21,7 +25,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -30,18 +34,18 @@ from torch import nn
 
 import hatify
 
-MODELS = {
-    "resnet50@224x8": ("resnet50", 224, 8),
-    "resnet18@32x32": ("resnet18", 32, 32),
-    "vit_small_patch16_224@224x8": ("vit_small_patch16_224", 224, 8),
-    "convnext_tiny@224x8": ("convnext_tiny", 224, 8),
-    "swin_tiny_patch4_window7_224@224x8": ("swin_tiny_patch4_window7_224", 224, 8),
-    "efficientnet_b0@224x8": ("efficientnet_b0", 224, 8),
-    "densenet121@224x8": ("densenet121", 224, 8),
-    "mixer_s32_224@224x8": ("mixer_s32_224", 224, 8),
-    "bert@128x8": ("bert", 128, 8),
-}
-"""Name: timm's name (or ``bert``: a small transformers BERT), image size or tokens, batch size."""
+MODELS = (
+    "resnet50@224x8",
+    "resnet18@32x32",
+    "vit_small_patch16_224@224x8",
+    "convnext_tiny@224x8",
+    "swin_tiny_patch4_window7_224@224x8",
+    "efficientnet_b0@224x8",
+    "densenet121@224x8",
+    "mixer_s32_224@224x8",
+    "bert@128x8",
+)
+MEASURES = ("train", "decay", "eval", "none")
 CLASSES = 10
 
 
@@ -59,12 +63,17 @@ class Classifier(nn.Module):
         return self.bert(ids).logits
 
 
-def build(model: str, size: int, batch: int) -> tuple[nn.Module, torch.Tensor]:
-    if model == "bert":
+def build(text: str) -> tuple[nn.Module, torch.Tensor]:
+    """The model and the batch that ``name[:key=number,...]@SIZExBATCH`` stands for."""
+    model, _, shape = text.partition("@")
+    name, _, arguments = model.partition(":")
+    size, batch = (int(n) for n in shape.split("x"))
+    if name == "bert":
         return Classifier(), torch.randint(0, 30000, (batch, size))
     import timm
 
-    return timm.create_model(model, num_classes=CLASSES), torch.randn(batch, 3, size, size)
+    given = {key: int(value) for key, value in (pair.split("=") for pair in arguments.split(",") if pair)}
+    return timm.create_model(name, num_classes=CLASSES, **given), torch.randn(batch, 3, size, size)
 
 
 def prepared(model: nn.Module, inputs: torch.Tensor, tasks: int) -> hatify.HATModel:
@@ -112,10 +121,10 @@ def peak_of(step: Callable[[], None]) -> int:
     return highest
 
 
-def measure(name: str, tasks: int, rounds: int) -> dict[str, Any]:
-    """All figures of one model."""
+def measure(name: str, tasks: int, rounds: int, wanted: Collection[str] = MEASURES, compiled: bool = False) -> dict[str, Any]:
+    """The wanted figures of one model."""
     torch.manual_seed(0)
-    model, inputs = build(*MODELS[name])
+    model, inputs = build(name)
     hat = prepared(model, inputs, tasks)
     labels = torch.randint(0, CLASSES, (len(inputs),))
     current = min(2, tasks - 1)
@@ -130,49 +139,58 @@ def measure(name: str, tasks: int, rounds: int) -> dict[str, Any]:
 
         return run
 
+    networks = tuple(torch.compile(n, fullgraph=True) for n in (model, hat)) if compiled else (model, hat)
     model.train(), hat.train()
     optimizers = {
         "train": lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9),
         "decay": lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.05),
     }
     for key, make in optimizers.items():
+        if key not in wanted:
+            continue
         mine = make(hat.parameters())
         run = hat.begin_task(current, mine, steps_per_epoch=1000)
-        plain, converted = step(model, make(model.parameters()), lambda: 0.0), step(hat, mine, run.regularization)
+        plain, converted = step(networks[0], make(model.parameters()), lambda: 0.0), step(networks[1], mine, run.regularization)
         found[key] = ratios(rounds, plain, converted)
         if key == "train":
             a, b = peak_of(plain), peak_of(converted)
             found["memory"] = {"ratio": b / a, "original_mb": a / 2**20}
         hat.abandon_task()
     model.eval(), hat.eval()
+    calls = {"eval": {"task": 0}, "none": {}}
     with torch.no_grad():
-        found["eval"] = ratios(2 * rounds, lambda: model(inputs), lambda: hat(inputs, task=0))
-        found["none"] = ratios(2 * rounds, lambda: model(inputs), lambda: hat(inputs))
+        for key, task in calls.items():
+            if key in wanted:
+                found[key] = ratios(2 * rounds, lambda: networks[0](inputs), lambda task=task: networks[1](inputs, **task))
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(MODELS), help=", ".join(MODELS))
+    parser.add_argument("models", nargs="*", default=MODELS, help=", ".join(MODELS))
     parser.add_argument("--tasks", default="3")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--measure", default=",".join(MEASURES), help="some of " + ", ".join(MEASURES))
+    parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True) of both")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
+    wanted = given.measure.split(",")
     torch.set_num_threads(given.threads)
     if not given.json:
         print(f"{'model':36} tasks  train              decay              eval               none               memory")
     for name in given.models:
         for tasks in (int(t) for t in given.tasks.split(",")):
-            found = measure(name, tasks, given.rounds)
+            found = measure(name, tasks, given.rounds, wanted, given.compile)
             if given.json:
                 print(json.dumps(found), flush=True)
                 continue
             cells = [
-                f"{found[k]['ratio']:.3f} ({found[k]['low']:.3f}-{found[k]['high']:.3f})"
-                for k in ("train", "decay", "eval", "none")
+                f"{found[k]['ratio']:.3f} ({found[k]['low']:.3f}-{found[k]['high']:.3f})" if k in found else f"{'-':19}"
+                for k in MEASURES
             ]
-            print(f"{name:36} {tasks:5}  " + "  ".join(cells) + f"  {found['memory']['ratio']:.3f}", flush=True)
+            cells.append(f"{found['memory']['ratio']:.3f}" if "memory" in found else "-")
+            print(f"{name:36} {tasks:5}  " + "  ".join(cells), flush=True)
 
 
 if __name__ == "__main__":
