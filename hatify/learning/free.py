@@ -20,7 +20,7 @@ class FreeWeights:
     Measured with ``benchmarks/split_digits.py --select`` on ten permuted tasks (one seed): 91.4 % on the last two where the values
     were given back, 89.0 % where not.
 
-    Free are the elements that are not locked for any finished task; with the protected values it is one copy of the shared weights.
+    Free are the elements that are not locked for any finished task; they are copied, and held while the session lasts.
     """
 
     def __init__(self, network: Network, task: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from torch import Tensor
@@ -39,8 +39,15 @@ def test_nothing_is_remembered_of_locked_weights(optimizer: str, forgets: bool, 
     assert any(bool(value[~lock].any()) for value, lock in found), "what is free goes on"
 
 
+TOLD: dict[str, Callable[[HATModel, Optimizer], None]] = {
+    "protect": lambda hat, optimizer: hat.protect([optimizer]),
+    "begin": lambda hat, optimizer: hat.begin_task(1, optimizer, steps_per_epoch=3),
+}
+
+
+@pytest.mark.parametrize("told", TOLD)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_an_optimizer_that_no_session_knew(optimizer: str) -> None:
+def test_an_optimizer_that_no_session_knew(optimizer: str, told: str) -> None:
     hat = network(NAME)
     carried = OPTIMIZERS[optimizer](list(hat.parameters()))
     with hat.learning(0, steps_per_epoch=3) as run:
@@ -49,7 +56,7 @@ def test_an_optimizer_that_no_session_knew(optimizer: str) -> None:
             (loss_of(hat(*inputs(NAME, 4, key=key))) + run.regularization()).backward()
             carried.step()
     assert any(bool(value[lock].any()) for value, lock in remembered(hat, carried))
-    hat.protect([carried])
+    TOLD[told](hat, carried)
     assert not any(bool(value[lock].any()) for value, lock in remembered(hat, carried))
     assert any(bool(value[~lock].any()) for value, lock in remembered(hat, carried))
 

@@ -68,14 +68,3 @@ def test_clipping_sees_what_will_be_applied() -> None:
         assert gradient is None or not bool(gradient[lock].any()), parameter_name
     some: list[Tensor] = [p.grad for n, p in hat.named_parameters() if n in locks and p.grad is not None]
     assert any(bool(g.any()) for g in some), "unlocked elements do learn"
-
-
-def test_a_task_that_was_only_run_locks_nothing() -> None:
-    name = SMALLEST[0]
-    hat = network(name)
-    for batch in batches(name, 2):
-        hat(*batch, task=0)
-    assert not hat.finished_tasks and not list(hat._guard.protection)
-    before = outputs(hat, name, 0)
-    learn(hat, name, 1, SGD(hat.parameters(), lr=0.1))
-    assert not equal(outputs(hat, name, 0), before)
