@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["HubMethods"]
 
+PUSHING = ("commit_message", "private", "token", "branch", "create_pr", "allow_patterns", "ignore_patterns", "delete_patterns")
+"""Options of huggingface_hub's ``push_to_hub`` that are taken."""
+
 
 class HubMethods(ModelHubMixin, library_name="hatify", tags=["continual-learning", "hard-attention-to-the-task"]):
     """What a HAT model has of the Hub. ``from_pretrained`` takes a directory or a name on the Hub, and what :func:`hatify.load` takes."""
@@ -32,13 +35,18 @@ class HubMethods(ModelHubMixin, library_name="hatify", tags=["continual-learning
 
         Raises:
             ArtifactError: as :func:`hatify.save`, or the directory holds other files.
+            TypeError: an option that is none of these.
         """
-        from hatify.artifact.directory import only_ours, save
+        from hatify.artifact.directory import check_only_ours, save
 
         target = Path(save_directory)
         own = {key: options.pop(key) for key in ("dtype", "max_shard_size") if key in options}
         options.pop("config", None), options.pop("model_card_kwargs", None)
-        save(self, target, overwrite=only_ours(target), **own)
+        unknown = next((name for name in options if name not in ("repo_id", *PUSHING)), None)
+        if unknown is not None:
+            raise TypeError(f"save_pretrained() has no option {unknown!r}")
+        check_only_ours(target, "give another directory, or move these files away")
+        save(self, target, overwrite=target.is_dir(), **own)
         if push_to_hub:
             return self.push_to_hub(options.pop("repo_id", target.name), **options)
         return None

@@ -281,6 +281,13 @@ def test_large_weights_are_split(tied, tmp_path):
         hatify.load(path)
 
 
+@pytest.mark.parametrize("size", ["huge", "5 parrots", "0GB", 0, -1, True, 2.5, None])
+def test_a_size_that_is_none_is_refused_before_anything_is_written(tied, tmp_path, size):
+    with pytest.raises(ArtifactError, match="max_shard_size"):
+        hatify.save(tied, tmp_path / "saved", max_shard_size=size)
+    assert not (tmp_path / "saved").exists()
+
+
 def test_a_session_is_stored_as_it_stands_but_not_a_second_training_of_a_finished_task(tmp_path):
     torch.manual_seed(0)
     hat = hatify.convert(Tied(), tasks=3, example_inputs=example(), verify=False)

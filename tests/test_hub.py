@@ -33,9 +33,17 @@ def test_a_directory_is_written_replaced_and_read(hat, tmp_path):
     half = hatify.HATModel.from_pretrained(str(tmp_path / "saved"), dtype=torch.float16, device="cpu")
     assert half.get_parameter("0.weight").dtype == torch.float16
     (tmp_path / "saved" / "mine.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="exists"):
+    with pytest.raises(ArtifactError, match="not the model's") as caught:
         hat.save_pretrained(tmp_path / "saved")
+    assert caught.value.where == "mine.txt"
     assert (tmp_path / "saved" / "mine.txt").read_text() == "mine"
+
+
+def test_an_option_that_nobody_knows_is_refused(hat, tmp_path):
+    with pytest.raises(TypeError, match="'dtpye'"):
+        hat.save_pretrained(tmp_path / "saved", dtpye=torch.float16)
+    assert not (tmp_path / "saved").exists()
+    hat.save_pretrained(tmp_path / "saved", commit_message="unused")
 
 
 def test_what_is_pushed_can_be_pulled_through_the_links_of_the_cache(hat, tmp_path, monkeypatch):

@@ -44,7 +44,10 @@ def read_config(path: Path) -> Fields:
     """
     if not path.parent.is_dir():
         raise ArtifactError(
-            "no saved model there", where=str(path), why="there is no such directory", fix="give a directory of hatify.save"
+            "no saved model there",
+            where=str(path.parent),
+            why="it is a file" if path.parent.is_file() else "there is no such directory",
+            fix="give a directory of hatify.save",
         )
     if not path.exists() and not path.is_symlink():
         raise ArtifactError(

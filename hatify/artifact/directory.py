@@ -78,6 +78,7 @@ def save(
     """
     check_session(hat)
     check_dtype(dtype)
+    _check_size(max_shard_size)
     hat._guard.restore()
     described = describe_model(hat)
     with new_directory(path, overwrite) as directory:
@@ -85,9 +86,21 @@ def save(
     return Path(os.path.realpath(path))
 
 
-def only_ours(path: Path) -> bool:
-    """Whether there is a directory that holds a saved model and nothing else, or nothing at all."""
-    return path.is_dir() and all(OWN.fullmatch(file.name) and file.is_file() for file in path.iterdir())
+def check_only_ours(path: Path, fix: str) -> None:
+    """Whether a directory, if there is one, may be replaced: it holds a saved model and nothing else, or nothing at all.
+
+    Raises:
+        ArtifactError: something else is in it.
+    """
+    held = path.iterdir() if path.is_dir() else ()
+    others = sorted(file.name for file in held if not (OWN.fullmatch(file.name) and file.is_file()))
+    if others:
+        raise ArtifactError(
+            f"{path} is not replaced",
+            where=", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else ""),
+            why="it also holds files that are not the model's, which would be lost",
+            fix=fix,
+        )
 
 
 def check_session(hat: HATModel) -> None:
@@ -167,6 +180,19 @@ def _cast(data: dict[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtyp
     maskers = tuple(f"{module['path']}.embeddings." for module in modules if module["kind"] == "masker")
     held = {k: Cast(k, t, dtype, k.startswith(maskers)) if k in floating else t for k, t in tensors.items()}
     return {**data, "modules": modules}, held
+
+
+def _check_size(size: int | str) -> None:
+    """Whether files of weights may have that size.
+
+    Raises:
+        ArtifactError: they may not.
+    """
+    if isinstance(size, bool) or not (
+        (isinstance(size, int) and size > 0) or (isinstance(size, str) and re.fullmatch(r"[1-9]\d*[KMGT]B", size.upper()))
+    ):
+        why = "bytes are meant, or a whole number of KB, MB, GB or TB"
+        raise ArtifactError(f"max_shard_size is not {size!r}", why=why, fix='max_shard_size="2GB"')
 
 
 def _shards(tensors: Mapping[str, Tensor], size: int | str) -> dict[str, dict[str, Tensor]]:

@@ -119,7 +119,9 @@ def check_file(path: Path, largest: int | None = None) -> int:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
         raise _not_as_written(path, "there is no such file" if missing else error.strerror) from error
     if stat.S_ISLNK(status.st_mode):
-        raise _not_as_written(path, "it is a symbolic link")
+        raise _not_as_written(
+            path, "it is a symbolic link", "copy the files themselves (cp -rL), or hatify.HATModel.from_pretrained(name)"
+        )
     if not stat.S_ISREG(status.st_mode):
         raise _not_as_written(path, "it is no plain file")
     if largest is not None and status.st_size > largest:
@@ -127,8 +129,8 @@ def check_file(path: Path, largest: int | None = None) -> int:
     return status.st_size
 
 
-def _not_as_written(path: Path, why: str | None) -> ArtifactError:
-    return ArtifactError("a file is missing or not what was written", where=str(path), why=why, fix="save again")
+def _not_as_written(path: Path, why: str | None, fix: str = "copy the directory again, or save again") -> ArtifactError:
+    return ArtifactError("a file is missing or not what was written", where=str(path), why=why, fix=fix)
 
 
 class Fields:

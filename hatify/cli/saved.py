@@ -76,19 +76,11 @@ def check_replaceable(path: Path, out: Path | None) -> Path:
         ArtifactError: the directory holds files that are not the model's, or cannot be written.
     """
     from ..artifact.atomic import check_target
-    from ..artifact.directory import OWN
-    from ..errors import ArtifactError
+    from ..artifact.directory import check_only_ours
 
     if out is not None and out.resolve() != path.resolve():
         return check_target(out)
-    others = sorted(file.name for file in path.iterdir() if not OWN.fullmatch(file.name)) if path.is_dir() else []
-    if others:
-        raise ArtifactError(
-            f"{path} is not replaced",
-            where=", ".join(others[:5]),
-            why="it also holds files that are not the model's, which would be lost",
-            fix="--out OTHER writes another directory; or move these files away",
-        )
+    check_only_ours(path, "--out OTHER writes another directory; or move these files away")
     return check_target(path, overwrite=True)
 
 
