@@ -85,9 +85,8 @@ def checked(schedule: Schedule) -> Callable:
 
 def progress_of(step: int, steps: int, schedule: Schedule) -> float:
     """Progress at batch ``step`` (from 0) of an epoch of ``steps``: ``(b - 1) / (B - 1)`` of equation 4, so that the last batch has
-    the largest scale. An epoch of one batch is at its end; the second of two batches reaches the middle of a cosine, where masks
-    learn, since both of its ends are alike."""
-    step %= steps
-    if steps == 1:
-        return 1.0
-    return step / 2 if steps == 2 and schedule == "cosine" else step / (steps - 1)
+    the largest scale. An epoch of one batch is at its end. The second of two batches reaches the middle of a cosine, where masks
+    learn, since both of its ends are alike; epochs of one batch are taken in twos for that, or their masks would never learn."""
+    if schedule == "cosine" and steps <= 2:
+        return step % 2 / 2
+    return 1.0 if steps == 1 else step % steps / (steps - 1)

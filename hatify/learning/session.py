@@ -47,7 +47,8 @@ class Learning:
         optimizer: one or several of ``torch.optim``, or None where a framework makes them later, or where it is none of torch's (then
             :meth:`advance` after each step).
         schedule: the scale over an epoch, see :func:`mask_scale`.
-        steps_per_epoch: optimizer steps per epoch; not needed by ``constant``.
+        steps_per_epoch: optimizer steps per epoch; not needed by ``constant``. Where an epoch is one step, the cosine takes two epochs;
+            the others stay at their end, where masks hardly learn.
         max_scale: ``s_max``; default ``config.max_mask_scale``.
         kind: ``layer`` (equation 5) or ``network`` (the original term).
         quota: see :func:`regularization`; no step takes a masker below this share of its free channels, by default below an equal share of

@@ -76,6 +76,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "undefined weight": ({"weight": math.nan}, r"weight is nan"),
     "infinite weight": ({"weight": math.inf}, r"weight is inf"),
     "negative pace of masks": ({"mask_rate": -1.0}, "mask_rate is -1.0"),
+    "undefined pace of masks": ({"mask_rate": math.nan}, "mask_rate is nan"),
     "infinite pace of masks": ({"mask_rate": math.inf}, "mask_rate is inf"),
     "pace of masks by a word": ({"mask_rate": "fast"}, "mask_rate is 'fast'"),
     "negative refresh": ({"refresh": -1}, "refresh is a number of batches, not -1"),

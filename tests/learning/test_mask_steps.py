@@ -12,7 +12,6 @@ from torch.optim import SGD, Adam, Optimizer
 from training import inputs, loss_of, network, step
 
 from hatify import HATModel
-from hatify.errors import TaskError
 from hatify.learning.masks import longest_step
 from hatify.learning.regularizers import free_channels
 
@@ -129,9 +128,3 @@ def test_values_set_by_hand_are_left_alone() -> None:
     with hat.learning(task=0, optimizer=optimizer, steps_per_epoch=5) as run:
         step(hat, run, optimizer, inputs(NAME, 4))
         assert bool((embeddings(hat) < 0).all())
-
-
-@pytest.mark.parametrize("options", [{"mask_rate": -1.0}, {"mask_rate": float("nan")}, {"refresh": -1}])
-def test_arguments_are_checked(options: dict) -> None:
-    with pytest.raises(TaskError, match="mask_rate is a factor"):
-        network(NAME).learning(task=0, schedule="constant", **options)

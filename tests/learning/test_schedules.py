@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-from torch.optim import SGD
+import torch
+from torch import nn
+from torch.optim import SGD, Adam
 from training import SMALLEST, inputs, network, step
 
 import hatify
@@ -46,10 +48,29 @@ def test_constant_and_functions() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 def test_every_scale_of_every_epoch_is_positive_and_finite(schedule: str, steps: int) -> None:
     """Short epochs, and their first batches, divide by zero in other hands."""
-    scales = [mask_scale(schedule, progress_of(step, steps, schedule), 100.0) for step in range(3 * steps)]
+    scales = [mask_scale(schedule, progress_of(step, steps, schedule), 100.0) for step in range(4 * steps)]
     assert all(0 < s <= 100.0 for s in scales)
-    assert scales[:steps] * 3 == scales, "every epoch is like the first"
-    assert steps == 1 or schedule == "constant" or min(scales) < 50.1, "masks learn in each epoch"
+    assert scales[: 2 * steps] * 2 == scales and (steps == 1 or scales[:steps] * 4 == scales), "every epoch is like the first"
+    assert schedule == "constant" or (schedule != "cosine" and steps == 1) or min(scales) < 50.1, "masks learn"
+
+
+def test_epochs_of_one_batch_are_taken_in_twos() -> None:
+    """At the largest scale all the time (the control), the gradient of a mask that starts at 1 is exactly zero."""
+    moved = {}
+    for schedule in ("cosine", "constant"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+        hat = hatify.convert(model, 2, example_inputs=torch.randn(4, 6), verify=False).train()
+        (masker,), x, optimizer = hat.maskers.values(), torch.randn(16, 6), Adam(hat.parameters(), lr=0.003)
+        scales = []
+        with hat.learning(0, optimizer, schedule=schedule, steps_per_epoch=1) as run:
+            for _ in range(30):
+                scales.append(run.scale)
+                step(hat, run, optimizer, (x,))
+        assert run.epoch == 30 and scales == [100.0, 0.01 if schedule == "cosine" else 100.0] * 15
+        moved[schedule] = not torch.equal(masker.embeddings[0], torch.ones(12)), int(masker.live(0).sum())
+    assert moved["cosine"][0] and moved["cosine"][1] < 12
+    assert moved["constant"] == (False, 12)
 
 
 @pytest.mark.parametrize("progress", [-0.1, 1.1, math.nan])
