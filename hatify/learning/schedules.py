@@ -28,7 +28,8 @@ def exponential(progress: float, max_scale: float) -> float:
 
 
 def constant(progress: float, max_scale: float) -> float:
-    """``max_scale`` all the time."""
+    """``max_scale`` all the time. A mask that starts at 1 has a gradient of exactly zero where that is above 17 or so, since ``sigmoid``
+    is 1 in float32: give ``max_scale=15.0``."""
     return max_scale
 
 

@@ -7,6 +7,7 @@ import io
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import SGD, AdamW
 from training import ARCHITECTURES, OPTIMIZERS, SMALLEST, defenceless, equal, inputs, learn, network, outputs, step
 
@@ -43,6 +44,21 @@ def test_success_changes_this_task_and_no_other(name: str, protected: bool, monk
     assert hat.finished_tasks == {0, 1, 2}
     learn(hat, name, 3, optimizer)
     assert all(equal(outputs(hat, name, t), after[t]) == protected for t in range(3))
+
+
+@everywhere
+def test_all_that_a_task_has_is_trained_again(name: str) -> None:
+    """Its masks and its copies too, not the shared weights alone; those of the other finished task stay."""
+    hat, optimizer = trained(name, 0, 1)
+    masks = {t: [m.embeddings[t] for m in hat.maskers.values()] for t in (0, 1)}
+    copies = {t: [p for _, of in hat.task_copies() for p in of(t) if isinstance(p, nn.Parameter)] for t in (0, 1)}
+    for own in (masks, copies):
+        assert own[0] and len(own[0]) == len(own[1])
+    before = {id(p): p.detach().clone() for own in (masks, copies) for t in own for p in own[t]}
+    learn(hat, name, 1, optimizer)
+    for own in (masks, copies):
+        moved = {t: [not torch.equal(p, before[id(p)]) for p in own[t]] for t in own}
+        assert not any(moved[0]) and all(moved[1])
 
 
 @everywhere

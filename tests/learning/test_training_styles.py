@@ -6,6 +6,7 @@ import copy
 
 import foreign_optimizers  # noqa: F401 - registers its styles
 import pytest
+import torch
 from styles import PROMISED, STYLES, batches
 from torch import Tensor
 from torch.optim import SGD, AdamW
@@ -52,6 +53,26 @@ def test_a_copy_protects_by_itself() -> None:
     learn(other, name, 1, AdamW(other.parameters(), lr=0.05, weight_decay=0.1))
     assert equal(outputs(other, name, 0), before) and equal(outputs(hat, name, 0), before)
     assert not equal(outputs(other, name, 1), outputs(hat, name, 1)), "the copy is another network"
+
+
+@pytest.mark.parametrize("protected", [True, False], ids=["protected", "control"])
+def test_a_copy_is_protected_before_its_first_session(protected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights were not there yet when its guard was copied; it works out what to protect when it is first needed."""
+    name = SMALLEST[0]
+    hat = network(name)
+    learn(hat, name, 0, SGD(hat.parameters(), lr=0.05))
+    before = outputs(hat, name, 0)
+    if not protected:
+        defenceless(monkeypatch)
+    other = copy.deepcopy(hat)
+    optimizer = AdamW(other.parameters(), lr=0.05, weight_decay=0.1)
+    for batch in batches(name):
+        step(other, None, optimizer, batch)
+    if protected:
+        locked = {n: lock for n, lock in other.locks([0]).items() if bool(lock.any())}
+        assert all(torch.equal(other.get_parameter(n)[lock], hat.get_parameter(n)[lock]) for n, lock in locked.items())
+    assert equal(outputs(other, name, 0), before) == protected
+    assert equal(outputs(hat, name, 0), before)
 
 
 def test_clipping_sees_what_will_be_applied() -> None:
