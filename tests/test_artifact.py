@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import hatify
 from hatify.artifact import tensors
 from hatify.artifact.config import VERSION
 from hatify.artifact.digests import PIECE, Digests, entry_of
+from hatify.artifact.tree import TreeReader
 from hatify.errors import ArtifactError
 from hatify.sources import Source
 
@@ -267,6 +269,64 @@ def test_a_number_that_the_type_does_not_reach_is_refused_by_name(tied, tmp_path
     assert caught.value.where == "third.weight" and "bfloat16" in caught.value.fix
     assert (tmp_path / "saved").exists() == (when == "load")
     hatify.save(hat, tmp_path / "wide", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("way", ["argument", "with", "default"])
+def test_values_go_to_the_device_that_is_asked_for_and_to_the_default_one(tied, tmp_path, way):
+    """``meta`` stands for any other device: nothing of the reading happens there."""
+    path = hatify.save(tied, tmp_path / "saved")
+    if way == "argument":
+        hat = hatify.load(path, device="meta")
+    elif way == "with":
+        with torch.device("meta"):
+            hat, here = hatify.load(path), hatify.load(path, device="cpu")
+        equal_states(tied, here)
+    else:
+        torch.set_default_device("meta")
+        try:
+            hat = hatify.load(path)
+        finally:
+            torch.set_default_device(None)
+    assert {t.device.type for t in (*hat.parameters(), *hat.buffers())} == {"meta"}
+    assert hat.finished_tasks == tied.finished_tasks
+    equal_states(tied, hatify.load(path))
+
+
+def test_what_is_loaded_in_inference_mode_can_be_trained(tied, tmp_path):
+    path = hatify.save(tied, tmp_path / "saved")
+    with torch.inference_mode():
+        hat = hatify.load(path)
+    assert not any(t.is_inference() for t in (*hat.parameters(), *hat.buffers()))
+    equal_states(tied, hat)
+
+
+def test_weights_are_not_read_on_when_the_rest_is_refused(tied, tmp_path, monkeypatch):
+    """They are read beside the graphs: the first error stands, and no thread stays."""
+    path = hatify.save(tied, tmp_path / "saved")
+    before, filled = threading.active_count(), []
+    monkeypatch.setattr(TreeReader, "fill", lambda self, key, tensor: filled.append(key))
+
+    def refuse(*arguments):
+        raise ArtifactError("the graphs are wrong")
+
+    monkeypatch.setattr("hatify.artifact.description.graph_from", refuse)
+    with pytest.raises(ArtifactError, match="the graphs are wrong"):
+        hatify.load(path)
+    assert threading.active_count() == before and not filled
+    monkeypatch.undo()
+    monkeypatch.setattr("hatify.artifact.directory.read_tensors", _refusing_weights(tensors.read_tensors))
+    with pytest.raises(ArtifactError, match="the weights are wrong"):
+        hatify.load(path)
+    assert threading.active_count() == before
+
+
+def _refusing_weights(read):
+    def refuse(path, *arguments, **options):
+        if path.name.startswith("model"):
+            raise ArtifactError("the weights are wrong")
+        return read(path, *arguments, **options)
+
+    return refuse
 
 
 def test_large_weights_are_split(tied, tmp_path):

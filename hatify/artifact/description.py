@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -178,6 +178,8 @@ def _row_from(fields: Fields, ids: StoredIds) -> Row:
 class Rebuilt:
     """A model put together again from its description: first all but the tensors, checked; then :meth:`model`.
 
+    ``ready`` is called as soon as it is known which tensors there are.
+
     Attributes:
         tree: the modules, with the tensors that they expect.
     """
@@ -192,6 +194,7 @@ class Rebuilt:
         gates_file: str,
         inputs: list[Tensor],
         known: Iterable[type],
+        ready: Callable[[TreeReader], None] = lambda tree: None,
     ) -> None:
         fields.only("name", "graphs", "outputs", "signature", "sizes", "modules", "own_code", "recipes", "room", "maskers",
                     "indexed", "uses", "original",
@@ -203,6 +206,7 @@ class Rebuilt:
         recipes = [_recipe_head(part, classes) for part in fields.at("recipes").items()]
         modules = [cls for cls in known if issubclass(cls, nn.Module)]
         self.tree = TreeReader(fields.at("modules"), training, config, LayerReader(recipes, modules), ids)
+        ready(self.tree)
         own = fields.at("own_code") if fields.has("own_code") and fields.data["own_code"] is not None else None
         held = [*self.tree.modules()]
         if own is not None:

@@ -34,10 +34,12 @@ from .digests import check_digests, entry_of
 from .fields import Fields, check_file, dump, parse, read_bytes
 from .known import known_classes
 from .own_code import warn_without
+from .reading import Reading
 from .tensors import dtype_name, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from ..model import HATModel
+    from .tree import TreeReader
 
 __all__ = ["load", "save"]
 
@@ -228,7 +230,7 @@ def load(
         factory: returns the original model (any weights), for :func:`hatify.verify` to compare with; without it, parity cannot be
             measured. A directory of format 1 needs it, unless the model is one of timm, torchvision or transformers.
         layers: classes of yours that the directory names (it says so if it needs one): layers, and classes of what the model returns.
-        device: where the tensors go, one by one; ``"meta"`` gives the model without values.
+        device: where the tensors go, a few at a time (default: torch's default device); ``"meta"`` gives the model without values.
         dtype: the type of all floating-point tensors, as in :func:`hatify.save`.
 
     Raises:
@@ -239,10 +241,14 @@ def load(
     """
     check_dtype(dtype)
     directory, layers = Path(path), list(layers)
+    default = torch.get_default_device()
+    where = None if device is None and default.type == "cpu" else torch.device(default if device is None else device)
     for attempt in range(_ATTEMPTS):
         seen = _identity(directory)
         try:
-            return _load(directory, factory, layers, None if device is None else torch.device(device), dtype)
+            # where and how files are read is not for the caller's region to say; a device mode where none is needed costs time
+            with torch.inference_mode(False), nullcontext() if default.type == "cpu" else torch.device("cpu"):
+                return _load(directory, factory, layers, where, dtype)
         except ArtifactError:
             if seen == _identity(directory) or attempt == _ATTEMPTS - 1:
                 raise  # else another process saved there in the meantime: once more, from the new one
@@ -296,9 +302,11 @@ class _Reader:
         gates = self._tensors([GATES], None)
         inputs = self._inputs()
         self._bytes(GRAPH), self._bytes(CARD)
-        with nullcontext() if self.device is None else torch.device("cpu"):
-            rebuilt = Rebuilt(description, hat_config, settings, training, gates, str(self.directory / GATES), inputs, self.known)
-        self._fill(rebuilt)
+        where = str(self.directory / GATES)
+        with Reading(self._weights) as weights:
+            rebuilt = Rebuilt(description, hat_config, settings, training, gates, where, inputs, self.known, weights.begin)
+            for key, tensor in weights.found():
+                rebuilt.tree.fill(key, tensor)
         hat = rebuilt.model()
         hat.train(training) if hat.training != training else None
         hat.source = source
@@ -313,9 +321,9 @@ class _Reader:
             hat._guard.refresh()
         return hat
 
-    def _fill(self, rebuilt: Rebuilt) -> None:
-        """Weights straight to where they belong."""
-        tree, meta = rebuilt.tree, self.device is not None and self.device.type == "meta"
+    def _weights(self, tree: TreeReader, take: Callable[[str, Tensor], None]) -> None:
+        """All tensors that ``tree`` expects, one after another."""
+        meta = self.device is not None and self.device.type == "meta"
         names = self.config.list("weights", str)
         expected = dict(tree.expected)
         maps = [expected] if len(names) == 1 else self._split(names, expected)
@@ -325,13 +333,13 @@ class _Reader:
 
         if meta:
             for name, held in zip(names, maps):
-                read_tensors(self.directory / name, held, self._entry(name), tree.fill, only=tree.is_state)
+                read_tensors(self.directory / name, held, self._entry(name), take, only=tree.is_state)
             for key, (dtype, shape) in expected.items():
                 if not tree.is_state(key):
-                    tree.fill(key, convert(key, torch.empty(shape, dtype=dtype, device="meta")))
+                    take(key, convert(key, torch.empty(shape, dtype=dtype, device="meta")))
             return
         for name, held in zip(names, maps):
-            read_tensors(self.directory / name, held, self._entry(name), tree.fill, device=self.device, convert=convert)
+            read_tensors(self.directory / name, held, self._entry(name), take, device=self.device, convert=convert)
 
     def _split(self, names: list[str], expected: dict[str, Any]) -> list[dict[str, Any]]:
         """What each shard must hold, by the index."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +27,12 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER = 100_000_000
 """Bytes of a header that are read, as in the safetensors library."""
 
+BATCH, MOST = 1 << 24, 512
+"""Bytes and tensors that are read at a time; a tensor may be larger."""
+
 Expected = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+Entry = tuple[str, torch.dtype, tuple[int, ...], int]
+"""Key, type, shape and bytes of a tensor in a file."""
 
 
 def dtype_name(dtype: torch.dtype) -> str | None:
@@ -100,7 +106,7 @@ def read_tensors(
         digests: the entry of the file in ``config.json``.
         fill: takes each tensor, in memory of its own. The digests are only compared when all have been read: an error then says that what
             was filled in is not to be used.
-        device: where they go; each is moved before the next one is read.
+        device: where they go; a few MiB are moved before the next ones are read.
         convert: what becomes of each, on its device.
         only: which tensors are filled in; the others are read for the digest alone.
 
@@ -110,36 +116,51 @@ def read_tensors(
     size = check_file(path)
     try:
         with path.open("rb", buffering=0) as file, Digests(whole="pieces" not in digests) as hashed:
-            entries = _header(file, path, size, expected, hashed)
-            for key, dtype, shape, nbytes in entries:
-                tensor = torch.empty(shape, dtype=dtype)
-                if nbytes:
-                    data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-                    _read(file, data, path)
-                    hashed.add(data)
-                if dtype is torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
-                    raise _wrong(path, key, "a bool that is neither 0 nor 1")
-                if only is not None and not only(key):
-                    continue
-                moved = tensor if device is None else tensor.to(device)
-                fill(key, moved if convert is None else convert(key, moved))
+            for entries in _batches(_header(file, path, size, expected, hashed)):
+                held = [(key, torch.empty(shape, dtype=dtype, device="cpu")) for key, dtype, shape, _ in entries]
+                data = [memoryview(t.reshape(-1).view(torch.uint8).numpy()) for _, t in held if t.numel()]
+                _read(file, [*data], path)
+                for part in data:
+                    hashed.add(part)
+                for key, tensor in held:
+                    if tensor.dtype is torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
+                        raise _wrong(path, key, "a bool that is neither 0 nor 1")
+                    if only is not None and not only(key):
+                        continue
+                    moved = tensor if device is None else tensor.to(device)
+                    fill(key, moved if convert is None else convert(key, moved))
+                del held, data
             found = hashed.entry()
     except OSError as error:
         raise ArtifactError("a file cannot be read", where=str(path), why=error.strerror or str(error)) from error
     check_digests(path, found, dict(digests))
 
 
-def _header(file: BinaryIO, path: Path, size: int, expected: Expected | None, hashed: Digests) -> Iterator[tuple]:
+def _batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    """What is read at a time: some large tensors or many small ones, so that thousands do not ask for the interpreter one by one."""
+    batch: list[Entry] = []
+    size = 0
+    for entry in entries:
+        if batch and (size + entry[3] > BATCH or len(batch) == MOST):
+            yield batch
+            batch, size = [], 0
+        batch.append(entry)
+        size += entry[3]
+    if batch:
+        yield batch
+
+
+def _header(file: BinaryIO, path: Path, size: int, expected: Expected | None, hashed: Digests) -> Iterator[Entry]:
     """The entries in the order of their data, all of them checked before the first one is given."""
     first = bytearray(8)
     if size < 8:
         raise _wrong(path, "header", f"the file has {size} bytes")
-    _read(file, memoryview(first), path)
+    _read(file, [memoryview(first)], path)
     length = int.from_bytes(first, "little")
     if length > min(HEADER, size - 8):
         raise _wrong(path, "header", f"its length would be {length} bytes of {size}")
     text = bytearray(length)
-    _read(file, memoryview(text), path)
+    _read(file, [memoryview(text)], path)
     hashed.add(memoryview(bytes(first) + bytes(text)))
     fields = Fields(parse(bytes(text), str(path)), str(path))
     entries = []
@@ -176,12 +197,16 @@ def _header(file: BinaryIO, path: Path, size: int, expected: Expected | None, ha
     return ((key, dtype, shape, nbytes) for _, key, dtype, shape, nbytes in entries)
 
 
-def _read(file: BinaryIO, data: memoryview, path: Path) -> None:
-    while len(data):
-        count = file.readinto(data)  # type: ignore[attr-defined]
+def _read(file: BinaryIO, parts: list[memoryview], path: Path) -> None:
+    """Fills ``parts``, none of them empty, one after another."""
+    while parts and len(parts[0]):
+        count = os.readv(file.fileno(), parts) if hasattr(os, "readv") else file.readinto(parts[0])  # type: ignore[attr-defined]
         if not count:
             raise _wrong(path, "data", "the file ends too early")
-        data = data[count:]
+        while parts and count >= len(parts[0]):
+            count -= len(parts.pop(0))
+        if count:
+            parts[0] = parts[0][count:]
 
 
 def _wrong(path: Path, key: str, why: str) -> ArtifactError:
