@@ -70,7 +70,7 @@ def sweep(
             watcher.ended(known, False)
         else:
             todo.append(entry)
-    threads = max(1, (os.cpu_count() or 1) // max(jobs, 1))
+    threads = _threads() // max(jobs, 1) or 1
     running: list[_Worker] = []
     try:
         while todo or running:
@@ -91,6 +91,13 @@ def sweep(
         for worker in running:  # interrupted: nothing is recorded of these
             worker.stop()
     return [done[entry.key] for entry in entries]
+
+
+def _threads() -> int:
+    """Those that torch would take, so that OMP_NUM_THREADS has its say."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 class _Worker:
