@@ -82,7 +82,7 @@ def convert(
         evaluated, trained, notes = capture(model, args, kwargs)
     graphs = [g for g in (evaluated, trained) if g is not None]
     with _timed("analyse", seconds, tell):
-        analysis = analyse(graphs, model, heads, norms, residuals)
+        analysis = analyse(graphs, model, heads, norms, residuals, locking)
         if classes is not None and any(c is not None for c in classes):
             check_class_heads(analysis, fix="hatify.convert(model, tasks=3) without class counts")
     with _timed("rewrite", seconds, tell):

@@ -14,6 +14,7 @@ from hatify.analysis.coupling import DERIVABLE, NORMS
 from hatify.analysis.functional import is_parameter, weighted_call
 from hatify.analysis.heads import Heads, operator_name
 from hatify.analysis.leaf_calls import leaf_call
+from hatify.analysis.needs import narrow_uses
 from hatify.analysis.operators import FINITE, FRESH, RANDOM, SWITCHES
 from hatify.analysis.origins import CASTS, MOVES, result_origins
 from hatify.analysis.plan import TASK_INDEXED, Analysis, LayerPlan, Masked, Ratio, Size, Step
@@ -33,11 +34,17 @@ from hatify.registry import describe
 
 
 def analyse(
-    graphs: list[Captured], model: nn.Module, heads: str = "task-indexed", norms: str = "live", residuals: str = "or"
+    graphs: list[Captured],
+    model: nn.Module,
+    heads: str = "task-indexed",
+    norms: str = "live",
+    residuals: str = "or",
+    locking: str = "exact",
 ) -> Analysis:
     """Decides what becomes of every layer, raw parameter and node of ``graphs`` (the modes of one model).
 
-    ``heads`` is ``task-indexed`` or ``hat``, ``norms`` is ``live`` or ``plain``, ``residuals`` is ``or`` or ``tied``.
+    ``heads`` is ``task-indexed`` or ``hat``, ``norms`` is ``live`` or ``plain``, ``residuals`` is ``or`` or ``tied``,
+    ``locking`` is ``exact`` (a weight is needed where its output is) or ``paper`` (where that is live).
 
     A raw parameter whose use can only be told at its last node may turn out to be used in a way that tasks cannot share; the
     analysis then starts again with that known. So it does where maskers meet on a residual stream and are to be tied.
@@ -53,6 +60,8 @@ def analyse(
         if not analyst.other_use - indexed - whole:
             found = ties(analysis, analyst.untied, tied) if residuals == "tied" else tied
             if found == tied:
+                if locking == "exact":
+                    narrow_uses(analyst)
                 analyst.finish(head_weights)
                 return analysis
             tied = found

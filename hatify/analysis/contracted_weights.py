@@ -102,7 +102,7 @@ def contracted_weight(run: Analyst, node: fx.Node, call: Call, found: Contractio
         if split is None:
             run.other_use.add(part.name)
             continue
-        run.analysis.use(split)
+        run.analysis.use(split, node)
         coupled = by_rows(part, found.weight.shape)
         reason = "weights normalised before use" if coupled else "used by function"
         run.analysis.parameters[part.name] = LayerPlan(part.name, "hat", ROW_LOCKED if coupled else HAT, reason, masker, size)

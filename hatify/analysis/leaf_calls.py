@@ -91,7 +91,7 @@ def _weighted_layer(run: Analyst, node: fx.Node, path: str, leaf: nn.Module, mea
     atoms = None if shared or through else run.masker(path, outputs)
     outcome = weighted(run, x, meaning, atoms, inputs, outputs, _has_bias(leaf, meaning))
     shapes = {n: tuple(p.shape) for n, p in leaf.named_parameters(remove_duplicate=False)}
-    _record(run, leaf, path, weighted_uses(meaning, outcome, shapes, inputs, outputs))
+    _record(run, leaf, path, weighted_uses(meaning, outcome, shapes, inputs, outputs), node)
     grouped = meaning.row_locked or meaning.column_grouped
     role = "shared-head" if shared else "through" if through else "hat"
     reason = run.roles.shared.get(path, "") if shared else "weights normalised before use" if grouped else ""
@@ -106,16 +106,16 @@ def _recurrent_layer(run: Analyst, node: fx.Node, path: str, leaf: nn.Module, me
     run.untied.update(f"{path}.{name}" for name in atoms)
     outcome = recurrent(run, meaning, call, atoms, _unmasked)
     shapes = {n: tuple(p.shape) for n, p in leaf.named_parameters(remove_duplicate=False)}
-    _record(run, leaf, path, recurrent_uses(meaning, atoms, outcome.cols, shapes))
+    _record(run, leaf, path, recurrent_uses(meaning, atoms, outcome.cols, shapes), None)
     run.plan(LayerPlan(path, "recurrent", HAT, channels=meaning.hidden))
     return _restructured(node, run.settled(node, Outcome(outcome.args, {}, outcome.out), call))
 
 
-def _record(run: Analyst, leaf: nn.Module, path: str, uses: Iterable[Use]) -> None:
+def _record(run: Analyst, leaf: nn.Module, path: str, uses: Iterable[Use], node: fx.Node | None) -> None:
     """Uses of a leaf's own parameters, by the names that these have in the model."""
     for use in uses:
         name = run.canonical[id(leaf.get_parameter(use.parameter))]
-        run.analysis.use(replace(use, parameter=name, site=path))
+        run.analysis.use(replace(use, parameter=name, site=path), node)
 
 
 def _other_plan(path: str, leaf: nn.Module, meaning: Layer) -> LayerPlan:

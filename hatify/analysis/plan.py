@@ -85,12 +85,18 @@ class Analysis:
     notes: list[str] = field(default_factory=list)
     values: dict[fx.Node, Any] = field(default_factory=dict)
     class_heads: set[str] = field(default_factory=set)
+    written_by: dict[Use, list[fx.Node | None]] = field(default_factory=dict)
 
-    def use(self, use: Use) -> None:
-        """Records one more use of a parameter; a use seen before (a layer called twice alike) counts once."""
+    def use(self, use: Use, node: fx.Node | None = None) -> None:
+        """Records one more use of a parameter; a use seen before (a layer called twice alike) counts once.
+
+        ``node`` is the call whose result it writes, None where its output is also read inside the layer.
+        """
         known = self.uses.setdefault(use.parameter, [])
         for other in known:
             same = other.shape == use.shape and other.rows.shape == use.rows.shape and other.cols.shape == use.cols.shape
             if same and other.positions is use.positions and (other.rows == use.rows).all() and (other.cols == use.cols).all():
+                self.written_by[other].append(node)
                 return
         known.append(use)
+        self.written_by[use] = [node]

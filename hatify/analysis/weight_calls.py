@@ -77,7 +77,7 @@ def _record(run: Analyst, use: Use, source: Value, found: WeightedCall, node: fx
         if part is None:
             run.other_use.add(name)
         else:
-            run.analysis.use(part)
+            run.analysis.use(part, node)
 
 
 def _masker_of_weight(run: Analyst, masker: str, size: int, weight: str) -> str:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hatify.gates import Use
+from hatify.gates.table import TOP
 from hatify.model import HATModel
 from hatify.modules import TaskContext
 from hatify.proof.keeping import kept, seeded
@@ -38,8 +40,8 @@ def prove_by_gradients(
     """Gradients of two tasks' outputs with random weights and binary masks, in eval mode; the model is as before afterwards.
 
     A dead ReLU hides weights that count, so the tightness is measured with smooth functions in place of ReLU and its like (they keep
-    zero at zero, and the sign where that is promised); the leak with and without them. Rows of tables that no input named are not
-    counted.
+    zero at zero, and the sign where that is promised) and scores of attention that no softmax saturates at; the leak with and without
+    them. Rows of tables that no input named are not counted.
 
     Args:
         without_locks: parameters whose locks are left out: a negative control, which must leak.
@@ -98,10 +100,15 @@ def _locks(hat: HATModel, tasks: Sequence[int], without: Sequence[str], whole: S
 
 def _counted(hat: HATModel, name: str, seen: Tensor, locked: Tensor) -> Tensor:
     """Locked elements that inputs could show: of an embedding's table, the rows that were read."""
-    owner = hat.get_submodule(name.rpartition(".")[0])
-    if isinstance(owner, nn.Embedding):
+    if all(_is_table(use) for use in hat._facts.uses[name]):
         return locked & seen.any(1, keepdim=True)
     return locked
+
+
+def _is_table(use: Use) -> bool:
+    """Whether the use reads rows by their number, as an embedding does: each row lies along the outputs, and no input has a gate."""
+    along = len(use.shape) == 2 and use.rows.dim() == 2 and use.rows.shape[0] == 1 < use.rows.shape[1]
+    return along and bool((use.cols == TOP).all())
 
 
 def _largest(gradient: Tensor) -> float:
@@ -179,11 +186,28 @@ class Smooth(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types, args: tuple = (), kwargs: dict | None = None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").split(".")[0].strip("_")
-        if name in ("relu", "hardswish", "hardsigmoid", "relu6", "hardtanh", "clamp", "clip", "clamp_min", "threshold"):
+        if name in ("softmax", "scaled_dot_product_attention"):
+            return func(*_calmed(name, args, kwargs), **kwargs)
+        if name in ("relu", "gelu", "hardswish", "hardsigmoid", "relu6", "hardtanh", "clamp", "clip", "clamp_min", "threshold"):
             smooth = _smooth(name, *args, **{k: v for k, v in kwargs.items() if k != "inplace"})
             if smooth is not None:
                 return smooth
         return func(*args, **kwargs)
+
+
+def _calmed(name: str, args: tuple, kwargs: dict) -> tuple:
+    """The arguments with scores of a size at which a softmax still feels all of them; what a mask has ruled out stays ruled out."""
+    if name == "softmax":
+        scores = args[0].detach()
+        largest = torch.where(scores.abs() < RULED_OUT, scores, 0.0).abs().max() if scores.numel() else scores.sum()
+    else:
+        scale = kwargs.get("scale") or args[0].shape[-1] ** -0.5
+        largest = scale * args[0].detach().norm(dim=-1).max() * args[1].detach().norm(dim=-1).max()
+    return (args[0] * (MOST / largest.clamp(min=MOST)), *args[1:])
+
+
+RULED_OUT, MOST = 1e4, 8.0
+"""Scores that large are masks; the most that scores are left at."""
 
 
 def _smooth(name: str, x: Tensor, *args, **kwargs) -> Tensor | None:
@@ -194,7 +218,7 @@ def _smooth(name: str, x: Tensor, *args, **kwargs) -> Tensor | None:
         return _rise(x)
     if name == "relu6":
         return _between(x, 0, 6)
-    if name == "hardswish":
+    if name in ("hardswish", "gelu"):  # exactly zero, and flat, from some -6 on
         return torch.nn.functional.silu(x)
     if name == "hardsigmoid":
         return torch.sigmoid(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def contract(run: Interpreter, call: Call, operands: list[tuple[Value, str]], ou
     for value, letters in operands:
         summed = [d for d, letter in enumerate(letters) if letter not in out]
         if value.gated and any(value.varies(d) for d in summed):
-            replaced[id(value)] = value = clean(run, value)
+            replaced[id(value)] = value = clean(run, _with_partners(run.table, value, letters, operands))
         passing.append((value, common_along(run.table, value.ids, summed), letters))
     states = {value.state for value, ids, _ in passing if bool((ids > TOP).any())}
     state = states.pop() if len(states) == 1 else State.CLEAN
@@ -75,6 +76,28 @@ def contract(run: Interpreter, call: Call, operands: list[tuple[Value, str]], ou
         present = {letters[d]: own.shape[i] for i, d in enumerate(order)}
         ids = run.table.combine("and", ids, own.reshape([present.get(letter, 1) for letter in out]))
     return Outcome(args, kwargs, Gates(ids, state))
+
+
+def _with_partners(table: GateTable, value: Value, letters: str, operands: list[tuple[Value, str]]) -> Value:
+    """A pending operand with the gates of those that it is multiplied by and summed with, where these have the same dimensions.
+
+    A product counts where both factors are live. Were each masked by its own gates alone, a task would hold on to a query that meets a
+    dead key.
+    """
+    ids = value.ids
+    for other, spelled in operands:
+        apart = any(other.varies(d) for d, letter in enumerate(spelled) if letter not in letters)
+        if other is value or not other.gated or value.state is not State.PENDING or apart:
+            continue
+        kept = [letter for letter in letters if letter in spelled]
+        moved = other.ids.permute(*[spelled.index(c) for c in kept], *[d for d, c in enumerate(spelled) if c not in kept]).reshape(
+            [other.ids.shape[spelled.index(c)] for c in kept]
+        )
+        sizes = dict(zip(kept, moved.shape))
+        joint = table.combine("and", ids, moved.reshape([sizes.get(c, 1) for c in letters]))
+        fits = all(n in (1, size) for n, size in zip(joint.shape, value.shape))
+        ids = joint if fits and not table.too_large(joint) else ids
+    return replace(value, ids=ids)
 
 
 LETTERS = "abcdefghijlopqrstuvwxyz"
@@ -133,7 +156,10 @@ def attention(run: Interpreter, call: Call) -> Outcome:
     grouped = call.kwargs.get("enable_gqa", False) and heads >= 0 and v.varies(heads)
     if grouped or v.varies(v.rank - 2) or v.rank != q.rank:
         return unknown(run, call)
-    args, kwargs = call.map(lambda a: a if a is v and a is not q and a is not k else clean(run, a))
+    letters = LETTERS[: q.rank - 2]
+    sides = [(q, letters + "mk"), (k, letters + "nk")]
+    joint = {id(x): clean(run, _with_partners(run.table, x, spelled, sides)) for x, spelled in sides if x is not v and q is not k}
+    args, kwargs = call.map(lambda a: a if a is v and a is not q and a is not k else joint.get(id(a)) or clean(run, a))
     return Outcome(args, kwargs, Gates(v.ids, args[2].state if v.gated else State.CLEAN))
 
 

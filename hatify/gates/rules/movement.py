@@ -103,7 +103,7 @@ NAMES = [
 
 def movement(run: Interpreter, call: Call) -> Outcome:
     """Run the operator on the ids. Data-dependent indices pass where the gates do not vary along the indexed dimensions."""
-    if call.name in ("pad", "constant_pad_nd") and _pads_with_value(call):
+    if pads_with_value(call):
         call = clean_call(run, call)  # a soft factor must not meet the padding value (-inf times a mask)
         ids, _ = _moved(call, pad_value=True)[0]
         return Outcome(call.args, call.kwargs, Gates(ids, State.DIRTY))
@@ -147,7 +147,10 @@ VIEWS = {"view", "_unsafe_view", "_reshape_alias"}
 MULTIPLE = {"unbind", "split", "split_with_sizes", "chunk", "tensor_split", "hsplit", "vsplit"}
 
 
-def _pads_with_value(call: Call) -> bool:
+def pads_with_value(call: Call) -> bool:
+    """Whether a padding holds another number than zero."""
+    if call.name not in ("pad", "constant_pad_nd"):
+        return False
     if call.name == "constant_pad_nd":
         return bool(call.argument(2, "value", 0))
     return call.argument(2, "mode", "constant") == "constant" and bool(call.argument(3, "value", 0))
