@@ -145,7 +145,7 @@ def _probe_shape(value: Value) -> tuple[int, ...]:
 
 def unary(run: Interpreter, call: Call) -> Outcome:
     """One tensor, any scalars: gates pass; a clean tensor stays clean iff zero maps to zero."""
-    values = call.values()
+    values = call.values()[: 1 if call.name in TYPES_ONLY else None]
     if len([v for v in values if v.gated]) != 1 or not values[0].gated or any(v.gated or not v.constant for v in values[1:]):
         return unknown(run, call)
     value = values[0]
