@@ -21,7 +21,7 @@ from hatify.capture.reading import read_program
 from hatify.capture.refusals import untraceable, writes_parameter
 from hatify.capture.regions import SWITCHES
 from hatify.capture.selections import known_selections
-from hatify.capture.tree import clear_calls, copy_tree, mark_functions, mark_leaves
+from hatify.capture.tree import called_paths, clear_calls, copy_tree, mark_functions, mark_leaves
 from hatify.errors import CaptureError
 
 
@@ -136,7 +136,7 @@ def _export(flat: _Flat, inputs: list[Tensor], model: nn.Module, open_sizes: boo
             shapes = tuple({0: Dim.AUTO, **{d: None for d in range(1, t.dim())}} if t.dim() else {} for t in inputs)
             return torch.export.export(flat, tuple(inputs), dynamic_shapes=(shapes,), strict=False), False
         except Exception as error:
-            raise untraceable(first or error, model, flat.root) from (first or error)
+            raise untraceable(first or error, model, flat.root, called_paths()) from (first or error)
 
 
 @contextlib.contextmanager

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Collection
 
 from torch import nn
 
 from hatify.errors import CaptureError
 
 
-def untraceable(error: Exception, model: nn.Module, root: nn.Module) -> CaptureError:
-    """The user's own line out of an exporter's error."""
+def untraceable(error: Exception, model: nn.Module, root: nn.Module, called: Collection[str] = ()) -> CaptureError:
+    """The user's own line out of an exporter's error. ``called`` are the paths of the leaves that had been called by then."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "/hatify/" not in f.filename]
     line = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}" if frames else type(model).__name__
     reason = str(error).strip().splitlines()
@@ -21,7 +22,7 @@ def untraceable(error: Exception, model: nn.Module, root: nn.Module) -> CaptureE
         "hatify.register(ThatModule, hatify.TaskIndexedLayer())"
     )
     module = _failing_module(error, root)
-    part = _largest_part(model, module)
+    part = _largest_part(model, module, {path.partition(".")[0] for path in called})
     if part:
         ways += f"; or convert a part of it alone: model.{part} = hatify.convert(model.{part}, example_inputs=...)"
     found = CaptureError(
@@ -34,13 +35,14 @@ def untraceable(error: Exception, model: nn.Module, root: nn.Module) -> CaptureE
     return found
 
 
-def _largest_part(model: nn.Module, failing: str | None) -> str | None:
-    """The child with the most weights, where tracing stopped in another one: a detector's backbone."""
-    sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
-    if not failing or not any(sizes.values()):
-        return None
-    part = max(sizes, key=sizes.__getitem__)
-    return None if failing.split(".")[0] == part else part
+def _largest_part(model: nn.Module, failing: str | None, begun: Collection[str]) -> str | None:
+    """The child with the most weights of those that were traced before tracing stopped, in another one or in the model's own code: a
+    detector's backbone. A container does not run as a whole, so it is none."""
+    containers = nn.ModuleList | nn.ModuleDict
+    children = {name: child for name, child in model.named_children() if name in begun and not isinstance(child, containers)}
+    sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in children.items()}
+    sizes.pop((failing or "").partition(".")[0], None)
+    return max(sizes, key=sizes.__getitem__) if any(sizes.values()) else None
 
 
 def _failing_module(error: Exception, root: nn.Module) -> str | None:

@@ -164,6 +164,11 @@ def forget_call(key: str) -> LeafCall:
     return _CALLS[key]
 
 
+def called_paths() -> set[str]:
+    """The paths of the leaves that have been called."""
+    return {call.path for call in _CALLS.values()}
+
+
 def clear_calls() -> None:
     """Drops the records (they hold modules)."""
     _CALLS.clear()
