@@ -13,6 +13,7 @@ from hatify.model import HATModel
 from hatify.modules import HATRecurrent, TaskContext
 from hatify.modules.copies import can_share
 from hatify.proof.differences import difference
+from hatify.proof.inputs import batch_size
 from hatify.proof.keeping import buffers_kept, seeded
 from hatify.proof.noise import draw, noise
 
@@ -75,6 +76,8 @@ def _outputs(hat: HATModel, batches: list[list[Tensor]], task: int, seed: int, w
         for training in modes:
             hat.train(training)
             for tensors in batches:
+                if training and batch_size(tensors) == 1 < batch_size(batches[0]):
+                    continue  # one value has no variance: a norm over the batch refuses it, the original's too
                 context = TaskContext(task, None, lambda name: maskers[name](task, None), hard=True)
                 with buffers_kept(hat), seeded(seed):
                     out += [o.detach().clone() for o in hat.run([t.clone() for t in tensors], context)]
