@@ -5,6 +5,7 @@ from collections import OrderedDict
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
@@ -341,3 +342,11 @@ def test_a_plain_module_needs_them_and_the_error_is_the_call():
     assert "hatify.convert(model, example_inputs=torch.randn(2, 3, 224, 224))" in caught.value.fix
     assert "tuple" in caught.value.fix and "dict" in caught.value.fix
     assert find_example_inputs(net(), img_size=8)[0][0].shape == (2, 3, 8, 8)
+
+
+def test_detectors_take_a_list_of_images_and_their_backbones_a_batch():
+    detector = torchvision.models.get_model("fasterrcnn_mobilenet_v3_large_320_fpn", weights=None, weights_backbone=None)
+    (images,), _ = find_example_inputs(detector, 2, 64)
+    assert [image.shape for image in images] == [(3, 64, 64)] * 2
+    (batch,), _ = find_example_inputs(detector.backbone, 2, 64)
+    assert batch.shape == (2, 3, 64, 64)

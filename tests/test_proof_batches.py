@@ -1,0 +1,34 @@
+"""The proof's batches, where a model does not take all of them in every mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hatify
+
+
+class Squeezed(nn.Module):
+    """A batch norm after the average over space, and two graphs, since the modes differ in the glue."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.squeeze, self.norm = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu()
+        scale = self.norm(self.squeeze(x.mean((2, 3), keepdim=True)))
+        x = x * (scale.sigmoid() if self.training else scale.sigmoid() + 0.0 * scale)
+        return self.head(x.mean((2, 3)))
+
+
+def test_norms_over_a_batch_of_one_are_not_asked_for_in_train_mode() -> None:
+    model, x = Squeezed(), torch.randn(2, 3, 8, 8)
+    with pytest.raises(ValueError, match="more than 1 value"):
+        model.train()(x[:1])
+    hat = hatify.convert(model, 3, example_inputs=x)
+    proof = hatify.verify(hat)
+    assert hat.train_graph is not None and proof.ok and proof.batch_sizes == [2, 3, 1]
+    assert not hatify.verify(hat, without_locks=["conv.weight"]).ok
