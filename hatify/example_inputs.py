@@ -106,7 +106,9 @@ def _torchvision(model: Any, make: _Maker) -> tuple[Any, ...] | None:
     name = names[0].removeprefix("torchvision.models.")
     if name.startswith("video"):
         return (make.floats(3, *_video_size(model, name, make.img_size)),)
-    if name.startswith("detection") and hasattr(model, "transform"):  # a list of images, each of its own size; a backbone takes a batch
+    if name.startswith("detection") and hasattr(
+        model, "transform"
+    ):  # a list of images, each of its own size; a backbone takes a batch
         return (list(make.image(3, _IMAGE).unbind()),)
     if name.startswith("optical_flow"):
         return make.image(3, 128), make.image(3, 128)

@@ -6,14 +6,17 @@ from hatify.zoo.catalogue import entries
 from hatify.zoo.entry import Entry
 
 _TIMM = """
-test_vit test_vit_relpos test_byobnet test_convnext test_efficientnet test_nfnet test_mambaout resnet18 resnet50 vit_base_patch16_224
-deit_tiny_distilled_patch16_224 beit_base_patch16_224 convnext_tiny swin_tiny_patch4_window7_224 efficientnet_b0 mobilenetv3_small_100
-regnety_002 resnext50_32x4d densenet121 inception_v3 hrnet_w18_small resnetv2_50x1_bit mixer_s32_224 vgg11_bn convit_tiny coat_tiny
-ghostnet_050 xcit_nano_12_p8_224 halonet_h1 mobilevit_xxs ese_vovnet19b_slim_dw starnet_s050 shvit_s1 fasternet_t0 lcnetv2_small
-pit_ti_224 visformer_tiny legacy_seresnet18
+test_vit test_vit_relpos test_byobnet test_convnext test_efficientnet test_nfnet test_mambaout test_resnet resnet18 resnetv2_18
+deit_tiny_patch16_224 vit_tiny_r_s16_p8_224 vit_tiny_patch16_dinov3_qkvb mobilenetv3_small_050 regnetx_002 densenet121
+hrnet_w18_small xcit_nano_12_p8_224 mobilevit_xxs ghostnet_050 ese_vovnet19b_slim_dw starnet_s050 shvit_s1 fasternet_t0
+lcnetv2_small pit_ti_224 visformer_tiny legacy_seresnet18 levit_128s cspnext_tiny cs3darknet_focus_s hgnetv2_b0
+inception_next_atto hardcorenas_b fastvit_t8 repvit_m1 skresnet18 iformer_t swiftformer_xs
 """
-_TORCHVISION = "shufflenet_v2_x0_5 googlenet lraspp_mobilenet_v3_large squeezenet1_1 mobilenet_v3_small mnasnet0_5"
-_TRANSFORMERS = "bert llama t5"
+_TORCHVISION = """
+shufflenet_v2_x0_5 googlenet lraspp_mobilenet_v3_large squeezenet1_1 mobilenet_v3_small mnasnet0_5 alexnet resnet18 mobilenet_v2
+regnet_x_400mf efficientnet_b0
+"""
+_TRANSFORMERS = "bert llama t5 gpt2 albert roberta distilbert opt mistral gemma gpt_neox vit whisper siglip"
 _KEYS = [
     f"{source}/{name}"
     for source, names in (("timm", _TIMM), ("torchvision", _TORCHVISION), ("transformers", _TRANSFORMERS))
