@@ -95,7 +95,8 @@ def _timm(model: Any, make: _Maker) -> tuple[Any, ...] | None:
     first = config.get("first_conv")
     first = (first[0] if isinstance(first, (list, tuple)) and first else first) or ""
     with suppress(AttributeError):  # not every first layer is a convolution that says so
-        channels = model.get_submodule(first).in_channels if isinstance(first, str) else channels
+        seen = model.get_submodule(first).in_channels if isinstance(first, str) else channels
+        channels = channels if seen in (4 * channels, 16 * channels) else seen  # that of blocks of pixels, folded into channels
     return (make.image(channels, built or size),)
 
 

@@ -350,3 +350,10 @@ def test_detectors_take_a_list_of_images_and_their_backbones_a_batch():
     assert [image.shape for image in images] == [(3, 64, 64)] * 2
     (batch,), _ = find_example_inputs(detector.backbone, 2, 64)
     assert batch.shape == (2, 3, 64, 64)
+
+
+def test_a_first_layer_that_sees_blocks_of_pixels_does_not_say_how_many_channels_an_image_has():
+    with torch.device("meta"):
+        folded, one = timm.create_model("tresnet_m"), timm.create_model("resnet18", in_chans=1)
+    assert find_example_inputs(folded)[0][0].shape[1] == 3
+    assert find_example_inputs(one)[0][0].shape[1] == 1
