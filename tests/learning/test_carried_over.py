@@ -11,6 +11,7 @@ from training import ARCHITECTURES, OPTIMIZERS, SMALLEST, equal, inputs, learn, 
 
 from hatify import HATModel
 from hatify.learning import session
+from hatify.learning.steps import Steps
 
 NAME = SMALLEST[0]
 CONTROL = pytest.mark.parametrize("forgets", [True, False], ids=["forgets", "control"])
@@ -104,3 +105,27 @@ def test_what_protection_holds() -> None:
                 assert (entry.free is None) == (entry.name not in locked or bool(locked[entry.name].all()))
             names = [entry.name for entry in protection]
             assert len(set(names)) == len(names), "nothing is held twice"
+
+
+@pytest.mark.parametrize("undone", [True, False], ids=["undone", "control"])
+def test_a_step_that_breaks_off_leaves_nothing(undone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closure that fails in the middle of a step: weights are as they were before it, free ones too."""
+    if not undone:
+        monkeypatch.setattr(Steps, "undo_broken", lambda *_, **__: None)
+    hat = network(NAME)
+    lbfgs = LBFGS(hat.parameters(), lr=0.5, max_iter=4)
+    calls: list[int] = []
+
+    def closure() -> Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise ZeroDivisionError
+        lbfgs.zero_grad()
+        loss = loss_of(hat(*inputs(NAME, 4)))
+        loss.backward()
+        return loss
+
+    before = [p.detach().clone() for p in hat.parameters()]
+    with pytest.raises(ZeroDivisionError), hat.learning(0, lbfgs, steps_per_epoch=2):
+        lbfgs.step(closure)
+    assert equal([p.detach() for p in hat.parameters()], before) == undone
