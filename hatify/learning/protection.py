@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from hatify.learning import bits
 from hatify.learning.network import Network
 from hatify.modules.masker import in_type
-from hatify.modules.shards import local, part_of, version
+from hatify.modules.shards import local, part_of, sharded, version
 
 
 @dataclass(eq=False)
@@ -143,6 +144,8 @@ class Protection:
     tasks: frozenset[int] = frozenset()
     shared: list[Locked] = field(default_factory=list)
     own: list[Locked] = field(default_factory=list)
+    _whole: set[int] | None = field(default=None, init=False)
+    _counted: tuple[list[Tensor], list[int]] | None = field(default=None, init=False)
 
     @classmethod
     def of(cls, network: Network, locking: Iterable[int], finished: Iterable[int]) -> Protection:
@@ -170,6 +173,7 @@ class Protection:
 
     def narrow(self, network: Network, locking: Iterable[int], finished: Iterable[int]) -> None:
         """Protects less for a while, and forgets no value: a finished task is trained again."""
+        self._whole = None
         locking, finished = sorted(locking), sorted(finished)
         locks = network.locks(locking)
         for entry in self.shared:
@@ -207,6 +211,7 @@ class Protection:
     def follow(self, module: nn.Module) -> None:
         """The network was moved or cast, or its tensors were replaced: so are the values."""
         tensors = _tensors(module)
+        self._whole = self._counted = None
         for entry in self:
             entry.follow(tensors[entry.name])
 
@@ -215,12 +220,37 @@ class Protection:
         for entry in self:
             entry.restore()
 
+    @cached_property
+    def _of_task(self) -> dict[int | None, list[Locked]]:
+        found: dict[int | None, list[Locked]] = {}
+        for entry in self.own:
+            found.setdefault(entry.task, []).append(entry)
+        return found
+
     def needed_by(self, task: int | None) -> list[Locked]:
         """What a forward pass of ``task`` reads."""
-        return [*self.shared, *(entry for entry in self.own if entry.task == task)]
+        return [*self.shared, *self._of_task.get(task, ())]
+
+    @property
+    def whole(self) -> set[int]:
+        """The ids of tensors of finished tasks that are protected as a whole now."""
+        if self._whole is None:
+            self._whole = {id(entry.tensor) for entry in self.own if entry.whole}
+        return self._whole
+
+    def restore_written(self) -> None:
+        """Puts back what finished tasks own and torch counted a write to. A look at all of it costs little, even for a hundred tasks."""
+        if self._counted is None or [t._version for t in self._counted[0]] != self._counted[1]:
+            for entry in self.own:
+                if entry.written:
+                    entry.restore()
+            tensors = [entry.tensor for entry in self.own]
+            if not any(map(sharded, tensors)):  # what is sharded counts elsewhere
+                self._counted = tensors, [t._version for t in tensors]
 
     def return_to_old(self) -> None:
         """The end of a retraining that did not succeed."""
+        self._whole = None
         for entry in self:
             entry.return_to_old()
 

@@ -47,6 +47,7 @@ class Steps:
         self._shared: list[tuple[str, nn.Parameter]] | None = None
         self._statistics: tuple[list[Tensor], list[Tensor]] = [], []
         self._backups: dict[int, Backup] = {}
+        self._given: dict[int, list[nn.Parameter]] = {}
         self._weights: weakref.WeakKeyDictionary[Optimizer, float] = weakref.WeakKeyDictionary()
 
     # the network
@@ -54,6 +55,7 @@ class Steps:
     def network_changed(self) -> None:
         """Forgets which tensors the network has, and takes its present statistics for good."""
         self._owned = self._shared = None
+        self._weights.clear()
         self.watch_statistics()
 
     def owns(self, optimizer: Optimizer) -> bool:
@@ -64,6 +66,25 @@ class Steps:
     def _own(self, optimizer: Optimizer) -> list[nn.Parameter]:
         ids = self._ids()
         return [p for p in parameters_of(optimizer) if id(p) in ids]
+
+    def _moved(self, optimizer: Optimizer) -> list[nn.Parameter]:
+        """Those of :meth:`_own` that a step may have moved: what tasks share, and what had a gradient before it, or has one after.
+
+        The copies of other tasks have none. So a step costs the same however many tasks there are.
+        """
+        ids = self._ids()
+        given = [p for p in parameters_of(optimizer) if p.grad is not None and id(p) in ids]
+        held = {id(p) for p in parameters_of(optimizer)}
+        shared = [p for _, p in self._shared_parameters() if id(p) in held]
+        return list({id(p): p for p in (*shared, *self._given.pop(id(optimizer), ()), *given)}.values())
+
+    def _shared_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The network's parameters that no task owns, by name."""
+        if self._shared is None:
+            network = network_of(self.guard.module)
+            owned = {id(t) for task in range(network.tasks) for t in (*network.embeddings(task), *network.copies(task))}
+            self._shared = [(n, p) for n, p in self.guard.module.named_parameters() if id(p) not in owned]
+        return self._shared
 
     def _ids(self) -> set[int]:
         if self._owned is None:
@@ -78,6 +99,7 @@ class Steps:
     def begin(self, on_nonfinite: str) -> None:
         """A session begins."""
         self.on_nonfinite, self._limit = on_nonfinite, math.inf
+        self._weights.clear()
         self.watch_statistics()
 
     def computes_in(self, dtype: torch.dtype) -> None:
@@ -118,23 +140,26 @@ class Steps:
         Raises:
             NonFiniteError: a gradient is not finite, and such steps are not to be skipped.
         """
-        own = self._own(optimizer)
         if self.guard.session is not None:
             self.guard.session.before_step()
-        for entry in self.guard.protection.own:
-            if entry.whole:
-                entry.tensor.grad = None  # weight decay and momentum pass over what has no gradient
+        whole, ids = self.guard.protection.whole, self._ids()
+        given = []
+        for parameter in [p for p in parameters_of(optimizer) if p.grad is not None and id(p) in ids]:
+            if id(parameter) in whole:
+                parameter.grad = None  # weight decay and momentum pass over what has no gradient
+            else:
+                given.append(parameter)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return  # a gradient scaler's overflow: its fused step does nothing
-        given = [p for p in own if p.grad is not None]
+        self._given[id(optimizer)] = given
         gradients = [p.grad for p in given]
         size = largest(gradients)
         if closure is None and not (size < math.inf or all_below(gradients, math.inf)):
             self._refuse(optimizer, self._names([p for p in given if not all_below([p.grad], math.inf)]))
-        elif closure is not None or self._risky(optimizer, own, size):
+        elif closure is not None or self._risky(optimizer, size):
             # an optimizer whose step calls another's passes here twice: the first backup is the one to go back to
-            self._backups.setdefault(id(optimizer), Backup(optimizer, own, closure is not None))
+            self._backups.setdefault(id(optimizer), Backup(optimizer, self._own(optimizer), closure is not None))
 
     def after(self, optimizer: Optimizer) -> None:
         """Puts protected values back, and rolls back a step that left weights too large for the type they are computed in.
@@ -142,14 +167,12 @@ class Steps:
         Raises:
             NonFiniteError: it did, and such steps are not to be skipped.
         """
-        own = self._own(optimizer)
+        own = self._moved(optimizer)
         ids = {id(p) for p in own}
         for entry in self.guard.protection.shared:
             if id(entry.tensor) in ids:
                 entry.restore()
-        for entry in self.guard.protection.own:
-            if entry.written:
-                entry.restore()
+        self.guard.protection.restore_written()
         self.guard.stepped()
         backup = self._backups.pop(id(optimizer), None)
         size = largest([p.detach() for p in own])
@@ -186,11 +209,7 @@ class Steps:
         """
         if self._backups:
             return
-        if self._shared is None:
-            network = network_of(self.guard.module)
-            owned = {id(t) for task in range(network.tasks) for t in (*network.embeddings(task), *network.copies(task))}
-            self._shared = [(n, p) for n, p in self.guard.module.named_parameters() if id(p) not in owned]
-        shared = [p for _, p in self._shared]
+        shared = [p for _, p in self._shared_parameters()]
         if not all_below([p.detach() for p in shared if p.dtype.is_floating_point], math.inf):
             wrong = [p for p in shared if p.dtype.is_floating_point and not all_below([p.detach()], math.inf)]
             self.repair(wrong)
@@ -206,14 +225,15 @@ class Steps:
         for parameter in own:
             parameter.data.masked_fill_(~(parameter.data.abs() < self._limit_of(parameter.dtype)), 0.0)
 
-    def _risky(self, optimizer: Optimizer, own: list[nn.Parameter], gradient: float) -> bool:
+    def _risky(self, optimizer: Optimizer, gradient: float) -> bool:
         """Whether a step of usual optimizers could leave the numbers of the smallest type in use, in weights or in averages of
         squared gradients."""
         rates = [group.get("lr", math.inf) * (1 + abs(group.get("weight_decay", 0.0))) for group in optimizer.param_groups]
         weight = self._weights.pop(optimizer, None)  # as its last step left them
+        own = self._own(optimizer) if weight is None else self._given[id(optimizer)]
         weight = largest([p.detach() for p in own]) if weight is None else weight
         step = max((float(r) for r in rates), default=0.0) * max(1.0, gradient) * SAFE_FACTOR
-        least = min(torch.finfo(dtype).max for dtype in {p.dtype for p in own} if dtype.is_floating_point)
+        least = min((torch.finfo(dtype).max for dtype in {p.dtype for p in own} if dtype.is_floating_point), default=math.inf)
         return not (step + weight < self._least_limit(own) and gradient * gradient * SAFE_FACTOR < least)
 
     def _limit_of(self, dtype: torch.dtype) -> float:
