@@ -2,6 +2,7 @@
 
     python benchmarks/convert.py                            # resnet50 and vit_base_patch16_224
     python benchmarks/convert.py swin_tiny_patch4_window7_224 torchvision:resnet18 --json
+    python benchmarks/convert.py --depths 3,6,12,24         # how the time grows with the number of nodes
 
 Each model is converted in three fresh processes, `verify=False`, `verify=True` and `inplace=True` (which
 does not verify), since a process does not give memory back reliably; a fourth runs one training step of the
@@ -115,6 +116,24 @@ def measure_step(text: str, tasks: int) -> dict[str, Any]:
         sum(out.float().sum() for out in flatten(model(*args, **kwargs))[0] if out.requires_grad).backward()
     seconds = {"total": time.perf_counter() - before}
     return {"seconds": seconds, "model_bytes": model_bytes, "import_bytes": imports, **{f"{k}_bytes": v for k, v in memory.items()}}
+
+
+def curve(depths: Iterable[int], tasks: int) -> None:
+    """Prints what conversions of vision transformers of so many blocks take, in processor time, in which other processes do not count."""
+    import torch
+    from timm.models.vision_transformer import VisionTransformer
+
+    import hatify
+
+    torch.set_num_threads(1)
+    _warm_up(tasks, False, False)
+    print("blocks  nodes  seconds  ms per node")
+    for depth in depths:
+        model = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=depth, num_heads=3, num_classes=10)
+        before = time.process_time()
+        hat = hatify.convert(model, tasks=tasks, example_inputs=torch.randn(2, 3, 32, 32), verify=False)
+        seconds, nodes = time.process_time() - before, len(hat.graph.nodes)
+        print(f"{depth:6} {nodes:6} {seconds:8.2f} {1e3 * seconds / nodes:12.1f}", flush=True)
 
 
 def _warm_up(tasks: int, verify: bool, inplace: bool) -> None:
@@ -261,7 +280,11 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=10)
     parser.add_argument("--json", action="store_true", help="print bytes and seconds as JSON instead of a table")
     parser.add_argument("--child", choices=(*VARIANTS, STEP), help=argparse.SUPPRESS)
+    parser.add_argument("--depths", help="convert vision transformers of so many blocks instead: 3,6,12,24")
     options = parser.parse_args()
+    if options.depths:
+        curve((int(n) for n in options.depths.split(",")), options.tasks)
+        return
     if options.child:
         text, variant = options.models[0], VARIANTS.get(options.child)
         print(json.dumps(measure_step(text, options.tasks) if variant is None else measure(text, options.tasks, **variant)))
