@@ -62,10 +62,10 @@ _compile: list[Callable[[Tensor], Program]] = []
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a call does: the masks applied to each tensor operand in order (``(soft, fill)``), the gates of each result, and the
+    """What a call does: the masks applied to each tensor operand in order (``(soft, fill, gates)``), the gates of each result, and the
     operand whose live mask a normalisation counts by."""
 
-    masks: tuple[tuple[tuple[bool, float], ...], ...]
+    masks: tuple[tuple[tuple[bool, float, Tensor], ...], ...]
     out: tuple[Gates, ...]
     live: int | None = None
 
@@ -74,7 +74,7 @@ class Plan:
 class WeightedPlan:
     """The same for a weighted layer; ``uses`` are those of its parameters, ``key`` tells equal ones."""
 
-    masks: tuple[tuple[bool, float], ...]
+    masks: tuple[tuple[bool, float, Tensor], ...]
     out: Gates
     uses: tuple[Use, ...]
     key: tuple
@@ -87,7 +87,7 @@ class _Dry:
 
     def masked(self, value: Value, *, soft: bool, fill: float) -> Value:
         operand, masks = value.data
-        return replace(value, state=State.CLEAN, data=(operand, (*masks, (soft, fill))))
+        return replace(value, state=State.CLEAN, data=(operand, (*masks, (soft, fill, value.ids))))
 
 
 def plan(
@@ -163,7 +163,7 @@ def weighted_plan(
 class RecurrentPlan:
     """The same for a recurrent layer: masks for its input and each state, gates of each result."""
 
-    masks: tuple[tuple[tuple[bool, float], ...], ...]
+    masks: tuple[tuple[tuple[bool, float, Tensor], ...], ...]
     out: tuple[Gates, ...]
     uses: tuple[Use, ...]
     key: tuple

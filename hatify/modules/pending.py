@@ -93,11 +93,13 @@ class Pending:
         """The same tensor as no operation had asked for its masked data yet."""
         return self._made(self._raw, self._ids, self._state)
 
-    def _with(self, masks: tuple[tuple[bool, float], ...]) -> Any:
-        """The data with these masks applied."""
+    def _with(self, masks: tuple[tuple[bool, float, Tensor], ...]) -> Any:
+        """The data with these masks applied: its own gates, or narrower ones that a partner has a part in."""
         data = self._current()
-        for soft, fill in masks:
-            if fill == 0.0:
+        for soft, fill, ids in masks:
+            if fill == 0.0 and not (ids.shape == self._ids.shape and torch.equal(ids, self._ids)):
+                data = self._made(data, ids, State.PENDING).data
+            elif fill == 0.0:
                 data = self.data
                 self._settled = not _recomputing()
             else:
