@@ -153,6 +153,8 @@ def measure(name: str, tasks: int, rounds: int, wanted: Collection[str] = MEASUR
         plain, converted = step(networks[0], make(model.parameters()), lambda: 0.0), step(networks[1], mine, run.regularization)
         found[key] = ratios(rounds, plain, converted)
         if key == "train":
+            for parameter in (*model.parameters(), *hat.parameters()):
+                parameter.grad = None  # freed within the step, they would count or not, as the allocator remembers them
             a, b = peak_of(plain), peak_of(converted)
             found["memory"] = {"ratio": b / a, "original_mb": a / 2**20}
         hat.abandon_task()
