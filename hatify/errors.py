@@ -6,6 +6,8 @@ Context is added once, at the boundary where it is known: the code that knows th
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "ArtifactError",
     "CallError",
@@ -98,3 +100,8 @@ class TaskError(HatifyError):
 
 class ArtifactWarning(UserWarning):
     """Something that a model does is not in its directory."""
+
+
+def without_place(text: str) -> str:
+    """Source lines in ``text`` without the folder that their library is installed in, which differs from machine to machine."""
+    return re.sub(r"\S*site-packages/", "", text)

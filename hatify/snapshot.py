@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from typing import Any
 
+from hatify.errors import without_place
 from hatify.model import HATModel
-
-_INSTALLED = re.compile(r"\S*site-packages/")  # where libraries are on one machine
 
 
 def snapshot(hat: HATModel) -> dict[str, Any]:
@@ -36,6 +34,6 @@ def snapshot(hat: HATModel) -> dict[str, Any]:
         "graphs": 2 if report.two_graphs else 1,
         "operators": dict(sorted(report.operators.items())),
         "operators without a rule": dict(sorted(report.unknown_operators.items())),
-        "notes": [_INSTALLED.sub("", note.splitlines()[0]) for note in report.notes],
+        "notes": [without_place(note.splitlines()[0]) for note in report.notes],
         "code": hashlib.sha256(hat.code.encode()).hexdigest()[:16],
     }

@@ -19,8 +19,9 @@ One file for each model: rungs, maskers, mask nodes, gates, fixed sizes, operato
 which each task has of its own; *tightness* is the share of locked weights that a finished
 task feels (an unlocked weight that it feels would be a leak, and no proof); *open* means that other image sizes or lengths are taken.
 
-What lowers tightness: heads that are folded into the batch before they are compared (DeBERTa), so that their gates are not told apart;
+Where slack was found: heads that are folded into the batch before they are compared (DeBERTa), so that their gates are not told apart;
 queries and keys whose channels rotary embeddings mix; and, no fault of a lock, experts that no token of the example chose (Mixtral).
+That of Mamba is not explained yet.
 """
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-from hatify.errors import ArtifactError
+from hatify.errors import ArtifactError, without_place
 from hatify.zoo.records import CONVERTED, FAILED, PROVED, REFUSED, Record
 
 _PACKAGED = Path(__file__).with_name("packaged_snapshots")
 _CHECKOUT = Path(__file__).parents[2] / "zoo_snapshots"
 HEAD = "output layer"
 """Why output layers are task-indexed."""
-_INSTALLED = re.compile(r"\S*site-packages/")  # where libraries are on one machine
 _ORDER = {PROVED: 0, CONVERTED: 1, REFUSED: 2, FAILED: 3}
 
 
@@ -53,7 +51,7 @@ def snapshot_of(record: Record) -> dict[str, Any]:
     """The lines of a record that depend on the rules alone: no time, no memory, no machine."""
     lines: dict[str, Any] = {"model": record.name, "source": record.source, "family": record.family, "verdict": record.verdict}
     if record.reason:
-        lines["reason"] = {part: _INSTALLED.sub("", text) for part, text in record.reason.items() if part != "step"}
+        lines["reason"] = {part: without_place(text) for part, text in record.reason.items() if part != "step"}
     if record.parameters is not None:
         lines["parameters"] = record.parameters
     if record.proof is not None:
