@@ -9,6 +9,7 @@ from tasks import converted, draw_masks, fill_masks, maskers, outputs, same, sma
 from torch import Tensor, nn
 
 from hatify import HATModel
+from hatify.modules import masker
 
 VECTORS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -171,6 +172,26 @@ def test_a_tasks_gradient_is_that_of_its_formula() -> None:
         if "embeddings" in name:  # equation 3
             expected = expected * 100.0 * (torch.cosh(3.0 * e) + 1) / (3.0 * (torch.cosh(e) + 1))
         torch.testing.assert_close(got[name], expected)
+
+
+def subnormals(hat: HATModel, args: tuple, kwargs: dict) -> int:
+    """How many elements of gradients are subnormal numbers at the largest scale."""
+    hat.train()
+    hat.zero_grad()
+    with torch.no_grad():
+        for each in maskers(hat):
+            each.embeddings[0].copy_(torch.linspace(-0.3, 0.3, each.channels))
+    total(hat(*args, **kwargs, task=0, mask_scale=400.0)).backward()
+    grads = [p.grad.abs() for p in hat.parameters() if p.grad is not None]
+    return sum(int(((0 < g) & (g < torch.finfo(g.dtype).tiny)).sum()) for g in grads)
+
+
+@pytest.mark.parametrize("name", ["deep_plain", "unet", "multihead_attention", "stacked_both_ways"])
+def test_nearly_dead_channels_make_no_subnormal_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hat, args, kwargs = small(name)
+    assert subnormals(hat, args, kwargs) == 0
+    monkeypatch.setattr(masker, "LEAST", 0.0)
+    assert subnormals(hat, args, kwargs) > 0, "the control: masks as the sigmoid gives them"
 
 
 # an independent proof of the locks
