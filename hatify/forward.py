@@ -7,6 +7,7 @@ whole, it is part of that; the task is a constant then, and there is nobody to p
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from hatify.model import HATModel
 
 
+_NOTHING = nullcontext()
+
+
 class _Call(NamedTuple):
     """A call that is ready for the generated code (or, if ``own``, for the original's)."""
 
@@ -29,6 +33,7 @@ class _Call(NamedTuple):
     context: TaskContext | None
     own: bool
     payload: tuple[int | None, Any] | None
+    reading: AbstractContextManager
 
 
 def forward(self: HATModel, *args: Any, task: int | None = None, mask_scale: float | None = None, **kwargs: Any) -> Any:
@@ -36,7 +41,8 @@ def forward(self: HATModel, *args: Any, task: int | None = None, mask_scale: flo
     compiler = None if torch.compiler.is_compiling() else eval_frame.get_eval_frame_callback()
     if compiler is None:
         call = _prepared(self, args, kwargs, task, mask_scale, compiled=False)
-        return _finished(self, call, self.run(call.tensors, call.context) if not call.own else _own(self, call))
+        with call.reading:
+            return _finished(self, call, self.run(call.tensors, call.context) if not call.own else _own(self, call))
     eval_frame.set_eval_frame(None)  # as torch.compiler.disable does, without the import of the whole compiler
     try:
         call = _prepared(self, args, kwargs, task, mask_scale, compiled=True)
@@ -73,16 +79,18 @@ def _prepared(
         kwargs = {k: a.data if isinstance(a, HATPayload) else a for k, a in kwargs.items()}
     elif task is None:
         task = self._active_task
+    reading = None
     if not torch.compiler.is_compiling():
-        self._guard.before_forward(task)
+        reading = self._guard.before_forward(task, may_read=not compiled)
         self._guard.remember(task, args, {**kwargs, "task": task})
     tensors = self._facts.signature.bind(args, kwargs)
     self._facts.check_sizes(tensors)
     if self._facts.selections and not torch.compiler.is_compiling():
         check_selections(self._facts.selections, self.get_buffer)
-    context = self.context(task, mask_scale if task is not None or payload is None else None, compiled=compiled)
+    scale = mask_scale if task is not None or payload is None else None
+    context = self.context(task, scale, compiled=compiled, sealed=reading is not None and not reading.rest)
     own = context is None and self.runs_own_code
-    return _Call(tensors, context, own, None if payload is None else (task, mask_scale))
+    return _Call(tensors, context, own, None if payload is None else (task, mask_scale), reading or _NOTHING)
 
 
 def _finished(self: HATModel, call: _Call, out: Any) -> Any:

@@ -23,6 +23,7 @@ from hatify.errors import TaskError
 from hatify.learning.network import network_of
 from hatify.learning.optimizers import forget_locked
 from hatify.learning.protection import Locked, Protection, fingerprint
+from hatify.learning.reading import Reading, evaluates
 from hatify.learning.steps import GUARDS, Steps, watch_all_optimizers
 from hatify.modules.shards import agreed, shard_again
 
@@ -53,6 +54,7 @@ class Guard:
         self._stale = False
         self._stepped = False
         self._settled: dict[int, list[int]] = {}
+        self._readings: dict[int, Reading] = {}
         self.generation = 0
         watch_all_optimizers()
         GUARDS.add(self)
@@ -152,6 +154,7 @@ class Guard:
 
     def _hook(self) -> None:
         self.generation += 1
+        self._readings.clear()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -182,19 +185,23 @@ class Guard:
             self.steps.undo_broken()
             self.protection.restore()
 
-    def before_forward(self, task: int | None) -> None:
+    def before_forward(self, task: int | None, *, may_read: bool = False) -> Reading | None:
         """A finished task's outputs come from its own values, and a task in training sees what it will be finished with, whatever
         happened to them since.
 
         Writes through ``.data`` leave no trace, so values are put back before each forward pass with gradients, and before the first
-        one of a finished task after such a pass or a step. Further ones look whether the bits are still the same. The forward
-        pass that follows a step of a torch optimizer finds the shared values put back already.
+        one of a finished task after such a pass or a step. Further ones look whether the bits are still the same; or, where the
+        caller ``may_read`` the protected values in place of the tensors, only at the few that cannot be read so. The forward pass that
+        follows a step of a torch optimizer finds the shared values put back already.
+
+        Returns:
+            What the pass is to read, if not the tensors.
 
         Raises:
             NonFiniteError: somebody else than an optimizer of torch left a weight that is not finite.
         """
         if self._opened or not self.active:
-            return
+            return None
         device = next((p.device.type for p in self.module.parameters()), "cpu")
         if torch.is_autocast_enabled(device):
             self.steps.computes_in(torch.get_autocast_dtype(device))
@@ -203,8 +210,10 @@ class Guard:
         needed = self.protection.needed_by(task)
         if any(entry.elsewhere for entry in needed):
             self.follow()
+        reading = self._reading(task) if may_read and task in self.protection.locking and evaluates(self.module) else None
+        looked_at = needed if reading is None else reading.rest
         if finished:
-            settled = task in self._settled and self._settled[task] == fingerprint(needed)
+            settled = task in self._settled and self._settled[task] == fingerprint(looked_at)
         else:
             settled = self._stepped or not training
         if agreed(float(not settled), (entry.tensor for entry in needed)):
@@ -222,7 +231,15 @@ class Guard:
         if training:
             self._settled.clear()
         elif finished and not settled:
-            self._settled[task] = fingerprint(needed)
+            self._settled[task] = fingerprint(looked_at)
+        return reading
+
+    def _reading(self, task: int) -> Reading:
+        """What passes of a finished task without gradients read, as long as the same is protected."""
+        if task not in self._readings:
+            plain = network_of(self.module).plain_parameters()
+            self._readings[task] = Reading(self.module, self.protection.needed_by(task), plain)
+        return self._readings[task]
 
     def stepped(self) -> None:
         """An optimizer of torch has stepped, and the shared values were put back."""

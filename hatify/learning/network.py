@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hatify.errors import TaskError
-from hatify.modules import Masker, TaskIndexed, TaskIndexedParameter, hand_written
+from hatify.modules import HATLayer, Masker, TaskIndexed, TaskIndexedParameter, hand_written
 from hatify.modules.masker import FINISHED, tasks_in
 
 
@@ -180,6 +180,17 @@ class Converted(Network):
         hat, facts = self.module, self.module._facts
         held = [(n, hat.get_parameter(n)) for n in facts.indexed] + [(n, hat.get_buffer(n)) for n in facts.indexed_buffers]
         return [(hat.indexed(name), value) for name, value in held]
+
+    def plain_parameters(self) -> set[str]:
+        """Names of shared parameters that torch's own layers alone use, as HAT layers, element by element: no normaliser and no
+        formula joins some with others."""
+        modules = self.module.named_modules()
+        layers = {p for p, m in modules if isinstance(m, HATLayer) and m.plain_class.__module__.startswith("torch.nn.")}
+        return {
+            name
+            for name, uses in self.module._facts.uses.items()
+            if all(u.site in layers and u.positions is None and u.groups is None and not u.grouped for u in uses)
+        }
 
     def plain(self, path: str) -> nn.Module:
         reference = self.module._facts.reference  # None for a model that was loaded

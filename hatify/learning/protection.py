@@ -139,11 +139,15 @@ class Locked:
 
 @dataclass(eq=False)
 class Protection:
-    """Everything that a set of finished tasks needs of a network."""
+    """Everything that a set of finished tasks needs of a network.
+
+    ``tasks`` are those of which anything is protected, ``locking`` those whose shared weights are.
+    """
 
     tasks: frozenset[int] = frozenset()
     shared: list[Locked] = field(default_factory=list)
     own: list[Locked] = field(default_factory=list)
+    locking: frozenset[int] = frozenset()
     _whole: set[int] | None = field(default=None, init=False)
     _counted: tuple[list[Tensor], list[int]] | None = field(default=None, init=False)
 
@@ -166,7 +170,7 @@ class Protection:
         for task in sorted(finished):
             own += [Locked.of(names[id(t)], t, None, task, mask=True) for t in network.embeddings(task)]
             own += [Locked.of(names[id(t)], t, None, task) for t in network.copies(task)]
-        return cls(locking | finished, shared, own)
+        return cls(locking | finished, shared, own, locking)
 
     def __iter__(self):
         return iter((*self.shared, *self.own))

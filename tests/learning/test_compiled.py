@@ -50,7 +50,7 @@ def test_bare_writes_between_two_compiled_calls(compiling: str, protected: bool,
     with torch.no_grad():
         before = call(*inputs(NAME, 4), task=0)
         if not protected:
-            monkeypatch.setattr(Guard, "before_forward", lambda *_: None)
+            monkeypatch.setattr(Guard, "before_forward", lambda *_, **__: None)
         for _ in range(3):
             write(hat)
             assert torch.equal(call(*inputs(NAME, 4), task=0), before) == protected

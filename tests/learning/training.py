@@ -130,12 +130,13 @@ def learn(hat: HATModel, name: str, task: int, optimizer: Optimizer, steps: int 
             step(hat, run, optimizer, inputs(name, 4, key=10 * task + number), clear=clear)
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def outputs(hat: HATModel, name: str, task: int) -> list[Tensor]:
-    """What a finished task gives, in eval mode, on a batch of its own."""
+    """What a finished task gives, in eval mode, on a batch of its own. With gradients on, since it reads the network's own tensors then:
+    without, the protected values stand in for them, and nothing that broke could be seen."""
     training = hat.training
     hat.eval()
-    found = [t.clone() for t in flatten(hat(*inputs(name, 5, key=99), task=task))[0]]
+    found = [t.detach().clone() for t in flatten(hat(*inputs(name, 5, key=99), task=task))[0]]
     hat.train(training)
     return found
 
