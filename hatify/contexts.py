@@ -26,11 +26,14 @@ class TaskContexts:
     _guard: Guard
     _active_task: int | None
 
-    def context(self, task: int | None, mask_scale: float | None = None, *, compiled: bool = False) -> TaskContext | None:
+    def context(
+        self, task: int | None, mask_scale: float | None = None, *, compiled: bool = False, sealed: bool = False
+    ) -> TaskContext | None:
         """The context of one forward pass; None without a task.
 
         A finished task's masks are binary whatever the scale; so are those of a task that is given no scale in eval mode. In train mode the
         default is ``config.max_mask_scale``; the task of a session gets the session's scale, in train mode or where gradients are on.
+        ``sealed`` says that the pass reads nothing that any task may still train.
 
         Raises:
             TaskError: no such task, or a scale that is not positive and finite.
@@ -54,7 +57,7 @@ class TaskContexts:
             maskers = self.maskers
             return TaskContext(task, mask_scale, lambda name: maskers[name](task, mask_scale), hard=mask_scale is None)
         if mask_scale is None and self._lasts(task):
-            context = self._lasting(task)
+            context = self._lasting(task, sealed)
             return self._for_compiler(context) if compiled else context
         masks = self._bank.masks(task, mask_scale)
         context = TaskContext(task, mask_scale, None, hard=mask_scale is None, masks=masks)
@@ -66,17 +69,17 @@ class TaskContexts:
         guard = self._guard
         return task in guard.protection.tasks and not guard.is_open and not _get_current_dispatch_mode_stack()
 
-    def _lasting(self, task: int) -> TaskContext:
+    def _lasting(self, task: int, sealed: bool) -> TaskContext:
         """The context of a finished task, made once. Writes to a finished task's embeddings are undone before its next pass, so its
         masks change only with what is protected, or where an embedding is another tensor for a while (``functional_call``)."""
         known = self._guard.generation, self._bank.state(task)
         kept = self.__dict__.setdefault("_kept_contexts", {})
-        found = kept.pop(task, None)
+        found = kept.pop((task, sealed), None)
         if found is None or found[0] != known:
             with torch.inference_mode(False), torch.no_grad():
                 masks = self._bank.masks(task, None)
-            found = known, TaskContext(task, None, None, hard=True, masks=masks, lasting=True)
-        kept[task] = found  # the last used one is the last
+            found = known, TaskContext(task, None, None, hard=True, masks=masks, lasting=True, sealed=sealed)
+        kept[task, sealed] = found  # the last used one is the last
         while len(kept) > LASTING:
             kept.pop(next(iter(kept)))
         return found[1]

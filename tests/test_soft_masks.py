@@ -183,7 +183,7 @@ def subnormals(hat: HATModel, args: tuple, kwargs: dict) -> int:
             each.embeddings[0].copy_(torch.linspace(-0.3, 0.3, each.channels))
     total(hat(*args, **kwargs, task=0, mask_scale=400.0)).backward()
     grads = [p.grad.abs() for p in hat.parameters() if p.grad is not None]
-    return sum(int(((0 < g) & (g < torch.finfo(g.dtype).tiny)).sum()) for g in grads)
+    return sum(int(((g > 0) & (g < torch.finfo(g.dtype).tiny)).sum()) for g in grads)
 
 
 @pytest.mark.parametrize("name", ["deep_plain", "unet", "multihead_attention", "stacked_both_ways"])

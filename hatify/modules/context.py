@@ -26,6 +26,11 @@ class TaskContext:
             place of ``task`` and ``scale``, which are None then.
         masks: masks that are there already, by name.
         lasting: see above.
+        sealed: whether the pass reads nothing that any task may still train.
+
+    Attributes:
+        carries: whether norms that carry a mask in their weights do so in this pass. Weights that a later task trains may overflow in a
+            dead channel, and zero times infinity is NaN: for a finished task masks are applied where they stand, unless it is sealed.
     """
 
     def __init__(
@@ -38,9 +43,11 @@ class TaskContext:
         chosen: Sequence[Any] | None = None,
         masks: Mapping[str, Tensor] | None = None,
         lasting: bool = False,
+        sealed: bool = False,
     ) -> None:
         self.id, self.scale, self.hard = task, scale, hard
         self.chosen, self._lasting = chosen, lasting
+        self.carries = (sealed or not hard) and chosen is None and not torch.compiler.is_compiling()
         self._mask_of = mask_of
         self._atoms: dict[str, Tensor] = dict(masks or {})
         self._memo: dict = {}

@@ -208,6 +208,9 @@ class Mask(Gated):
         program, ids, words: as for all masks.
         soft: whether the soft factor is still to be multiplied in.
         fill: value at dead positions.
+
+    Attributes:
+        carried: whether a norm before it carries the mask in its weights, in passes where ``task.carries``.
     """
 
     def __init__(
@@ -215,9 +218,10 @@ class Mask(Gated):
     ) -> None:
         super().__init__(program, ids, words)
         self.soft, self.fill = soft, fill
+        self.carried = False
 
     def forward(self, x: Tensor, task: TaskContext | None) -> Tensor:
-        if task is None:
+        if task is None or self.carried and task.carries:
             return x
         soft = self.soft and not task.hard
         if self.fill or not by_bits(x):
@@ -226,6 +230,10 @@ class Mask(Gated):
         if not soft:
             return kept(x, bits)
         return scaled(x, task.derived(self.program, self.shape, x.dtype, lambda mask: mask.to(x.dtype)), bits)
+
+    def vector(self, task: TaskContext, dtype: torch.dtype) -> Tensor:
+        """The mask, of the given type, with one element per channel."""
+        return task.derived(self.program, (-1,), dtype, lambda mask: mask.to(dtype))
 
     def extra_repr(self) -> str:
         how = "fill with 1" if self.fill else "apply" if self.soft else "zero"

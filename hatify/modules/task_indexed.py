@@ -11,19 +11,23 @@ from torch import Tensor, nn
 from hatify.errors import TaskError
 from hatify.modules import live_norms
 from hatify.modules.calls import copy_of_task
+from hatify.modules.carrying import carrying
 from hatify.modules.config import HATConfig, config_of
 from hatify.modules.context import TaskContext
 from hatify.modules.copies import copy_module
+from hatify.modules.masking import Mask
 from hatify.modules.payload import HATPayload, norm_of_payload
 
 
 class TaskIndexed:
     """Mixin of task-indexed modules: the module itself serves calls without a task, ``tasks[t]`` serves task ``t``.
 
-    So the original keys stay: ``bn1.weight`` without a task, ``bn1.tasks.3.weight`` for task 3.
+    So the original keys stay: ``bn1.weight`` without a task, ``bn1.tasks.3.weight`` for task 3. ``carries`` is the mask that its
+    weights carry, if any.
     """
 
     takes_payloads = True
+    carries: Mask | None = None
     tasks: nn.ModuleList
     plain_class: type[nn.Module]
 
@@ -35,6 +39,8 @@ class TaskIndexed:
             return live_norms.of_module(chosen, x, live)
         if task is None:
             return super().forward(x, *args, **kwargs)
+        if task.carries and self.carries is not None:
+            return carrying(chosen, self.carries, task)(x, *args, **kwargs)
         return chosen(x, *args, **kwargs)
 
     def copies(self) -> list[nn.Module]:
@@ -74,6 +80,7 @@ def task_copy(module: nn.Module) -> nn.Module:
         if tasks is not None:
             module._modules["tasks"] = tasks
     copied.__class__ = type(module).plain_class if isinstance(module, TaskIndexed) else module.__class__
+    copied.__dict__.pop("carries", None)
     for parameter in copied.parameters():
         parameter.grad = None
     return copied

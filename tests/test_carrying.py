@@ -1,0 +1,166 @@
+"""Masks that norms carry in their weights: the same results, one activation less."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tasks import converted, draw_masks, maskers, outputs, same
+from torch import Tensor, nn
+
+from hatify import ChannelNorm, HATModel, registry
+from hatify.modules import Mask, TaskIndexed
+from hatify.rewrite import carrying
+
+IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Body(nn.Module):
+    """Two convolutions with a norm between, and what stands behind the norm."""
+
+    def __init__(self, behind: object, norm: object = nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.conv, self.norm, self.next = nn.Conv2d(3, 8, 3), norm(8), nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 3)
+        self.act = behind if isinstance(behind, nn.Module) else None
+        self.behind = None if isinstance(behind, nn.Module) else behind
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x))
+        x = self.act(x) if self.act is not None else self.behind(x)
+        return self.head(F.relu(self.next(x)).mean((2, 3)))
+
+
+class ActNorm(nn.BatchNorm2d):
+    """A norm with an activation of its own, as timm has them."""
+
+    def __init__(self, channels: int, act: object = F.relu) -> None:
+        super().__init__(channels)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+CARRIED = {
+    "relu": nn.ReLU(),
+    "relu in place": nn.ReLU(inplace=True),
+    "function": F.relu,
+    "pooling": nn.Sequential(nn.LeakyReLU(0.1), nn.MaxPool2d(2)),
+    "average": lambda x: F.avg_pool2d(x, 2),
+    "nothing": nn.Identity(),
+}
+NOT_CARRIED = {
+    "gelu": nn.GELU(),
+    "silu": F.silu,
+    "tanh": nn.Tanh(),
+    "relu6": nn.ReLU6(),
+    "two readers, one not masked": lambda x: F.relu(x) * x.mean((2, 3), keepdim=True).sigmoid(),
+    "a number added": lambda x: F.relu(x + 1),
+}
+
+
+def network(behind: object, norm: object = nn.BatchNorm2d) -> HATModel:
+    torch.manual_seed(0)
+    model = Body(behind, norm)
+    nn.init.normal_(model.norm.weight)
+    nn.init.normal_(model.norm.bias)
+    hat = converted(model, IMAGES)
+    draw_masks(hat)
+    return hat
+
+
+def carries(hat: HATModel) -> bool:
+    carried = [m for m in hat.modules() if isinstance(m, Mask) and m.carried]
+    assert bool(carried) == (hat.norm.carries is not None)
+    return bool(carried)
+
+
+def uncarried(hat: HATModel) -> HATModel:
+    """The same network with its masks applied where they stand."""
+    other = copy.deepcopy(hat)
+    for module in other.modules():
+        if isinstance(module, Mask):
+            module.carried = False
+        elif isinstance(module, TaskIndexed):
+            module.__dict__.pop("carries", None)
+    return other
+
+
+def step(hat: HATModel, scale: float) -> list[Tensor]:
+    """Output, gradients and statistics of a soft pass in train mode."""
+    hat.train()
+    hat.zero_grad()
+    out = hat(IMAGES, task=0, mask_scale=scale)
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    buffers = [b.clone() for n, b in hat.named_buffers() if ".tasks.0." in n]
+    return [out.detach(), *(p.grad for p in hat.parameters() if p.grad is not None), *buffers]
+
+
+@pytest.mark.parametrize("name", CARRIED)
+@pytest.mark.parametrize("scale", [1.0, 50.0])
+def test_a_carried_mask_is_the_mask(name: str, scale: float) -> None:
+    hat = network(CARRIED[name])
+    other = uncarried(hat)
+    assert carries(hat)
+    for a, b in zip(step(hat, scale), step(other, scale), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NOT_CARRIED)
+def test_what_does_not_commute_with_a_factor_is_masked_where_it_stands(name: str) -> None:
+    assert not carries(network(NOT_CARRIED[name]))
+
+
+def test_what_is_wrongly_carried_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: a mask carried through GELU gives something else."""
+    monkeypatch.setattr(carrying, "HOMOGENEOUS", (*carrying.HOMOGENEOUS, nn.GELU))
+    hat = network(NOT_CARRIED["gelu"])
+    other = uncarried(hat)
+    assert carries(hat)
+    assert not torch.allclose(step(hat, 1.0)[0], step(other, 1.0)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize(("act", "expected"), [(F.relu, True), (F.silu, False), (torch.sigmoid, False)])
+def test_a_norm_of_ones_own_is_tried(act: object, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a class of norms commutes with a factor is not known by its name."""
+    monkeypatch.setitem(registry._DESCRIPTIONS, ActNorm, lambda norm: ChannelNorm())
+    assert carries(network(nn.Identity(), lambda channels: ActNorm(channels, act))) == expected
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_a_finished_task_gives_the_same_bits_either_way(name: str) -> None:
+    hat = network(CARRIED[name])
+    with hat.learning(0, schedule="constant"):
+        pass
+    hat.eval()
+    sealed = outputs(hat, (IMAGES,), task=0)
+    with torch.enable_grad():
+        assert same([hat(IMAGES, task=0).detach()], sealed)
+    assert same(outputs(uncarried(hat), (IMAGES,), task=0), sealed)
+
+
+def test_an_overflow_in_a_dead_channel_reaches_no_finished_task() -> None:
+    """Infinity times zero is NaN: where weights that a later task may train are read, masks are applied where they stand."""
+    hat = network(nn.ReLU())
+    with hat.learning(0, schedule="constant"):
+        pass
+    hat.eval()
+    before = outputs(hat, (IMAGES,), task=0)
+    dead = ~maskers(hat)[0].live(0)
+    hat.conv.weight.data[dead] = 3e38
+    assert not hat.conv(IMAGES).isfinite().all()
+    assert same(outputs(hat, (IMAGES,), task=0), before)
+    with torch.enable_grad():
+        assert same([hat(IMAGES, task=0).detach()], before)
+
+
+def test_copies_and_new_tasks_carry_too() -> None:
+    hat = network(nn.ReLU())
+    hat.add_tasks(1)
+    other = copy.deepcopy(hat)
+    assert carries(other) and other.norm.carries is not hat.norm.carries
+    assert all("carries" not in vars(copied) for copied in other.norm.tasks)
+    assert same(step(hat, 3.0), step(other, 3.0))
