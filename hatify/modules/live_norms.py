@@ -23,7 +23,7 @@ def layer_norm(
     """Layer normalisation over the last ``len(shape)`` dimensions of a materialised ``x``; ``live`` broadcasts to ``x``."""
     if live is None:
         return F.layer_norm(x, shape, weight, bias, eps)
-    return _normalised(x, live, list(range(-len(shape), 0)), eps, True, weight, bias)
+    return _normalised(_in_order(x), live, list(range(-len(shape), 0)), eps, True, weight, bias)
 
 
 def rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, eps: float | None, live: Tensor | None = None) -> Tensor:
@@ -31,7 +31,7 @@ def rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, eps: float 
     if live is None:
         return F.rms_norm(x, shape, weight, eps)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    return _normalised(x, live, list(range(-len(shape), 0)), eps, False, weight)
+    return _normalised(_in_order(x), live, list(range(-len(shape), 0)), eps, False, weight)
 
 
 def group_norm(
@@ -54,6 +54,11 @@ def of_module(norm: nn.Module, x: Tensor, live: Tensor) -> Tensor:
     if isinstance(norm, nn.RMSNorm):
         return rms_norm(x, norm.normalized_shape, norm.weight, norm.eps, live)
     return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, live)
+
+
+def _in_order(x: Tensor) -> Tensor:
+    """As torch's own layer norm takes a value and gives one: with the channels next to one another; a compiler sees to that itself."""
+    return x if torch.compiler.is_compiling() else x.contiguous()
 
 
 def _normalised(
@@ -109,7 +114,7 @@ class _Normalised(torch.autograd.Function):
         x, mask, weight, bias, rstd, mean = ctx.saved_tensors
         wanted, none = ctx.needs_input_grad[1:4], (None,) * 4
         alone = of_out is not None and of_rstd is None and of_mean is None
-        if alone and live_pieces.cuttable(of_out, x, mask, weight, bias, rstd, mean):
+        if alone and live_pieces.cuttable(x, of_out, mask, weight, bias, rstd, mean):
             found = live_pieces.gradients(of_out, x, mask, weight, bias, rstd, mean, ctx.k, ctx.eps, ctx.centred, wanted)
             return *found, *none
         dims, share = _reduced(x, mask, ctx.k)

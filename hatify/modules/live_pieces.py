@@ -25,14 +25,19 @@ LARGE = 3 * BLOCK
 
 
 def cuttable(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether these are large plain tensors on a processor, of one type, and nobody differentiates what becomes of them."""
+    """Whether ``x`` is large and lies in order, these are plain tensors on a processor, of one type, and nobody differentiates what
+    becomes of them."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
-    if x.numel() <= LARGE:
+    if x.numel() <= LARGE or not x.is_contiguous():
         return False
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    plain = all(t is None or type(t) in (Tensor, nn.Parameter) and t.dtype is x.dtype and not wrapped(t) for t in (x, *others))
-    return plain and not differentiated()
+    return all(t is None or _plain(t) and t.dtype is x.dtype for t in (x, *others)) and not differentiated()
+
+
+def _plain(x: Tensor) -> bool:
+    functorch = torch._C._functorch
+    wrapped = functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
+    return type(x) in (Tensor, nn.Parameter) and not wrapped
 
 
 @dataclass(frozen=True)
