@@ -1,7 +1,7 @@
 """Normalisations whose statistics see live channels only: a task's subnetwork is an ordinary smaller network.
 
 Without a mask they are torch's own functions, to the bit. With one, counts are sums of the mask (soft in training, the
-number of live channels for a binary mask), and never zero.
+number of live channels for a binary mask), and never zero. A mask of type bool is binary, and takes a pass less.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hatify.modules import live_pieces
+from hatify.modules.live_pieces import share_of
+
 
 def layer_norm(
     x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float, live: Tensor | None = None
@@ -20,8 +23,7 @@ def layer_norm(
     """Layer normalisation over the last ``len(shape)`` dimensions of a materialised ``x``; ``live`` broadcasts to ``x``."""
     if live is None:
         return F.layer_norm(x, shape, weight, bias, eps)
-    out = _normalised(x, live, list(range(-len(shape), 0)), eps, centred=True)
-    return _affine(out, weight, bias)
+    return _normalised(_in_order(x), live, list(range(-len(shape), 0)), eps, True, weight, bias)
 
 
 def rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, eps: float | None, live: Tensor | None = None) -> Tensor:
@@ -29,7 +31,7 @@ def rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, eps: float 
     if live is None:
         return F.rms_norm(x, shape, weight, eps)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    return _affine(_normalised(x, live, list(range(-len(shape), 0)), eps, centred=False), weight, None)
+    return _normalised(_in_order(x), live, list(range(-len(shape), 0)), eps, False, weight)
 
 
 def group_norm(
@@ -40,9 +42,9 @@ def group_norm(
         return F.group_norm(x, groups, weight, bias, eps)
     grouped = x.unflatten(1, (groups, -1))
     mask = live.expand(live.shape[0], x.shape[1], *live.shape[2:]).unflatten(1, (groups, -1))
-    out = _normalised(grouped, mask, list(range(2, grouped.dim())), eps, centred=True).flatten(1, 2)
-    channels = (-1, *[1] * (x.dim() - 2))
-    return _affine(out, None if weight is None else weight.view(channels), None if bias is None else bias.view(channels))
+    channels = (groups, -1, *[1] * (x.dim() - 2))
+    weight, bias = (None if v is None else v.view(channels) for v in (weight, bias))
+    return _normalised(grouped, mask, list(range(2, grouped.dim())), eps, True, weight, bias).flatten(1, 2)
 
 
 def of_module(norm: nn.Module, x: Tensor, live: Tensor) -> Tensor:
@@ -54,64 +56,103 @@ def of_module(norm: nn.Module, x: Tensor, live: Tensor) -> Tensor:
     return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, live)
 
 
-def _normalised(x: Tensor, live: Tensor, dims: list[int], eps: float, centred: bool) -> Tensor:
+def _in_order(x: Tensor) -> Tensor:
+    """As torch's own layer norm takes a value and gives one: with the channels next to one another; a compiler sees to that itself."""
+    return x if torch.compiler.is_compiling() else x.contiguous()
+
+
+def _normalised(
+    x: Tensor, live: Tensor, dims: list[int], eps: float, centred: bool, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Over ``dims``, which are the last; ``weight`` and ``bias`` broadcast to ``x``."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     mask = live.to(wide.dtype)
-    repeats = 1
-    for dim in dims:
-        repeats *= x.shape[dim] // mask.shape[dim]
-    return _Normalised.apply(wide, mask, tuple(dims), repeats, eps, centred)[0].to(x.dtype)
+    alike = all(v is None or v.dtype is x.dtype is wide.dtype for v in (weight, bias))
+    inside = (weight, bias) if alike else (None, None)
+    out = _Normalised.apply(wide, mask, *inside, len(dims), eps, centred, live.dtype is torch.bool)[0].to(x.dtype)
+    return out if alike else _affine(out, weight, bias)
 
 
 class _Normalised(torch.autograd.Function):
-    """``(x - mean) * rstd`` over the live positions of ``dims``; dead ones, zero in ``x``, stay zero.
+    """``(x - mean) * rstd * weight + bias`` over the live positions of the last ``k`` dimensions; dead ones are zero in ``x``, and
+    stay zero until the bias.
 
     With ``K`` the sum of the mask ``m``, ``mean = sum(x) / K``, ``c = x - mean`` where live, ``rstd = (sum(m c^2) / K + eps) ** -0.5``.
-    One activation is kept for the backward pass, as torch's own layer norm keeps one; composed of torch's operators it would be
-    four. ``rstd`` and ``mean`` are results too, so that the backward pass can be differentiated again.
+    One activation is kept for the backward pass, ``x`` itself, as torch's own layer norm keeps it; composed of torch's operators it
+    would be four. ``rstd`` and ``mean`` are results too, so that the backward pass can be differentiated again.
     """
 
     @staticmethod
-    def forward(x: Tensor, mask: Tensor, dims: tuple[int, ...], repeats: int, eps: float, centred: bool) -> tuple[Tensor, ...]:
-        count = _count(mask, dims, repeats)
-        mean = x.sum(dims, keepdim=True) / count if centred else torch.zeros_like(count)
-        # products of the mean with an exact 0 or 1: a mean that is not finite comes from a live position
-        out = torch.addcmul(x, mean, (mask > 0).to(x.dtype), value=-1) if centred else x.clone()
-        rstd = torch.rsqrt((out.square() * mask).sum(dims, keepdim=True) / count + eps)
-        return out.mul_(rstd), rstd, mean
+    def forward(
+        x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, eps: float, centred: bool, binary: bool
+    ) -> tuple[Tensor, ...]:
+        if live_pieces.cuttable(x, mask, weight, bias):
+            return live_pieces.normalised(x, mask, weight, bias, k, eps, centred, binary)
+        dims, share = _reduced(x, mask, k)
+        centre = x
+        if centred:
+            total = x.sum(dims, keepdim=True)
+            # products of the sum with an exact zero where dead: a sum that is not finite comes from a live position
+            centre = torch.addcmul(x, total, (mask > 0) * share, value=-1)
+        squares = centre.square()
+        if binary:
+            variance = torch.addcmul(x.new_full((), eps), squares.sum(dims, keepdim=True), share)
+        else:
+            variance = (squares * (mask * share)).sum(dims, keepdim=True) + eps
+        rstd = variance.rsqrt()
+        mean = total * share if centred else torch.zeros_like(rstd)
+        return _affine(centre * rstd, weight, bias), rstd, mean
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        _, mask, ctx.dims, ctx.repeats, ctx.eps, ctx.centred = inputs
-        ctx.save_for_backward(mask, *output)
+        *tensors, ctx.k, ctx.eps, ctx.centred, _ = inputs
+        ctx.save_for_backward(*tensors, *output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, of_out: Tensor | None, of_rstd: Tensor | None, of_mean: Tensor | None) -> tuple:
-        mask, out, rstd, mean = ctx.saved_tensors
-        dims, keep = ctx.dims, (mask > 0).to(out.dtype)
-        count = _count(mask, dims, ctx.repeats)
-        of_out = torch.zeros_like(out) if of_out is None else of_out
-        along = (of_out * out).sum(dims, keepdim=True)  # d loss / d rstd, times rstd
+        x, mask, weight, bias, rstd, mean = ctx.saved_tensors
+        wanted, none = ctx.needs_input_grad[1:4], (None,) * 4
+        alone = of_out is not None and of_rstd is None and of_mean is None
+        if alone and live_pieces.cuttable(x, of_out, mask, weight, bias, rstd, mean):
+            found = live_pieces.gradients(of_out, x, mask, weight, bias, rstd, mean, ctx.k, ctx.eps, ctx.centred, wanted)
+            return *found, *none
+        dims, share = _reduced(x, mask, ctx.k)
+        keep = (mask > 0).to(x.dtype)
+        of_out = torch.zeros_like(x) if of_out is None else of_out
+        out = (torch.addcmul(x, mean, keep, value=-1) if ctx.centred else x) * rstd
+        inner = of_out * (keep if weight is None else keep * weight)
+        along = (inner * out).sum(dims, keepdim=True)  # d loss / d rstd, times rstd
         along = along if of_rstd is None else along + of_rstd * rstd
-        of_x = rstd * torch.addcmul(of_out, out * mask, along / count, value=-1)
+        of_x = rstd * torch.addcmul(inner, out * mask, along * share, value=-1)
         pulled = torch.zeros_like(rstd)
         if ctx.centred:
-            pulled = (of_x * keep).sum(dims, keepdim=True)
+            pulled = of_x.sum(dims, keepdim=True)
             pulled = pulled if of_mean is None else pulled - of_mean
-            of_x = of_x - pulled / count
-        if not ctx.needs_input_grad[1]:
-            return of_x, None, None, None, None, None
-        variance = rstd**-2 - ctx.eps
-        of_count = (pulled * mean + along * rstd.square() * variance / 2) / count
-        of_mask = (along * out.square() / (-2 * count)).sum_to_size(mask.shape)
-        return of_x, of_mask + ctx.repeats * of_count.sum_to_size(count.shape), None, None, None, None
+            of_x = torch.addcmul(of_x, pulled, keep * share, value=-1)
+        of_mask = of_weight = of_bias = None
+        if wanted[0]:
+            of_count = ((pulled * mean + along * (1 - ctx.eps * rstd.square()) / 2) * share).sum_to_size(share.shape)
+            of_mask = (out.square() * (along * share / -2)).sum_to_size(mask.shape) + _repeats(x, mask, ctx.k) * of_count
+        if wanted[1]:
+            of_weight = (of_out * out).sum_to_size(weight.shape)
+        if wanted[2]:
+            of_bias = of_out.sum_to_size(bias.shape)
+        return of_x, of_mask, of_weight, of_bias, *none
 
 
-def _count(mask: Tensor, dims: tuple[int, ...], repeats: int) -> Tensor:
-    """The sum of the mask over what is reduced; never zero."""
-    count = mask.sum(dims, keepdim=True) * repeats
-    return torch.where(count > 0, count, torch.ones_like(count))
+def _reduced(x: Tensor, mask: Tensor, k: int) -> tuple[list[int], Tensor]:
+    """The last ``k`` dimensions, and one over the live positions along them."""
+    dims = list(range(-k, 0))
+    return dims, share_of(mask, dims, _repeats(x, mask, k))
+
+
+def _repeats(x: Tensor, mask: Tensor, k: int) -> int:
+    """How many positions along the last ``k`` dimensions of ``x`` have the same element of the mask."""
+    repeats = 1
+    for dim in range(-k, 0):
+        repeats *= x.shape[dim] // mask.shape[dim]
+    return repeats
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

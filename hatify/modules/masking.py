@@ -48,17 +48,18 @@ def bits_of(mask: Tensor, dtype: torch.dtype, soft: bool) -> Tensor:
 def kept(x: Tensor, bits: Tensor) -> Tensor:
     """``where(live, x, 0)`` as a bitwise AND: the same result for every number, NaN and infinity included, in a quarter of the
     time that ``where`` takes with a mask to broadcast."""
-    return _Kept.apply(x, bits) if _differentiated() else _and(x, bits)
+    return _Kept.apply(x, bits) if differentiated() else _and(x, bits)
 
 
 def scaled(x: Tensor, mask: Tensor, bits: Tensor) -> Tensor:
     """``where(live, x, 0) * mask``, with ``mask`` of the type of ``x``."""
     if x.dtype is torch.float16:  # where small factors vanish, and what is made from the result with them
         return kept(x, bits) * mask
-    return _Scaled.apply(x, mask, bits) if _differentiated() else _and(x, bits).mul_(mask)
+    return _Scaled.apply(x, mask, bits) if differentiated() else _and(x, bits).mul_(mask)
 
 
-def _differentiated() -> bool:
+def differentiated() -> bool:
+    """Whether somebody may differentiate what is computed now."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
@@ -141,7 +142,7 @@ def _in_pieces(mask: Tensor, *tensors: Tensor) -> bool:
     """Whether the tensors, of one shape, are large, lie in memory alike and can be cut, and nobody differentiates what becomes of them."""
     plain = all(t.device.type == "cpu" and t.is_contiguous() and t.dtype in (torch.float32, torch.float64) for t in tensors)
     large = plain and tensors[0].numel() > PIECE * torch.get_num_threads() and _alike(mask, tensors[0].dim()) > 0
-    return large and not _differentiated()
+    return large and not differentiated()
 
 
 def _gradients(gradient: Tensor, output: Tensor, mask: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,11 +241,19 @@ class Mask(Gated):
         return f"{how}: {self.words()}"
 
 
+def _binary(mask: Tensor) -> Tensor:
+    return mask > 0
+
+
 class LiveMask(Gated):
-    """The mask itself, for a normalisation that counts live channels; None without a task."""
+    """The mask itself, for a normalisation that counts live channels: bool if masks are binary; None without a task."""
 
     def forward(self, task: TaskContext | None) -> Tensor | None:
-        return None if task is None else task.mask(self.program).reshape(self.shape)
+        if task is None:
+            return None
+        if not task.hard:
+            return task.mask(self.program).reshape(self.shape)
+        return task.derived(self.program, self.shape, torch.bool, _binary)
 
     def extra_repr(self) -> str:
         return self.words()

@@ -1,4 +1,4 @@
-"""The two hand-written derivatives: applying a mask, and normalising over live positions."""
+"""The two hand-written derivatives: applying a mask, and normalising over live positions, whole and in pieces."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from hatify.modules import live_norms, masking
+from hatify.modules import live_norms, live_pieces, masking
 from hatify.modules.masking import apply_mask
 
 LAYOUTS = {  # shape of the tensor, shape of the mask, reduced dimensions
@@ -56,6 +56,84 @@ def test_normalising_can_be_differentiated_twice(layout: str) -> None:
     live = (torch.rand(mask_shape, dtype=torch.float64) + 0.2).requires_grad_()
     assert gradcheck(lambda x, live: live_norms._normalised(x, live, dims, 1e-2, True), (x, live))
     assert gradgradcheck(lambda x, live: live_norms._normalised(x, live, dims, 1e-2, True), (x, live))
+
+
+NORMS = {  # shape of the value, dimension of its channels, whether the mask differs from token to token, the norm
+    "layer": ((3, 5, 7, 12), -1, False, lambda x, w, b, live: live_norms.layer_norm(x, (12,), w, b, 1e-5, live)),
+    "layer over tokens": ((9, 4, 12), -1, False, lambda x, w, b, live: live_norms.layer_norm(x, (4, 12), w, b, 1e-5, live)),
+    "layer, masks by token": ((9, 4, 12), -1, True, lambda x, w, b, live: live_norms.layer_norm(x, (12,), w, b, 1e-5, live)),
+    "layer of one line": ((4, 12), -1, True, lambda x, w, b, live: live_norms.layer_norm(x, (12,), w, b, 1e-5, live)),
+    "layer without bias": ((15, 12), -1, False, lambda x, w, b, live: live_norms.layer_norm(x, (12,), w, None, 1e-5, live)),
+    "root mean square": ((3, 5, 12), -1, False, lambda x, w, b, live: live_norms.rms_norm(x, (12,), w, None, live)),
+    "group": ((7, 12, 3, 5), 1, False, lambda x, w, b, live: live_norms.group_norm(x, 3, w, b, 1e-5, live)),
+    "group without weights": ((7, 12, 5), 1, False, lambda x, w, b, live: live_norms.group_norm(x, 4, None, None, 1e-5, live)),
+}
+
+
+def of_norm(name: str, soft: bool, dtype: torch.dtype, strided: bool = False) -> tuple[Tensor, ...]:
+    """A norm's result and the gradients of all that has one, on values that do not change from call to call."""
+    shape, channels, by_token, norm = NORMS[name]
+    torch.manual_seed(0)
+    sizes = [1] * len(shape)
+    sizes[channels] = shape[channels]
+    if by_token:
+        sizes[-2] = shape[-2]
+    mask = torch.rand(sizes, dtype=torch.float64).where(torch.rand(sizes) > 0.3, 0.0).to(dtype)
+    wide = shape if name == "layer over tokens" else (1, shape[channels])
+    weight, bias = (torch.randn(wide[-2:] if len(wide) == 3 else wide[-1:], dtype=torch.float64).to(dtype) for _ in "wb")
+    x = torch.randn(shape, dtype=torch.float64).add(3).to(dtype) * (mask if soft else mask > 0)
+    along = torch.randn(shape, dtype=torch.float64).to(dtype)
+    x, along = ((t.mT.contiguous().mT if strided else t) for t in (x, along))
+    leaves = [t.requires_grad_() for t in (x, weight, bias, *([mask] if soft else []))]
+    out = norm(x, weight, bias, mask if soft else mask > 0)
+    return out.detach(), *(g for g in torch.autograd.grad(out, leaves, along, allow_unused=True) if g is not None)
+
+
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("soft", [True, False], ids=["soft", "binary"])
+@pytest.mark.parametrize("name", NORMS)
+def test_a_large_norm_in_pieces_is_the_same(name: str, soft: bool, strided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, exact = of_norm(name, soft, torch.float32, strided), of_norm(name, soft, torch.float64, strided)
+    cut = []
+    for function in ("normalised", "gradients"):
+        plain = getattr(live_pieces, function)
+        monkeypatch.setattr(live_pieces, function, lambda *given, plain=plain: cut.append(1) or plain(*given))
+    monkeypatch.setattr(live_pieces, "LARGE", 0)
+    monkeypatch.setattr(live_pieces, "BLOCK", 48)
+    by_threads = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        pieces = of_norm(name, soft, torch.float32, strided)
+        assert len(cut) == (0 if strided and NORMS[name][1] == 1 else 2 * threads), "cut, or not, where it should be"
+        if not (soft and name == "layer over tokens"):  # whose count is another sum
+            assert torch.equal(pieces[0], whole[0]), "the cut shows in the result"
+        for found, also, right in zip(pieces, whole, exact, strict=True):
+            torch.testing.assert_close(found, also, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found.double(), right, rtol=1e-4, atol=1e-4)
+        by_threads.append(pieces)
+    assert all(map(torch.equal, *by_threads)), "the number of threads shows in a gradient"
+
+
+def test_what_is_differentiated_again_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_pieces, "LARGE", 0)
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    live = (torch.rand(1, 6, dtype=torch.float64) + 0.2).requires_grad_()
+    weight = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    monkeypatch.setattr(live_pieces, "gradients", lambda *given: pytest.fail("cut"))
+    assert gradgradcheck(lambda *given: live_norms.layer_norm(given[0], (6,), given[2], None, 1e-2, given[1]), (x, live, weight))
+    out = live_norms.layer_norm(x, (6,), weight, None, 1e-2, live)
+    torch.autograd.grad(out, x, torch.randn(3, 4, 6, dtype=torch.float64), is_grads_batched=True)
+
+
+def test_dead_positions_have_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    for large in (10**9, 0):
+        monkeypatch.setattr(live_pieces, "LARGE", large)
+        _, of_x, *_ = of_norm("layer", True, torch.float32)
+        torch.manual_seed(0)
+        torch.rand(1, 1, 1, 12, dtype=torch.float64)
+        dead = torch.rand(1, 1, 1, 12).flatten() <= 0.3
+        assert dead.any() and (of_x[..., dead] == 0).all() and (of_x[..., ~dead] != 0).all()
 
 
 @pytest.mark.parametrize("shape", [(6,), (1, 1, 6), (5, 6), (1, 5, 1), (1, 1), (4, 1, 1)], ids=str)
