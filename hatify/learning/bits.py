@@ -39,6 +39,26 @@ def put_(data: Tensor, keep: Tensor, other: Tensor) -> Tensor:
     return data
 
 
+def same(data: Tensor, keep: Tensor, other: Tensor) -> bool:
+    """Whether ``data`` has the bits of ``other``, of the same type, where ``keep`` is 0. ``other`` must be +0 elsewhere."""
+    words = WORDS[data.element_size()]
+    for here, kept, there in _pieces(data.view(words), keep, other.view(words)):
+        held = kept.to(words, copy=True) if kept is keep else kept
+        if not torch.equal(held.bitwise_not_().bitwise_and_(here), there):
+            return False
+    return True
+
+
+def ordinary(data: Tensor) -> bool:
+    """Whether every element is finite and no arithmetic takes it for another: neither -0 nor so small that a processor may be set to
+    flush it to zero. Adding a zero of either sign to such a number gives its own bits."""
+    for part in data.view(-1).split(PIECE) if data.is_contiguous() else [data]:
+        odd = (part.abs() < torch.finfo(part.dtype).tiny) & (part.view(WORDS[part.element_size()]) != 0)
+        if bool((odd | ~part.isfinite()).any()):
+            return False
+    return True
+
+
 def _pieces(words: Tensor, keep: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors, of one shape, cut alike, and ``keep`` widened; whole where they are small or do not lie in memory alike."""
     size = PIECE // words.element_size() * torch.get_num_threads()

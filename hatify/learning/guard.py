@@ -3,7 +3,8 @@
 Three lines of defence, each of which another can lose:
 
 - gradients are zeroed at protected elements as they accumulate, so that clipping and norms see what will be applied;
-- after every step of any ``torch.optim`` optimizer that holds the network's parameters, protected values are put back (``steps.py``);
+- after every step of any ``torch.optim`` optimizer that holds the network's parameters, protected values are put back (``steps.py``),
+  unless the step is known to leave them as they are (``still.py``);
 - before a forward pass that trains or is a finished task's, before the state is read, copied or saved, and when a task is finished,
   they are put back again: a hand-written update of ``.data`` passes no hook and changes no version.
 """

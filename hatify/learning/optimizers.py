@@ -50,9 +50,13 @@ def forget_locked(optimizer: Optimizer, protection: Protection) -> None:
                 state.clear()  # cannot be told apart by elements: it starts anew
                 break
             entry = locked.get(id(parameter))
-            if entry is not None and isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
-                here = local(value)
-                here.zero_() if entry.held is None else here.masked_fill_(entry.held, 0)
+            if entry is not None and elementwise(value, parameter):
+                entry.clear_(value)
+
+
+def elementwise(value: Any, parameter: Tensor) -> bool:
+    """Whether an optimizer's ``value`` is one that it remembers of each of the parameter's elements."""
+    return isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0
 
 
 def _spans(value: Any, parameter: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,18 +32,23 @@ class Locked:
     free: Tensor | None
     kept: Tensor
     within: Tensor | None = None
-    version: int = -1
     task: int | None = None
     mask: bool = False
+    stamp: Stamp | None = field(default=None, init=False)
+    _ordinary: bool | None = field(default=None, init=False)
+    _masked: tuple[weakref.ref[Tensor], Stamp] | None = field(default=None, init=False)
 
     @classmethod
     def of(cls, name: str, tensor: Tensor, lock: Tensor | None, task: int | None = None, mask: bool = False) -> Locked:
         """Takes the present values as those to keep; ``lock`` (bool, the tensor's shape) says where, None everywhere."""
         data = local(tensor)
         if lock is None:
-            return cls(name, tensor, None, data.clone(), version=version(tensor), task=task, mask=mask)
-        free = bits.cleared(part_of(lock, tensor), like=data)
-        return cls(name, tensor, free, bits.clear_(data.clone(), ~free), version=version(tensor), task=task)
+            made = cls(name, tensor, None, data.clone(), task=task, mask=mask)
+        else:
+            free = bits.cleared(part_of(lock, tensor), like=data)
+            made = cls(name, tensor, free, bits.clear_(data.clone(), ~free), task=task)
+        made.seen()
+        return made
 
     @property
     def whole(self) -> bool:
@@ -69,12 +75,32 @@ class Locked:
             data.copy_(self.kept)
         else:
             bits.put_(data, self.free, self.kept)
-        self.version = version(self.tensor)
+        self.seen()
+
+    def seen(self) -> None:
+        """The protected values are in their places: writes are counted from here on."""
+        self.stamp = stamp(self.tensor)
+
+    def intact(self) -> bool:
+        """Whether the protected elements have the bits that they must have. Not for a tensor of a task in retraining."""
+        data = local(self.tensor)
+        if self.free is not None:
+            return bits.same(data, self.free, self.kept)
+        words = bits.WORDS[data.element_size()]
+        return torch.equal(data.view(words), self.kept.view(words))
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether the protected values are numbers to which zero can be added; looked up once."""
+        if self._ordinary is None:
+            self._ordinary = bits.ordinary(self.kept)
+        return self._ordinary
 
     def narrow(self, lock: Tensor) -> None:
         """Protects only the elements of ``lock`` (bool), which were protected before."""
         self.within = part_of(lock, self.tensor).to(self.tensor.device)
         self._moving = bits.cleared(self.within, like=local(self.tensor))
+        self._masked = None
 
     def follow(self, tensor: Tensor) -> None:
         """The network was moved or cast: the values go where its tensor is now."""
@@ -85,11 +111,12 @@ class Locked:
         if self.within is not None:
             self.within = self.within.to(data.device)
             self._moving = bits.cleared(self.within, like=data)
-        self.version = version(self.tensor)
+        self._ordinary = self._masked = None
+        self.seen()
 
     def return_to_old(self) -> None:
         """Puts back all values, those of a task in retraining too."""
-        self.within = None
+        self.within = self._masked = None
         self.restore()
 
     @property
@@ -99,8 +126,8 @@ class Locked:
 
     @property
     def written(self) -> bool:
-        """Whether torch counted a write to the tensor since its values were last put back."""
-        return version(self.tensor) != self.version
+        """Whether torch counted a write to the tensor since its values were last put back, or it was given other memory."""
+        return stamp(self.tensor) != self.stamp
 
     def values(self) -> Tensor:
         """The protected values alone: flat, or all of the tensor where all are protected."""
@@ -123,18 +150,31 @@ class Locked:
 
     def mask_gradient(self, gradient: Tensor) -> Tensor:
         """The gradient with zeros at protected elements, in place. Chosen, not multiplied: NaN times zero is NaN."""
-        free = self.free if self.within is None else self._moving
         if gradient.is_sparse:
+            free = self._free_now
             rows = gradient.coalesce()
             values, at = rows._values(), rows._indices()
             values = torch.zeros_like(values) if free is None else bits.clear_(values.clone(), free[tuple(at)])
             return torch.sparse_coo_tensor(at, values, gradient.shape, is_coalesced=True, check_invariants=False)
-        here = local(gradient)
+        self.clear_(gradient)
+        self._masked = weakref.ref(gradient), stamp(gradient)
+        return gradient
+
+    def masked(self, gradient: Tensor) -> bool:
+        """Whether torch counted no write to the gradient since :meth:`mask_gradient` gave it."""
+        return self._masked is not None and self._masked[0]() is gradient and self._masked[1] == stamp(gradient)
+
+    def clear_(self, values: Tensor) -> None:
+        """Zeroes what stands at elements that must not move now, in a tensor of the same shape."""
+        free, here = self._free_now, local(values)
         if free is None:
             here.zero_()
         else:
             bits.clear_(here, free)
-        return gradient
+
+    @property
+    def _free_now(self) -> Tensor | None:
+        return self.free if self.within is None else self._moving
 
 
 @dataclass(eq=False)
@@ -199,7 +239,7 @@ class Protection:
             tensor = tensors[name]
             entry = Locked.of(name, tensor, lock, owners.get(id(tensor)), id(tensor) in masks)
             entry.kept[... if lock is None else lock] = values.to(tensor.device, tensor.dtype)
-            entry.version = -1  # the tensor itself holds something else by now
+            entry.stamp = None  # the tensor itself holds something else by now
             (made.shared if name in shared else made.own).append(entry)
         return made
 
@@ -266,6 +306,16 @@ class Protection:
     def parameters(self) -> dict[int, Locked]:
         """Protected parameters by their id."""
         return {id(entry.tensor): entry for entry in self if isinstance(entry.tensor, nn.Parameter)}
+
+
+Stamp = tuple[int, int]
+"""The writes that torch has counted, and which memory they went to."""
+
+
+def stamp(tensor: Tensor) -> Stamp:
+    """Another one after every write that torch counts, and where ``.data`` is replaced. Not by the memory's address: asking for that would
+    part tensors that share memory until written."""
+    return version(tensor), 0 if sharded(tensor) else tensor.untyped_storage()._cdata
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -18,6 +18,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from hatify.errors import NonFiniteError
 from hatify.learning.network import network_of
 from hatify.learning.optimizers import Backup, all_below, largest, parameters_of, state_tensors
+from hatify.learning.protection import Locked
+from hatify.learning.reach import Reach
+from hatify.learning.still import Still
 
 if TYPE_CHECKING:
     from hatify.learning.guard import Guard
@@ -49,14 +52,21 @@ class Steps:
         self._backups: dict[int, Backup] = {}
         self._given: dict[int, list[nn.Parameter]] = {}
         self._weights: weakref.WeakKeyDictionary[Optimizer, float] = weakref.WeakKeyDictionary()
+        self._still, self._reach = Still(), Reach()
 
     # the network
 
     def network_changed(self) -> None:
         """Forgets which tensors the network has, and takes its present statistics for good."""
         self._owned = self._shared = None
-        self._weights.clear()
+        self._forget_weights()
+        self._still.forget()
         self.watch_statistics()
+
+    def _forget_weights(self) -> None:
+        """Weights were written by others than an optimizer."""
+        self._weights.clear()
+        self._reach.forget()
 
     def owns(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer holds parameters of the network."""
@@ -77,6 +87,11 @@ class Steps:
         held = {id(p) for p in parameters_of(optimizer)}
         shared = [p for _, p in self._shared_parameters() if id(p) in held]
         return list({id(p): p for p in (*shared, *self._given.pop(id(optimizer), ()), *given)}.values())
+
+    def _entries(self, optimizer: Optimizer) -> list[Locked]:
+        """What is protected of the shared parameters that the optimizer holds."""
+        held = {id(p) for p in parameters_of(optimizer)}
+        return [entry for entry in self.guard.protection.shared if id(entry.tensor) in held]
 
     def _shared_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The network's parameters that no task owns, by name."""
@@ -99,7 +114,7 @@ class Steps:
     def begin(self, on_nonfinite: str) -> None:
         """A session begins."""
         self.on_nonfinite, self._limit = on_nonfinite, math.inf
-        self._weights.clear()
+        self._forget_weights()
         self.watch_statistics()
 
     def computes_in(self, dtype: torch.dtype) -> None:
@@ -142,6 +157,7 @@ class Steps:
         """
         if self.guard.session is not None:
             self.guard.session.before_step()
+        steps, known = self._still.begin(optimizer), self._reach.begin(optimizer)
         whole, ids = self.guard.protection.whole, self._ids()
         given = []
         for parameter in [p for p in parameters_of(optimizer) if p.grad is not None and id(p) in ids]:
@@ -156,8 +172,13 @@ class Steps:
         gradients = [p.grad for p in given]
         size = largest(gradients)
         if closure is None and not (size < math.inf or all_below(gradients, math.inf)):
-            self._refuse(optimizer, self._names([p for p in given if not all_below([p.grad], math.inf)]))
-        elif closure is not None or self._risky(optimizer, size):
+            names = self._names([p for p in given if not all_below([p.grad], math.inf)])
+            self._refuse(optimizer, names, repaired=self._mended(optimizer))
+            return
+        if closure is None:
+            self._still.before(optimizer, steps, self._entries(optimizer))
+            self._reach.before(optimizer, known, size)
+        if closure is not None or self._risky(optimizer, size):
             # an optimizer whose step calls another's passes here twice: the first backup is the one to go back to
             self._backups.setdefault(id(optimizer), Backup(optimizer, self._own(optimizer), closure is not None))
 
@@ -168,24 +189,24 @@ class Steps:
             NonFiniteError: it did, and such steps are not to be skipped.
         """
         own = self._moved(optimizer)
-        ids = {id(p) for p in own}
-        for entry in self.guard.protection.shared:
-            if id(entry.tensor) in ids:
-                entry.restore()
+        entries = self._entries(optimizer)
+        self._still.after(optimizer, entries)
         self.guard.protection.restore_written()
         self.guard.stepped()
         backup = self._backups.pop(id(optimizer), None)
-        size = largest([p.detach() for p in own])
-        fits = size < self._least_limit(own) or self._representable(own)
+        limit = self._least_limit(own)
+        size = self._reach.after(optimizer, own, limit) if backup is None else None
+        size = largest([p.detach() for p in own]) if size is None else size
+        fits = size < limit or self._representable(own)
         if fits and (backup is None or all_below(state_tensors(optimizer), math.inf)):
             self._weights[optimizer] = size
+            self._reach.reached(optimizer, own, max(size, self._largest_mask()))
             self.keep_statistics()
         else:
+            self._forget_weights()
             names = self._names([p for p in own if not self._representable([p])]) or "the optimizer's state"
             if backup is None:
-                self._repair(own)
-                for parameter in own:
-                    optimizer.state.pop(parameter, None)
+                self._start_anew(optimizer, own)
             else:
                 backup.restore()
             self._refuse(optimizer, names, repaired=backup is None)
@@ -224,6 +245,27 @@ class Steps:
     def _repair(self, own: list[nn.Parameter]) -> None:
         for parameter in own:
             parameter.data.masked_fill_(~(parameter.data.abs() < self._limit_of(parameter.dtype)), 0.0)
+
+    def _start_anew(self, optimizer: Optimizer, own: list[nn.Parameter]) -> None:
+        """What is too large becomes zero, what is protected what it was, and the optimizer remembers nothing of it."""
+        self._repair(own)
+        for entry in self._entries(optimizer):
+            entry.restore()
+        for parameter in own:
+            optimizer.state.pop(parameter, None)
+
+    def _mended(self, optimizer: Optimizer) -> bool:
+        """Gradients that are not finite may come from weights that are not: written past torch's counting, and not looked at since. Whether
+        there were any."""
+        own = self._own(optimizer)
+        if self._representable(own):
+            return False
+        self._start_anew(optimizer, own)
+        return True
+
+    def _largest_mask(self) -> float:
+        """What the session clamps mask embeddings to, after a step."""
+        return max((m.config.max_embedding for m in network_of(self.guard.module).maskers.values()), default=0.0)
 
     def _risky(self, optimizer: Optimizer, gradient: float) -> bool:
         """Whether a step of usual optimizers could leave the numbers of the smallest type in use, in weights or in averages of

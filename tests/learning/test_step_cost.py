@@ -14,30 +14,33 @@ from hatify.learning.protection import Locked
 NAME = "text_cnn"
 
 
-def looked_at(more: int, finished: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tensors the norms of one step of the last task see, and how many are put back, with ``more`` tasks."""
+def looked_at(more: int, finished: int, decay: float, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tensors the norms of one step of the last task see, and how many are put back or compared, with ``more`` tasks."""
     hat = network(NAME)
     hat.add_tasks(more)
     for task in range(finished):
         with hat.learning(task=task, schedule="constant"):
             pass
-    optimizer = SGD(hat.parameters(), lr=0.01, momentum=0.9)
+    optimizer = SGD(hat.parameters(), lr=0.01, momentum=0.9, weight_decay=decay)
     found: list[int] = []
     with hat.learning(task=hat.config.num_tasks - 1, optimizer=optimizer, steps_per_epoch=9) as run:
         step(hat, run, optimizer, inputs(NAME, 4))  # the first one of a session looks at everything once
         monkeypatch.setattr(steps, "largest", lambda given, plain=steps.largest: found.append(len(given)) or plain(given))
         restored: list[str] = []
-        monkeypatch.setattr(Locked, "restore", lambda entry, plain=Locked.restore: restored.append(entry.name) or plain(entry))
+        for how in ("restore", "intact"):
+            plain = getattr(Locked, how)
+            monkeypatch.setattr(Locked, how, lambda entry, plain=plain: restored.append(entry.name) or plain(entry))
         step(hat, run, optimizer, inputs(NAME, 4))
         monkeypatch.undo()
     return [*found, len(restored)]
 
 
-def test_a_step_looks_at_as_much_however_many_tasks_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = looked_at(1, 2, monkeypatch)
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_a_step_looks_at_as_much_however_many_tasks_there_are(decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = looked_at(1, 2, decay, monkeypatch)
     assert few[0] > 0 and few[-1] > 0
-    assert looked_at(20, 2, monkeypatch) == few
-    assert looked_at(20, 12, monkeypatch) == few
+    assert looked_at(20, 2, decay, monkeypatch) == few
+    assert looked_at(20, 12, decay, monkeypatch) == few
 
 
 class Moves(Optimizer):
