@@ -215,6 +215,28 @@ def test_a_byte_of_a_large_file_is_refused_by_its_piece(tmp_path, of_format_3):
             read_tensors(tmp_path / "y.safetensors", expected, entry)
 
 
+def test_where_the_system_knows_less_the_same_is_written_and_read(tmp_path, monkeypatch):
+    state = {"a": torch.randn(PIECE // 4), "b": torch.randn(PIECE // 4), "c": torch.randn(()), "d": torch.randn(5)}
+    wanted = tensors.write_tensors(tmp_path / "x.safetensors", state)
+    monkeypatch.setattr("hatify.artifact.atomic._SYNC_FILE_RANGE", None)
+    assert tensors.write_tensors(tmp_path / "y.safetensors", state) == wanted
+    monkeypatch.setattr(reading, "_READERS", 1)
+    monkeypatch.delattr(os, "preadv", raising=False)
+    assert all(torch.equal(v, state[k]) for k, v in read_tensors(tmp_path / "y.safetensors", None, wanted).items())
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    entry = tensors.write_tensors(path, {"a": torch.randn(PIECE), "b": torch.randn(PIECE)})
+    with reading.TensorFile(path, None, entry) as file:
+        found = file.found()
+        assert next(found)[0] == "a"
+        with path.open("r+b") as other:
+            other.truncate(PIECE)
+        with pytest.raises(ArtifactError, match="ends too early"):
+            next(found)
+
+
 def test_a_model_without_values_is_not_stored(tied, tmp_path):
     path = hatify.save(tied, tmp_path / "saved")
     meta = hatify.load(path, device="meta")

@@ -329,6 +329,23 @@ def test_memory_is_not_taken_for_what_is_not_there(saved):
     assert "gates.safetensors: ids" in refused(saved).where
 
 
+@pytest.mark.parametrize("part", ["weight", "state"])
+def test_a_name_that_two_tensors_would_have_is_refused(saved, part):
+    tree = json.loads((saved / "model.json").read_text())
+    entries = tree["modules"]
+    if part == "weight":  # a buffer like a parameter
+        number = next(n for n, entry in enumerate(entries) if entry["path"] == "conv")
+        entries[number]["buffers"] = {"weight": {"dtype": "F32", "shape": [4, 3, 3, 3]}}
+        where = f"modules[{number}].buffers.weight"
+    else:  # a buffer like the marks of finished tasks
+        number = next(n for n, entry in enumerate(entries) if entry["kind"] == "masker")
+        entries[number]["buffers"] = {"_extra_state": entries[number]["state"]}
+        where = f"modules[{number}].state"
+    (saved / "model.json").write_text(json.dumps(tree))
+    reseal(saved)
+    assert refused(saved).where == f"{saved / 'model.json'}: {where}"
+
+
 def test_the_code_of_the_directory_is_never_run(saved):
     (saved / "graph.py").write_text("raise SystemExit")
     reseal(saved)

@@ -263,7 +263,7 @@ def load(
         try:
             # where and how files are read is not for the caller's region to say; a device mode where none is needed costs time
             with torch.inference_mode(False), nullcontext() if default.type == "cpu" else torch.device("cpu"):
-                return _load(directory, factory, layers, where, dtype)
+                return _load(directory, seen, factory, layers, where, dtype)
         except ArtifactError:
             if seen == _identity(directory) or attempt == _ATTEMPTS - 1:
                 raise  # else another process saved there in the meantime: once more, from the new one
@@ -284,6 +284,7 @@ def _identity(directory: Path) -> tuple[int, ...] | None:
 
 def _load(
     directory: Path,
+    seen: tuple[int, ...] | None,
     factory: Callable[[], nn.Module] | None,
     layers: list[type],
     device: torch.device | None,
@@ -295,16 +296,22 @@ def _load(
 
         hat = load_first(directory, config, factory)
         return hat if device is None and dtype is None else hat.to(device=device, dtype=dtype)
-    return _Reader(directory, config, known_classes(layers), device, dtype).model(factory)
+    return _Reader(directory, seen, config, known_classes(layers), device, dtype).model(factory)
 
 
 class _Reader:
     """Reads one directory: small files first, everything checked, tensors last."""
 
     def __init__(
-        self, directory: Path, config: Fields, known: list[type], device: torch.device | None, dtype: torch.dtype | None
+        self,
+        directory: Path,
+        seen: tuple[int, ...] | None,
+        config: Fields,
+        known: list[type],
+        device: torch.device | None,
+        dtype: torch.dtype | None,
     ) -> None:
-        self.directory, self.config, self.known, self.device, self.dtype = directory, config, known, device, dtype
+        self.directory, self.seen, self.config, self.known, self.device, self.dtype = directory, seen, config, known, device, dtype
 
     def model(self, factory: Callable[[], nn.Module] | None) -> HATModel:
         config = self.config
@@ -347,11 +354,17 @@ class _Reader:
         return hat
 
     def _changed_card(self) -> ArtifactError | None:
-        """What is wrong with the model card. It is there for people, who edit it, on the Hub's pages too: all the rest is strict."""
+        """What is wrong with the model card. It is there for people, who edit it, on the Hub's pages too: all the rest is strict.
+
+        Raises:
+            ArtifactError: it is that of another directory, which was saved there in the meantime.
+        """
         self._entry(CARD)
         try:
             self._sized(CARD), self._bytes(CARD)
         except ArtifactError as error:
+            if self.seen != _identity(self.directory):
+                raise
             return error
         return None
 
