@@ -51,7 +51,7 @@ class Digests:
     ) -> None:
         self._word, self._read, self._ahead = word, read, ahead
         self._running = hashlib.sha256() if word == WHOLE else None
-        self._workers = 1 if word == WHOLE else workers or max(2, min(8, _processors()))
+        self._workers = 1 if word == WHOLE else workers or 1 + min(8, _processors())  # one of them often waits for the interpreter
         self._pool: ThreadPoolExecutor | None = None
         self._jobs: deque[Future[tuple[str, int]]] = deque()
         self._found: list[str] = []
@@ -87,12 +87,11 @@ class Digests:
             self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="hatify-digest")
         while self.full:
             self.wait()
-        word = WHOLE if self.bytes <= PIECE else self._word or NEW
-        self._jobs.append(self._pool.submit(self._piece, word, *self._next()))
+        self._jobs.append(self._pool.submit(self._piece, *self._next()))
 
-    def _next(self) -> tuple[list[memoryview], int, int]:
-        """A piece: its parts, where it begins, how many of its bytes are there."""
-        made = self._parts, self._start, self._here
+    def _next(self) -> tuple[str, list[memoryview], int, int]:
+        """A piece: its digest, its parts, where it begins, how many of its bytes are there."""
+        made = WHOLE if self.bytes <= PIECE else self._word or NEW, self._parts, self._start, self._here
         self._parts, self._start, self._room, self._here = [], self._start + PIECE, PIECE, 0
         return made
 
@@ -102,8 +101,8 @@ class Digests:
         return self._ahead is not None and len(self._jobs) >= self._ahead + self._workers
 
     def wait(self) -> None:
-        """Until the next piece is done."""
-        digest, size = self._jobs.popleft().result()
+        """Until the next piece is done; one that no thread has is done here."""
+        digest, size = self._jobs.popleft().result() if self._jobs else self._piece(*self._next())
         self._found.append(digest)
         self.done += size
 
@@ -118,19 +117,16 @@ class Digests:
         return made.hexdigest(), sum(map(len, parts))
 
     def end(self) -> None:
-        """No more memory: what is left is a piece, too."""
-        if self._parts or not (self._jobs or self._found):
+        """No more memory: a thread takes what is left."""
+        if self._parts:
             self._submit()
 
     def entry(self) -> dict[str, Any]:
         """``bytes``, and the digests under their word, after the last byte."""
-        if self._jobs or self._found:
+        if self._jobs:
             self.end()
-            while self._jobs:
-                self.wait()
-        else:
-            digest, size = self._piece(WHOLE, *self._next())
-            self._found, self.done = [digest], self.done + size
+        while self._jobs or self._parts or not self._found:
+            self.wait()
         if self._running is not None or len(self._found) == 1:
             return {WHOLE: self._found[-1], "bytes": self.bytes}
         return {self._word or NEW: self._found, "bytes": self.bytes}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,7 +15,7 @@ from ..errors import ArtifactError
 from .atomic import start_flush
 from .digests import PIECE, Digests
 
-__all__ = ["DTYPES", "dtype_name", "memory_of", "write_tensors"]
+__all__ = ["DTYPES", "Entry", "Expected", "dtype_name", "layout", "memory_of", "write_tensors"]
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
@@ -23,12 +24,32 @@ DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+Expected = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Type and shape of tensors, by key."""
+Entry = tuple[str, torch.dtype, tuple[int, ...], int]
+"""Key, type, shape and bytes of a tensor in a file."""
+
 def dtype_name(dtype: torch.dtype) -> str | None:
     """What the format calls a dtype, or None where it has no name for it."""
     return _NAMES.get(dtype)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
+def layout(expected: Expected) -> tuple[bytes, list[Entry]]:
+    """The header of a file that holds these tensors, and what is in it, in order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: list[Entry] = []
+    start = 0
+    for key in sorted(expected, key=lambda key: (-expected[key][0].itemsize, key)):  # as the library: aligned to their own size
+        dtype, shape = expected[key]
+        size = math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, start + size]}
+        entries.append((key, dtype, shape, size))
+        start += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8), entries
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Writes tensors of any strides and device, one at a time; readable by every safetensors library.
 
     Returns:
@@ -38,11 +59,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         ArtifactError: a tensor on the meta device.
         OSError: the file cannot be written.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    ordered = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # as the library: aligned to their own size
-    start = 0
-    for key in ordered:
-        tensor = tensors[key]
+    for key, tensor in tensors.items():
         if tensor.device.type == "meta":
             raise ArtifactError(
                 "a tensor has no values",
@@ -50,15 +67,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
                 why="it is on the meta device",
                 fix="load the model on a device that holds values",
             )
-        end = start + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text, entries = layout({key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()})
     with path.open("wb", buffering=0) as file, Digests() as digests:
         _write(file, memoryview(len(text).to_bytes(8, "little") + text), digests)
         begun = 0
-        for key in ordered:
+        for key, *_ in entries:
             _write(file, _bytes(tensors[key].detach().contiguous().cpu()), digests)
             if digests.bytes - begun >= PIECE:
                 start_flush(file.fileno(), begun, digests.bytes - begun)
@@ -75,7 +88,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memory_of(tensor)
 
 
-_OF_NUMPY = {torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+_OF_NUMPY = {DTYPES[name] for name in ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U8", "BOOL")}
 
 
 def memory_of(tensor: Tensor) -> memoryview:
