@@ -292,24 +292,16 @@ def test_a_full_disk_leaves_the_old_directory(small, tmp_path, monkeypatch):
     target = hatify.save(small, tmp_path / "saved")
     before = {p.name: p.read_bytes() for p in target.iterdir()}
 
-    class Full:
-        def __init__(self, file):
-            self.file, self.left = file, 100
+    left, writev = [100], os.writev
 
-        def write(self, data):
-            if self.left <= 0:
-                raise OSError(28, "No space left on device")
-            count = self.file.write(data[: self.left])
-            self.left -= count
-            return count
+    def until_full(handle, parts):
+        if left[0] <= 0:
+            raise OSError(28, "No space left on device")
+        count = writev(handle, [parts[0][: left[0]]])
+        left[0] -= count
+        return count
 
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-    from hatify.artifact import tensors
-
-    original = tensors._write
-    monkeypatch.setattr(tensors, "_write", lambda file, data, digest: original(Full(file), data, digest))
+    monkeypatch.setattr(os, "writev", until_full)
     with pytest.raises(ArtifactError, match="No space left"):
         hatify.save(small, target, overwrite=True)
     assert {p.name: p.read_bytes() for p in target.iterdir()} == before and os.listdir(tmp_path) == ["saved"]

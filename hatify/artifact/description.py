@@ -42,7 +42,6 @@ class Description:
     Attributes:
         data: what goes into ``model.json``.
         tensors: parameters, buffers, marks of finished tasks.
-        gates: the tensors of the mask algebra.
     """
 
     def __init__(self, hat: HATModel) -> None:
@@ -80,10 +79,16 @@ class Description:
             "report": None if hat.report is None else hat.report.to_dict(),
             "verification": None if hat.verification is None else asdict(hat.verification),
         }
-        self.gates = ids.tensors(facts.analysis.table, maskers)
         self.data["selections"] = list(facts.selections)
+        self._table = lambda: facts.analysis.table.stored(maskers)
+        self._ids = ids.tensors()
         for number, value in enumerate(facts.selections.values()):
-            self.gates[f"selections.{number}"] = value
+            self._ids[f"selections.{number}"] = value
+
+    def gates(self) -> dict[str, Tensor]:
+        """The tensors of the mask algebra. The table is made when it is asked for: a hundred thousand expressions take their time, which a
+        thread can spend that has nothing else to do (and is to use none of torch's own threads, which would get in the way)."""
+        return {TABLE: self._table(), **self._ids}
 
 
 def describe_model(hat: HATModel) -> Description:

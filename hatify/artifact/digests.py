@@ -20,7 +20,7 @@ from blake3 import blake3
 from ..errors import ArtifactError
 from .fields import Fields
 
-__all__ = ["Digests", "check_digests", "check_entry", "entry_of", "word_of"]
+__all__ = ["Digests", "after", "check_digests", "check_entry", "entry_of", "word_of"]
 
 PIECE = 1 << 24
 """Bytes of a piece; the last one may be shorter."""
@@ -108,7 +108,7 @@ class Digests:
 
     def _piece(self, word: str, parts: list[memoryview], start: int, here: int) -> tuple[str, int]:
         if self._read is not None:
-            self._read(_after(parts, here), start + here)
+            self._read(after(parts, here), start + here)
         made = self._running
         if made is None:
             made = blake3() if word == NEW else hashlib.sha256()
@@ -136,13 +136,16 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _after(parts: list[memoryview], count: int) -> list[memoryview]:
-    """The parts without their first ``count`` bytes."""
-    left = []
-    for part in parts:
-        left.append(part[count:])
-        count = max(0, count - len(part))
-    return [part for part in left if len(part)]
+def after(parts: list[memoryview], count: int) -> list[memoryview]:
+    """The parts without their first ``count`` bytes; none of them is empty."""
+    number = 0
+    while number < len(parts) and count >= len(parts[number]):
+        count -= len(parts[number])
+        number += 1
+    left = parts[number:]
+    if count:
+        left[0] = left[0][count:]
+    return left
 
 
 def _joined(parts: Iterable[memoryview]) -> Iterable[memoryview | bytes]:

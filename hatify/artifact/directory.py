@@ -130,8 +130,8 @@ def write_model(directory: Path, hat: HATModel, described: Any, dtype: torch.dty
         data, tensors = _cast(data, tensors, dtype)
     shards = _shards(tensors, max_shard_size)
     inputs = {name: cast(name, t, dtype) for name, t in ((f"input_{i}", t) for i, t in enumerate(hat._facts.inputs))}
-    with ThreadPoolExecutor(1, thread_name_prefix="hatify-texts") as beside:
-        texts = beside.submit(_write_texts, directory, hat, data, inputs, dtype)
+    with ThreadPoolExecutor(1, thread_name_prefix="hatify-save") as beside:
+        others = beside.submit(_write_others, directory, hat, described, data, inputs, dtype)
         for name, held in shards.items():
             files[name] = write_tensors(directory / name, held)
         weights = [*files]
@@ -140,9 +140,7 @@ def write_model(directory: Path, hat: HATModel, described: Any, dtype: torch.dty
             for name, held in shards.items():
                 index["weight_map"].update(dict.fromkeys(held, name))
             files[INDEX] = _write(directory / INDEX, dump(index))
-        files[GATES] = write_tensors(directory / GATES, described.gates)
-        files[INPUTS] = write_tensors(directory / INPUTS, inputs)
-        files.update(texts.result())
+        files.update(others.result())
     config = {
         "format": FORMAT,
         "format_version": VERSION,
@@ -160,12 +158,14 @@ def write_model(directory: Path, hat: HATModel, described: Any, dtype: torch.dty
     _write(directory / CONFIG, dump(seal(parse(dump(config).encode(), CONFIG))))
 
 
-def _write_texts(
-    directory: Path, hat: HATModel, data: dict[str, Any], inputs: Mapping[str, Tensor], dtype: torch.dtype | None
+def _write_others(
+    directory: Path, hat: HATModel, described: Any, data: dict[str, Any], inputs: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """What is put into words while the weights are written."""
+    """The files that are made while the weights are written."""
     header = "# The model as generated code, to be read. hatify never runs this file.\n\n"
     return {
+        GATES: write_tensors(directory / GATES, described.gates()),
+        INPUTS: write_tensors(directory / INPUTS, inputs),
         MODEL: _write(directory / MODEL, dump(data)),
         GRAPH: _write(directory / GRAPH, header + hat.code.strip() + "\n"),
         CARD: _write(directory / CARD, card(hat, [*inputs.values()], dtype)),

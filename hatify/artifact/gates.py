@@ -46,11 +46,11 @@ class Ids:
             self._kept.append(positions)
         return self._positions[id(positions)]
 
-    def tensors(self, table: GateTable, maskers: list[str]) -> dict[str, Tensor]:
-        """What goes into the file."""
+    def tensors(self) -> dict[str, Tensor]:
+        """What goes into the file beside the table."""
         ids = torch.cat(self._parts) if self._parts else torch.zeros(0, dtype=torch.int32)
         positions = {f"{POSITIONS}.{n}": p.to(torch.int64) for n, p in enumerate(self._kept)}
-        return {TABLE: table.stored(maskers), IDS: ids, **positions}
+        return {IDS: ids, **positions}
 
 
 class StoredIds:

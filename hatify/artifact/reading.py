@@ -14,17 +14,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
-from .digests import Digests, check_digests, word_of
+from .digests import Digests, after, check_digests, word_of
 from .fields import Fields, check_file, parse
-from .tensors import DTYPES, Entry, Expected, dtype_name, layout, memory_of
+from .tensors import DTYPES, MOST, Entry, Expected, dtype_name, layout, memory_of
 
 __all__ = ["TensorFile", "Weights", "read_tensors"]
 
 HEADER = 100_000_000
 """Bytes of a header that are read, as in the safetensors library."""
-
-MOST = 512
-"""Pieces of memory that one call of the system fills."""
 
 OPEN = 4
 """Files that are read at a time."""
@@ -152,8 +149,8 @@ class Weights:
         for number, file in enumerate(self.files):
             with file:
                 yield from file.found()
-            for after in self.files[number + 1 : number + 1 + OPEN]:
-                after.begin()
+            for later in self.files[number + 1 : number + 1 + OPEN]:
+                later.begin()
 
 
 def _header(file: BinaryIO, path: Path, size: int, expected: Expected | None, hashed: Digests) -> Iterator[Entry]:
@@ -222,13 +219,7 @@ def _read(file: BinaryIO, path: Path, parts: list[memoryview], start: int) -> No
         if not count:
             raise _wrong(path, "data", "the file ends too early")
         start += count
-        filled = 0
-        while filled < len(parts) and count >= len(parts[filled]):
-            count -= len(parts[filled])
-            filled += 1
-        parts = parts[filled:]
-        if count:
-            parts[0] = parts[0][count:]
+        parts = after(parts, count)
 
 
 def _wrong(path: Path, key: str, why: str) -> ArtifactError:

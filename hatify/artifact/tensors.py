@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError
 from .atomic import start_flush
-from .digests import PIECE, Digests
+from .digests import PIECE, Digests, after
 
 __all__ = ["DTYPES", "Entry", "Expected", "dtype_name", "layout", "memory_of", "write_tensors"]
 
@@ -28,6 +29,10 @@ Expected = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Type and shape of tensors, by key."""
 Entry = tuple[str, torch.dtype, tuple[int, ...], int]
 """Key, type, shape and bytes of a tensor in a file."""
+
+MOST = 512
+"""Parts of memory that one call of the system reads or writes."""
+
 
 def dtype_name(dtype: torch.dtype) -> str | None:
     """What the format calls a dtype, or None where it has no name for it."""
@@ -69,20 +74,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             )
     text, entries = layout({key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()})
     with path.open("wb", buffering=0) as file, Digests() as digests:
-        _write(file, memoryview(len(text).to_bytes(8, "little") + text), digests)
-        begun = 0
-        for key, *_ in entries:
-            _write(file, _bytes(tensors[key].detach().contiguous().cpu()), digests)
-            if digests.bytes - begun >= PIECE:
-                start_flush(file.fileno(), begun, digests.bytes - begun)
-                begun = digests.bytes
+        parts, written = [memoryview(len(text).to_bytes(8, "little") + text)], 0
+        digests.add(parts[0])
+        for key, _, _, size in entries:
+            if size:
+                parts.append(_bytes(tensors[key].detach().contiguous().cpu()))
+                digests.add(parts[-1])
+            if digests.bytes - written >= PIECE or len(parts) == MOST:
+                written = _write(file, parts, written)
+                parts = []
+        _write(file, parts, written)
         return digests.entry()
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor; a tensor that shares memory until written keeps doing so."""
-    if tensor.numel() == 0:
-        return memoryview(b"")
+    """The memory of a contiguous CPU tensor that has any; a tensor that shares memory until written keeps doing so."""
     if torch._C._is_cow_tensor(tensor):
         tensor = tensor.clone()  # asking for the address of shared memory would part it for good
     return memory_of(tensor)
@@ -98,7 +104,12 @@ def memory_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def _write(file: BinaryIO, data: memoryview, digests: Digests) -> None:
-    digests.add(data)
-    while len(data):
-        data = data[file.write(data) :]
+def _write(file: BinaryIO, parts: list[memoryview], start: int) -> int:
+    """Writes what comes next in the file, at ``start``; where it ends. In few calls: after each one, another thread may hold Python."""
+    end = start
+    while parts:
+        count = os.writev(file.fileno(), parts) if hasattr(os, "writev") else file.write(parts[0])
+        end += count
+        parts = after(parts, count)
+    start_flush(file.fileno(), start, end - start)
+    return end
