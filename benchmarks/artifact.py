@@ -8,6 +8,7 @@ Seconds are medians; peaks are what the process's memory grows by, measured in a
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import hashlib
 import json
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 
@@ -69,6 +71,7 @@ def times(hat, work: Path, rounds: int) -> None:
         "load plain (maps the file)": lambda: load_file(path),
         "load plain, each page read": lambda: [touch(v) for v in load_file(path).values()],
         "one sha256 of the file": lambda: hashlib.sha256(memoryview(mapped(path))).hexdigest(),
+        "one BLAKE3 of the file": lambda: blake3(memoryview(mapped(path))).hexdigest(),
         "load plain, own memory": lambda: {k: v.clone() for k, v in load_file(path).items()},
         "load hatify": lambda: hatify.load(work / "timed"),
     }
@@ -79,10 +82,19 @@ def times(hat, work: Path, rounds: int) -> None:
             held = way()
             seconds[name].append(time.perf_counter() - start)
             del held
-            gc.collect()  # or the next way pays for fresh memory
+            gc.collect()
+            trim()
     print(f"{sum(v.nbytes for v in state.values()) / 2**20:.0f} MiB of tensors; median seconds of {rounds}, fastest")
     for name, found in seconds.items():
         print(f"{name:28} {statistics.median(found):.2f} {min(found):.2f}")
+
+
+def trim() -> None:
+    """Gives freed memory back to the system, so that every way takes fresh memory, as a process does that loads one model; else it finds
+    what the way before left, or not, by chance."""
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if give_back is not None:
+        give_back(ctypes.c_size_t(0))
 
 
 def touch(tensor: torch.Tensor) -> None:

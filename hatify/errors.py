@@ -99,7 +99,7 @@ class TaskError(HatifyError):
 
 
 class ArtifactWarning(UserWarning):
-    """Something that a model does is not in its directory."""
+    """Something that a model does is not in its directory, or something is that was not written."""
 
 
 def without_place(text: str) -> str:

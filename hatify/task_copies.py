@@ -40,9 +40,7 @@ class TaskCopies:
         found = []
         for module in self.modules():
             if isinstance(module, TaskIndexed):
-                inside = {id(t) for m in module.tasks for t in (*m.parameters(), *m.buffers())}
-                shared = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in inside]
-                found.append((shared, lambda t, m=module: [*m.tasks[t].parameters(), *m.tasks[t].buffers()]))
+                found.append((_shared(module), lambda t, m=module: [*m.tasks[t].parameters(), *m.tasks[t].buffers()]))
         for name in (*self._facts.indexed, *self._facts.indexed_buffers):
             copies = self.indexed(name)
             found.append(([_attribute(self, name)], lambda t, copies=copies: [copies.of(t)]))
@@ -51,6 +49,14 @@ class TaskCopies:
     def original_state(self) -> dict[str, Tensor]:
         """Parameters and buffers without a task, by the original's names (buffers that are not saved included)."""
         return {n: _attribute(self, n) for n in self._facts.original_names}
+
+
+def _shared(module: TaskIndexed) -> list[Tensor]:
+    """The parameters and buffers that a layer has besides its task copies; these are not looked at, there may be many."""
+    parts = [child for name, child in module.named_children() if name != "tasks"]
+    parameters = [p for p in module._parameters.values() if p is not None] + [p for part in parts for p in part.parameters()]
+    buffers = [b for b in module._buffers.values() if b is not None] + [b for part in parts for b in part.buffers()]
+    return [*{id(t): t for t in (*parameters, *buffers)}.values()]
 
 
 def _attribute(module: nn.Module, name: str) -> Tensor:

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hatify
-from hatify.artifact import tensors
-from hatify.artifact.config import VERSION
+from hatify.artifact import reading, tensors
+from hatify.artifact.config import VERSION, seal
 from hatify.artifact.digests import PIECE, Digests, entry_of
+from hatify.artifact.reading import read_tensors
 from hatify.artifact.tree import TreeReader
 from hatify.errors import ArtifactError
 from hatify.sources import Source
@@ -162,49 +164,78 @@ def test_files_are_those_of_the_safetensors_library(tmp_path):
     entry = tensors.write_tensors(tmp_path / "x.safetensors", state)
     assert torch._C._is_cow_tensor(state["lazy"])  # writing it does not take memory for good
     theirs = load_file(tmp_path / "x.safetensors")
-    mine = {}
     expected = {k: (v.dtype, tuple(v.shape)) for k, v in state.items()}
-    tensors.read_tensors(tmp_path / "x.safetensors", expected, entry, mine.__setitem__)
+    mine = read_tensors(tmp_path / "x.safetensors", expected, entry)
     for key, value in state.items():
         for other in (theirs[key], mine[key]):
             assert other.dtype == value.dtype and other.shape == value.shape
             assert torch.equal(other.nan_to_num(7), value.nan_to_num(7)), key
     save_file({"x": torch.arange(3)}, tmp_path / "y.safetensors")
     entry = entry_of((tmp_path / "y.safetensors").read_bytes())
-    tensors.read_tensors(tmp_path / "y.safetensors", {"x": (torch.int64, (3,))}, entry, mine.__setitem__)
-    assert mine["x"].tolist() == [0, 1, 2]
+    assert read_tensors(tmp_path / "y.safetensors", {"x": (torch.int64, (3,))}, entry)["x"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("size", [0, 1, PIECE, PIECE + 1, 3 * PIECE + 70000])
 def test_a_large_file_has_a_digest_per_piece_and_a_small_one_the_usual(size):
     data = torch.randint(256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy().tobytes()
-    pieces = [hashlib.sha256(data[i : i + PIECE]).hexdigest() for i in range(0, size, PIECE)]
+    pieces = {
+        word: {word: [digest(data[i : i + PIECE]).hexdigest() for i in range(0, size, PIECE)], "bytes": size}
+        for word, digest in (("pieces", hashlib.sha256), ("blake3", blake3))
+    }
     whole = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": size}
-    wanted = whole if size <= PIECE else {"pieces": pieces, "bytes": size}
-    assert entry_of(data) == wanted and entry_of(data, whole=True) == whole
-    with Digests() as digests:  # however it comes: three bytes, the small, the large
-        view, start, steps = memoryview(data), 0, (3, 5000, PIECE // 3, 1 << 20)
-        while start < size:
-            step = steps[start % len(steps)]
-            digests.add(view[start : start + step])
-            start += step
-        assert digests.entry() == wanted
+    for word in (None, "sha256", "pieces", "blake3"):
+        wanted = whole if size <= PIECE or word == "sha256" else pieces[word or "blake3"]
+        assert entry_of(data, word) == wanted
+        with Digests(word) as digests:  # however it comes: three bytes, the small, the large
+            view, start, steps = memoryview(data), 0, (3, 5000, PIECE // 3, 1 << 20)
+            while start < size:
+                step = steps[start % len(steps)]
+                digests.add(view[start : start + step])
+                start += step
+            assert digests.entry() == wanted and digests.done == size
 
 
-def test_a_byte_of_a_large_file_is_refused_by_its_piece(tmp_path):
-    state = {"a": torch.zeros(PIECE // 4), "b": torch.zeros(PIECE // 4), "c": torch.zeros(7)}
-    path, taken = tmp_path / "x.safetensors", {}
+@pytest.mark.parametrize("of_format_3", [False, True])
+def test_a_byte_of_a_large_file_is_refused_by_its_piece(tmp_path, of_format_3):
+    state = {"a": torch.randn(PIECE // 4), "b": torch.randn(PIECE // 4), "c": torch.randn(7)}
+    path = tmp_path / "x.safetensors"
     entry = tensors.write_tensors(path, state)
-    assert len(entry["pieces"]) == 3
+    assert len(entry["blake3"]) == 3
+    if of_format_3:
+        entry = entry_of(path.read_bytes(), "pieces")
+        assert len(entry["pieces"]) == 3
     expected = {k: (v.dtype, tuple(v.shape)) for k, v in state.items()}
-    tensors.read_tensors(path, expected, entry, taken.__setitem__)
-    assert taken.keys() == state.keys()
+    taken = read_tensors(path, expected, entry)
+    assert taken.keys() == state.keys() and all(torch.equal(taken[k], v) for k, v in state.items())
     for place, text in ((PIECE - 1, f"bytes 0 to {PIECE}"), (PIECE, f"bytes {PIECE} to {2 * PIECE}"), (-1, f"to {entry['bytes']}")):
         content = bytearray(path.read_bytes())
         content[place] ^= 1
         (tmp_path / "y.safetensors").write_bytes(content)
         with pytest.raises(ArtifactError, match=text):
-            tensors.read_tensors(tmp_path / "y.safetensors", expected, entry, taken.__setitem__)
+            read_tensors(tmp_path / "y.safetensors", expected, entry)
+
+
+def test_where_the_system_knows_less_the_same_is_written_and_read(tmp_path, monkeypatch):
+    state = {"a": torch.randn(PIECE // 4), "b": torch.randn(PIECE // 4), "c": torch.randn(()), "d": torch.randn(5)}
+    wanted = tensors.write_tensors(tmp_path / "x.safetensors", state)
+    monkeypatch.setattr("hatify.artifact.atomic._SYNC_FILE_RANGE", None)
+    monkeypatch.delattr(os, "writev", raising=False)
+    assert tensors.write_tensors(tmp_path / "y.safetensors", state) == wanted
+    monkeypatch.setattr(reading, "_READERS", 1)
+    monkeypatch.delattr(os, "preadv", raising=False)
+    assert all(torch.equal(v, state[k]) for k, v in read_tensors(tmp_path / "y.safetensors", None, wanted).items())
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    entry = tensors.write_tensors(path, {"a": torch.randn(PIECE), "b": torch.randn(PIECE)})
+    with reading.TensorFile(path, None, entry) as file:
+        found = file.found()
+        assert next(found)[0] == "a"
+        with path.open("r+b") as other:
+            other.truncate(PIECE)
+        with pytest.raises(ArtifactError, match="ends too early"):
+            next(found)
 
 
 def test_a_model_without_values_is_not_stored(tied, tmp_path):
@@ -314,19 +345,17 @@ def test_weights_are_not_read_on_when_the_rest_is_refused(tied, tmp_path, monkey
         hatify.load(path)
     assert threading.active_count() == before and not filled
     monkeypatch.undo()
-    monkeypatch.setattr("hatify.artifact.directory.read_tensors", _refusing_weights(tensors.read_tensors))
-    with pytest.raises(ArtifactError, match="the weights are wrong"):
+
+    def unread(file, path, parts, start):
+        if path.name.startswith("model") and start > 8:  # the header is read
+            raise OSError(5, "the weights are wrong")
+        read(file, path, parts, start)
+
+    read = reading._read
+    monkeypatch.setattr(reading, "_read", unread)
+    with pytest.raises(ArtifactError, match="the weights are wrong") as caught:
         hatify.load(path)
-    assert threading.active_count() == before
-
-
-def _refusing_weights(read):
-    def refuse(path, *arguments, **options):
-        if path.name.startswith("model"):
-            raise ArtifactError("the weights are wrong")
-        return read(path, *arguments, **options)
-
-    return refuse
+    assert "model.safetensors" in caught.value.where and threading.active_count() == before
 
 
 def test_large_weights_are_split(tied, tmp_path):
@@ -380,7 +409,7 @@ def test_more_tasks_are_stored_too(tied, tmp_path):
     assert torch.equal(again.eval()(x, y, task=4), hat.eval()(x, y, task=4)) and again.config.num_tasks == 6
 
 
-# Formats 1 and 2
+# Formats 1 to 3
 
 
 class Old(nn.Module):
@@ -398,13 +427,15 @@ class Old(nn.Module):
 
 
 STORED = Path(__file__).parent / "artifacts"
-FIRST, SECOND = STORED / "format1", STORED / "format2"
+FIRST = STORED / "format1"
 
 
-def test_a_directory_of_format_2_is_read_without_help_and_written_in_the_present_one(tmp_path):
-    outputs = load_file(STORED / "format2_outputs.safetensors")
-    assert json.loads((SECOND / "config.json").read_text())["format_version"] == 2
-    old = hatify.load(SECOND)
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_directory_of_an_older_format_is_read_without_help_and_written_in_the_present_one(tmp_path, version):
+    outputs = load_file(STORED / f"format{version}_outputs.safetensors")
+    path = STORED / f"format{version}"
+    assert json.loads((path / "config.json").read_text())["format_version"] == version
+    old = hatify.load(path)
     new = hatify.load(hatify.save(old, tmp_path / "new"))
     assert json.loads((tmp_path / "new" / "config.json").read_text())["format_version"] == VERSION
     for hat in (old, new):
@@ -412,6 +443,29 @@ def test_a_directory_of_format_2_is_read_without_help_and_written_in_the_present
         for key, task in (("no_task", None), ("task_0", 0), ("task_1", 1)):
             assert torch.allclose(hat(outputs["inputs"], task=task), outputs[key], atol=1e-6)  # another machine may round otherwise
     equal_states(old, new)
+
+
+@pytest.mark.parametrize("version", [3, VERSION])
+def test_weights_larger_than_a_piece(tmp_path, version):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2400, 2400), nn.ReLU(), nn.Linear(2400, 2))
+    hat = hatify.convert(model, tasks=2, example_inputs=torch.randn(2, 2400), verify=False)
+    path = hatify.save(hat, tmp_path / "saved")
+    config, weights = json.loads((path / "config.json").read_text()), path / "model.safetensors"
+    assert len(config["files"][weights.name]["blake3"]) == 2
+    if version == 3:
+        config["files"][weights.name] = entry_of(weights.read_bytes(), "pieces")
+        (path / "config.json").write_text(json.dumps(seal({**config, "format_version": 3})))
+    equal_states(hat, hatify.load(path))
+    equal_states(hat, hatify.load(path, dtype=torch.float32))  # a few pieces at a time
+    with weights.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    with pytest.raises(ArtifactError, match=f"bytes {PIECE} to ") as caught:
+        hatify.load(path)
+    assert caught.value.where == str(weights) and ("sha256" if version == 3 else "BLAKE3") in caught.value.why
 
 
 def test_a_directory_of_format_1_is_read_and_written_in_the_present_one(tmp_path):

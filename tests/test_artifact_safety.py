@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 import hatify
 from hatify.artifact import fields
 from hatify.artifact.config import VERSION, seal
-from hatify.errors import ArtifactError
+from hatify.errors import ArtifactError, ArtifactWarning
 
 EXAMPLES = int(os.environ.get("HATIFY_FUZZ", "150"))
 FUZZ = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -105,10 +106,15 @@ def refused(path, **options):
         ({"active_task": 2}, "active_task"),
         ({"weights": ["other.safetensors"]}, "weights[0]"),
         ({"files__graph.py__sha256": "x"}, "files.graph.py.sha256"),
-        ({"files__graph.py": {"pieces": ["0" * 64], "bytes": 9}}, "files.graph.py.pieces"),
-        ({"files__graph.py": {"pieces": ["0" * 64], "bytes": 1 << 30}}, "files.graph.py.pieces"),
-        ({"files__graph.py": {"pieces": ["0" * 64, "x"], "bytes": 1 << 25}}, "files.graph.py.pieces[1]"),
-        ({"files__graph.py": {"pieces": ["0" * 64], "sha256": "0" * 64, "bytes": 9}}, "files.graph.py"),
+        ({"files__graph.py": {"blake3": ["0" * 64], "bytes": 9}}, "files.graph.py.blake3"),
+        ({"files__graph.py": {"blake3": ["0" * 64], "bytes": 1 << 30}}, "files.graph.py.blake3"),
+        ({"files__graph.py": {"blake3": ["0" * 64, "x"], "bytes": 1 << 25}}, "files.graph.py.blake3[1]"),
+        ({"files__graph.py": {"blake3": ["0" * 64], "sha256": "0" * 64, "bytes": 9}}, "files.graph.py"),
+        ({"files__graph.py": {"pieces": ["0" * 64] * 2, "bytes": 1 << 25}}, "files.graph.py"),
+        ({"files__graph.py": {"bytes": 9}}, "files.graph.py.sha256"),
+        ({"files__graph.py": {"blake3": ["0" * 64] * 2, "bytes": 1 << 25}, "format_version": 3}, "files.graph.py"),
+        ({"files__graph.py": {"pieces": ["0" * 64], "bytes": 9}, "format_version": 3}, "files.graph.py.pieces"),
+        ({"files__graph.py": {"pieces": ["0" * 64] * 2, "bytes": 1 << 25}, "format_version": 2}, "files.graph.py"),
         ({"files": {"../x": {"sha256": "0" * 64, "bytes": 1}}, "weights": []}, "files.../x"),
     ],
 )
@@ -138,7 +144,7 @@ def test_a_file_that_is_no_json(saved, text, name):
 
 @pytest.mark.parametrize("content", [None, b"", b"garbage" * 100, "link", "directory"])
 def test_a_missing_or_broken_file_is_named(saved, content):
-    for name in sorted(os.listdir(saved)):
+    for name in sorted(set(os.listdir(saved)) - {"README.md"}):
         kept = (saved / name).read_bytes()
         (saved / name).unlink()
         if content == "link":
@@ -175,7 +181,41 @@ def test_one_changed_byte_anywhere_is_refused(original, tmp_path_factory, data):
                 return
         except ValueError:
             pass
+    if name == "README.md":  # nothing of it is loaded
+        with pytest.warns(ArtifactWarning, match=f"{path / name}"):
+            hatify.load(path)
+        return
     assert name in refused(path).where or name == "config.json"
+
+
+@pytest.mark.parametrize("content", [None, b"", "# My model\n", "same size", "link", "directory"])
+def test_a_model_card_may_be_edited_and_loading_says_so(saved, content):
+    card = saved / "README.md"
+    kept = card.read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ArtifactWarning)
+        wanted = hatify.load(saved).state_dict()  # as it was written: silence
+    card.unlink()
+    if content == "link":
+        (saved.parent / "elsewhere").write_bytes(kept)
+        card.symlink_to(saved.parent / "elsewhere")
+    elif content == "directory":
+        card.mkdir()
+    elif content is not None:
+        card.write_bytes(kept.replace(b"hatify", b"HATIFY") if content == "same size" else content.encode() if content else b"")
+    with pytest.warns(ArtifactWarning) as caught:
+        hat = hatify.load(saved)
+    assert len(caught) == 1 and str(card) in str(caught[0].message) and caught[0].filename == __file__
+    assert all(torch.equal(value, wanted[key]) for key, value in hat.state_dict().items())
+
+
+def test_no_other_file_may_be_edited_even_if_nothing_of_it_is_loaded(saved):
+    text = (saved / "graph.py").read_text()
+    (saved / "graph.py").write_text(text.replace("hatify", "HATIFY", 1))
+    assert refused(saved).where == str(saved / "graph.py")
+    (saved / "graph.py").write_text(text)
+    reseal(saved, **{"files__README.md": ...})
+    assert refused(saved).where == f"{saved / 'config.json'}: files"
 
 
 @pytest.fixture
@@ -287,6 +327,23 @@ def test_memory_is_not_taken_for_what_is_not_there(saved):
     (saved / "gates.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
     reseal(saved)
     assert "gates.safetensors: ids" in refused(saved).where
+
+
+@pytest.mark.parametrize("part", ["weight", "state"])
+def test_a_name_that_two_tensors_would_have_is_refused(saved, part):
+    tree = json.loads((saved / "model.json").read_text())
+    entries = tree["modules"]
+    if part == "weight":  # a buffer like a parameter
+        number = next(n for n, entry in enumerate(entries) if entry["path"] == "conv")
+        entries[number]["buffers"] = {"weight": {"dtype": "F32", "shape": [4, 3, 3, 3]}}
+        where = f"modules[{number}].buffers.weight"
+    else:  # a buffer like the marks of finished tasks
+        number = next(n for n, entry in enumerate(entries) if entry["kind"] == "masker")
+        entries[number]["buffers"] = {"_extra_state": entries[number]["state"]}
+        where = f"modules[{number}].state"
+    (saved / "model.json").write_text(json.dumps(tree))
+    reseal(saved)
+    assert refused(saved).where == f"{saved / 'model.json'}: {where}"
 
 
 def test_the_code_of_the_directory_is_never_run(saved):

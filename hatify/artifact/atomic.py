@@ -7,9 +7,11 @@ import errno
 import os
 import re
 import shutil
+import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,7 +22,7 @@ try:
 except ImportError:  # Windows: directories cannot be locked or flushed there
     fcntl = None
 
-__all__ = ["check_file", "check_target", "new_directory", "new_file"]
+__all__ = ["check_file", "check_target", "new_directory", "new_file", "start_flush"]
 
 
 def check_target(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
@@ -85,8 +87,7 @@ def new_directory(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
                 if alone:  # else one that was made but is not held yet would look abandoned
                     _remove_abandoned(target)
             yield temporary
-            for file in temporary.iterdir():
-                _flush(file)
+            _flush_all(temporary.iterdir())
             _flush(temporary)
             with _alone(target.parent):
                 _swap(temporary, target, overwrite)
@@ -268,6 +269,35 @@ def _remove_abandoned(target: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(handle)
+
+
+def _flush_all(paths: Iterable[Path]) -> None:
+    """At once, not one after another: so the file system writes its journal once for many of them."""
+    pool = ThreadPoolExecutor(8, thread_name_prefix="hatify-flush")
+    try:
+        for done in [pool.submit(_flush, path) for path in paths]:
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_flush(handle: int, start: int, size: int) -> None:
+    """Lets the system begin to write these bytes of an open file to disk, while more are added; :func:`_flush` has less to wait for then.
+
+    A hint: where the system does not know it, or refuses it, nothing else changes.
+    """
+    if _SYNC_FILE_RANGE is not None:
+        _SYNC_FILE_RANGE(handle, start, size, 2)  # SYNC_FILE_RANGE_WRITE
+
+
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    found = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
+    if found is not None:
+        found.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return found
+
+
+_SYNC_FILE_RANGE = _sync_file_range()
 
 
 def _flush(path: Path) -> None:

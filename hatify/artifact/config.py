@@ -18,7 +18,7 @@ from .fields import Fields, read_json
 __all__ = ["FORMAT", "VERSION", "read_config", "seal"]
 
 FORMAT = "hatify"
-VERSION = 3
+VERSION = 4
 
 FIELDS = ("format", "format_version", "hatify_version", "torch_version", "model", "source", "settings", "training", "active_task",
           "example_inputs", "weights", "files", "sha256")  # fmt: skip
@@ -84,7 +84,7 @@ def _check_files(fields: Fields) -> None:
     for name, part in fields.at("files").pairs():
         if FILE_NAME.fullmatch(name) is None or ".." in name:
             raise part.wrong(repr(name), "the plain name of a file in the directory")
-        check_entry(part)
+        check_entry(part, fields.data["format_version"])
     for part in fields.at("weights").items():
         if part.is_a(str) not in fields.data["files"]:
             raise part.wrong(repr(part.data), "one of the files")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -29,7 +29,7 @@ from .lowering import lower_layers
 from .meanings import meaning_from, meaning_to
 from .own_code import describe_own_code, own_code_from
 from .signatures import signature_from, signature_to, structure_from
-from .tree import TreeReader, TreeWriter, bind_masks
+from .tree import Inventory, TreeReader, TreeWriter, bind_masks
 
 __all__ = ["Description", "describe_model", "Rebuilt"]
 
@@ -42,7 +42,6 @@ class Description:
     Attributes:
         data: what goes into ``model.json``.
         tensors: parameters, buffers, marks of finished tasks.
-        gates: the tensors of the mask algebra.
     """
 
     def __init__(self, hat: HATModel) -> None:
@@ -80,10 +79,16 @@ class Description:
             "report": None if hat.report is None else hat.report.to_dict(),
             "verification": None if hat.verification is None else asdict(hat.verification),
         }
-        self.gates = ids.tensors(facts.analysis.table, maskers)
         self.data["selections"] = list(facts.selections)
+        self._table = lambda: facts.analysis.table.stored(maskers)
+        self._ids = ids.tensors()
         for number, value in enumerate(facts.selections.values()):
-            self.gates[f"selections.{number}"] = value
+            self._ids[f"selections.{number}"] = value
+
+    def gates(self) -> dict[str, Tensor]:
+        """The tensors of the mask algebra. The table is made when it is asked for: a hundred thousand expressions take their time, which a
+        thread can spend that has nothing else to do (and is to use none of torch's own threads, which would get in the way)."""
+        return {TABLE: self._table(), **self._ids}
 
 
 def describe_model(hat: HATModel) -> Description:
@@ -159,7 +164,8 @@ def _plans_from(fields: Fields, analysis: Analysis) -> None:
 
 
 def _row_to(row: Row, ids: Ids) -> dict[str, Any]:
-    return {**asdict(row), "shape": list(row.shape), "ids": ids.add(row.ids), "inputs": list(row.inputs)}
+    # not ``asdict``: it would copy the ids, and with them all the memory that they are a part of
+    return {**vars(row), "shape": list(row.shape), "ids": ids.add(row.ids), "inputs": list(row.inputs)}
 
 
 def _row_from(fields: Fields, ids: StoredIds) -> Row:
@@ -176,17 +182,16 @@ def _row_from(fields: Fields, ids: StoredIds) -> Row:
 
 
 class Rebuilt:
-    """A model put together again from its description: first all but the tensors, checked; then :meth:`model`.
-
-    ``ready`` is called as soon as it is known which tensors there are.
+    """A model put together again from its description, all of it checked; then filled with its tensors.
 
     Attributes:
-        tree: the modules, with the tensors that they expect.
+        model: the model, without values until :meth:`fill` got the tensors of the inventory and :meth:`filled` was called.
     """
 
     def __init__(
         self,
         fields: Fields,
+        inventory: Inventory,
         config: HATConfig,
         settings: dict[str, Any],
         training: bool,
@@ -194,7 +199,6 @@ class Rebuilt:
         gates_file: str,
         inputs: list[Tensor],
         known: Iterable[type],
-        ready: Callable[[TreeReader], None] = lambda tree: None,
     ) -> None:
         fields.only("name", "graphs", "outputs", "signature", "sizes", "modules", "own_code", "recipes", "room", "maskers",
                     "indexed", "uses", "original",
@@ -205,14 +209,15 @@ class Rebuilt:
         ids = StoredIds(gates, gates_file)
         recipes = [_recipe_head(part, classes) for part in fields.at("recipes").items()]
         modules = [cls for cls in known if issubclass(cls, nn.Module)]
-        self.tree = TreeReader(fields.at("modules"), training, config, LayerReader(recipes, modules), ids)
-        ready(self.tree)
+        self.tree = TreeReader(fields.at("modules"), training, config, LayerReader(recipes, modules), ids, inventory)
         own = fields.at("own_code") if fields.has("own_code") and fields.data["own_code"] is not None else None
         held = [*self.tree.modules()]
         if own is not None:
             own.only("recipe", "modules")
             reader = LayerReader(recipes, modules)
-            own_tree = TreeReader(own.at("modules"), training, config, reader, ids, top=("scope", "plain"))
+            own_inventory = Inventory(own.at("modules"))
+            own_tree = TreeReader(own.at("modules"), training, config, reader, ids, own_inventory, top=("scope", "plain"))
+            own_tree.fill_on_meta()
             held += own_tree.modules()
         for recipe, part in zip(recipes, fields.at("recipes").items()):
             user = next((m for m in held if getattr(m, "recipe", None) is recipe), None)
@@ -232,8 +237,7 @@ class Rebuilt:
             if getattr(masker, "channels", None) != analysis.sizes[name]:
                 raise part.wrong(repr(paths[name][:100]), f"a masker of {analysis.sizes[name]} channels")
         analysis.table = table_from(gates[TABLE], [*paths], analysis.sizes, gates_file)
-        numels = {n: p.numel() for n, p in root.named_parameters(remove_duplicate=False)}
-        analysis.uses = uses_from(fields.at("uses"), ids, numels)
+        analysis.uses = uses_from(fields.at("uses"), ids, self.tree.numel)
         _plans_from(fields.at("plans"), analysis)
         program = compile_gates(analysis.table, analysis.sizes)
         bind_masks(self.tree, program, analysis.table.describe)
@@ -276,6 +280,7 @@ class Rebuilt:
             asks={mode == "train": part.is_a(list) for mode, part in fields.at("asks").only("train", "eval").pairs()},
             stand_in=None if own is None else self._own_code(own, own_tree, classes, original),
         )
+        self.model = self._made()
 
     def _own_code(self, own: Fields, tree: TreeReader, classes: Mapping[str, type], original: Fields) -> nn.Module:
         recipe = None
@@ -320,9 +325,7 @@ class Rebuilt:
                 raise part.wrong(repr(part.data[:100]), "the name of a tensor")
         return list(fields.data)
 
-    def model(self) -> HATModel:
-        """The model, once all tensors are filled in."""
-        self.tree.layers.filled(self.tree.modules())
+    def _made(self) -> HATModel:
         hat = HATModel(self.tree.root, self.graphs["eval"], self.graphs.get("train"), self.facts)
         report, proof = self.fields.at("report"), self.fields.at("verification")
         if report.data is not None:
@@ -330,6 +333,17 @@ class Rebuilt:
         if proof.data is not None:
             hat.verification = proof.decoded(lambda d: VerificationReport(**d), "a proof")
         return hat
+
+    def fill(self, key: str, tensor: Tensor) -> None:
+        """Takes a stored tensor."""
+        self.tree.fill(key, tensor)
+
+    def filled(self) -> None:
+        """When all tensors are there."""
+        root = self.tree.root
+        self.model._parameters.update(root._parameters)  # those of the top: the model has shelves of its own
+        self.model._buffers.update(root._buffers)
+        self.tree.layers.filled(self.tree.modules())
 
 
 def _check_calls(fields: Fields, graphs: Mapping[str, Any], outputs: Mapping[str, Structure], inputs: int) -> None:

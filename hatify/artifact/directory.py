@@ -6,7 +6,7 @@
     gates.safetensors            the mask algebra: expressions, and the gates of masks, tensors and locks
     example_inputs.safetensors   the tensors of the example call
     graph.py                     the generated code, for people to read; never executed
-    README.md                    a model card
+    README.md                    a model card; may be edited, of which loading warns
 
 Loading needs neither the original's code nor its library, and runs nothing of the directory.
 """
@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,22 +26,22 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..errors import ArtifactError
+from ..errors import ArtifactError, ArtifactWarning
 from .atomic import new_directory
 from .card import card
 from .casting import Cast, cast, check_dtype
 from .config import FORMAT, VERSION, hat_config_of, read_config, seal, settings_of, source_of
 from .description import Rebuilt, describe_model
-from .digests import check_digests, entry_of
+from .digests import check_digests, entry_of, word_of
 from .fields import Fields, check_file, dump, parse, read_bytes
 from .known import known_classes
 from .own_code import warn_without
-from .reading import Reading
-from .tensors import dtype_name, read_tensors, write_tensors
+from .reading import TensorFile, Weights, read_tensors
+from .tensors import dtype_name, write_tensors
+from .tree import Inventory
 
 if TYPE_CHECKING:
     from ..model import HATModel
-    from .tree import TreeReader
 
 __all__ = ["load", "save"]
 
@@ -126,21 +128,19 @@ def write_model(directory: Path, hat: HATModel, described: Any, dtype: torch.dty
     data, tensors = described.data, described.tensors
     if dtype is not None:
         data, tensors = _cast(data, tensors, dtype)
-    for name, held in _shards(tensors, max_shard_size).items():
-        files[name] = write_tensors(directory / name, held)
-    weights = [*files]
-    if len(weights) > 1:
-        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": {}}
-        for name, held in _shards(tensors, max_shard_size).items():
-            index["weight_map"].update(dict.fromkeys(held, name))
-        files[INDEX] = _write(directory / INDEX, dump(index))
-    files[GATES] = write_tensors(directory / GATES, described.gates)
+    shards = _shards(tensors, max_shard_size)
     inputs = {name: cast(name, t, dtype) for name, t in ((f"input_{i}", t) for i, t in enumerate(hat._facts.inputs))}
-    files[INPUTS] = write_tensors(directory / INPUTS, inputs)
-    files[MODEL] = _write(directory / MODEL, dump(data))
-    header = "# The model as generated code, to be read. hatify never runs this file.\n\n"
-    files[GRAPH] = _write(directory / GRAPH, header + hat.code.strip() + "\n")
-    files[CARD] = _write(directory / CARD, card(hat, [*inputs.values()], dtype))
+    with ThreadPoolExecutor(1, thread_name_prefix="hatify-save") as beside:
+        others = beside.submit(_write_others, directory, hat, described, data, inputs, dtype)
+        for name, held in shards.items():
+            files[name] = write_tensors(directory / name, held)
+        weights = [*files]
+        if len(weights) > 1:
+            index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": {}}
+            for name, held in shards.items():
+                index["weight_map"].update(dict.fromkeys(held, name))
+            files[INDEX] = _write(directory / INDEX, dump(index))
+        files.update(others.result())
     config = {
         "format": FORMAT,
         "format_version": VERSION,
@@ -156,6 +156,20 @@ def write_model(directory: Path, hat: HATModel, described: Any, dtype: torch.dty
         "files": files,
     }
     _write(directory / CONFIG, dump(seal(parse(dump(config).encode(), CONFIG))))
+
+
+def _write_others(
+    directory: Path, hat: HATModel, described: Any, data: dict[str, Any], inputs: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """The files that are made while the weights are written."""
+    header = "# The model as generated code, to be read. hatify never runs this file.\n\n"
+    return {
+        GATES: write_tensors(directory / GATES, described.gates()),
+        INPUTS: write_tensors(directory / INPUTS, inputs),
+        MODEL: _write(directory / MODEL, dump(data)),
+        GRAPH: _write(directory / GRAPH, header + hat.code.strip() + "\n"),
+        CARD: _write(directory / CARD, card(hat, [*inputs.values()], dtype)),
+    }
 
 
 def _write(path: Path, text: str) -> dict[str, Any]:
@@ -237,7 +251,8 @@ def load(
         ArtifactError: no saved model, or anything in it that is not as it was written; names the file and the field.
 
     Warns:
-        ArtifactWarning: a call without a task and without gradients may differ from the original's.
+        ArtifactWarning: a call without a task and without gradients may differ from the original's; or the model card, of which nothing is
+            loaded, is not the one that was written.
     """
     check_dtype(dtype)
     directory, layers = Path(path), list(layers)
@@ -248,7 +263,7 @@ def load(
         try:
             # where and how files are read is not for the caller's region to say; a device mode where none is needed costs time
             with torch.inference_mode(False), nullcontext() if default.type == "cpu" else torch.device("cpu"):
-                return _load(directory, factory, layers, where, dtype)
+                return _load(directory, seen, factory, layers, where, dtype)
         except ArtifactError:
             if seen == _identity(directory) or attempt == _ATTEMPTS - 1:
                 raise  # else another process saved there in the meantime: once more, from the new one
@@ -269,6 +284,7 @@ def _identity(directory: Path) -> tuple[int, ...] | None:
 
 def _load(
     directory: Path,
+    seen: tuple[int, ...] | None,
     factory: Callable[[], nn.Module] | None,
     layers: list[type],
     device: torch.device | None,
@@ -280,16 +296,22 @@ def _load(
 
         hat = load_first(directory, config, factory)
         return hat if device is None and dtype is None else hat.to(device=device, dtype=dtype)
-    return _Reader(directory, config, known_classes(layers), device, dtype).model(factory)
+    return _Reader(directory, seen, config, known_classes(layers), device, dtype).model(factory)
 
 
 class _Reader:
     """Reads one directory: small files first, everything checked, tensors last."""
 
     def __init__(
-        self, directory: Path, config: Fields, known: list[type], device: torch.device | None, dtype: torch.dtype | None
+        self,
+        directory: Path,
+        seen: tuple[int, ...] | None,
+        config: Fields,
+        known: list[type],
+        device: torch.device | None,
+        dtype: torch.dtype | None,
     ) -> None:
-        self.directory, self.config, self.known, self.device, self.dtype = directory, config, known, device, dtype
+        self.directory, self.seen, self.config, self.known, self.device, self.dtype = directory, seen, config, known, device, dtype
 
     def model(self, factory: Callable[[], nn.Module] | None) -> HATModel:
         config = self.config
@@ -297,17 +319,20 @@ class _Reader:
         training = config.get("training", bool)
         active = None if config.at("active_task").data is None else config.at("active_task").count(0, hat_config.num_tasks - 1)
         for name in self.config.data["files"]:
-            self._sized(name)
+            if name != CARD:
+                self._sized(name)
         description = Fields(parse(self._bytes(MODEL), str(self.directory / MODEL)), str(self.directory / MODEL))
-        gates = self._tensors([GATES], None)
-        inputs = self._inputs()
-        self._bytes(GRAPH), self._bytes(CARD)
-        where = str(self.directory / GATES)
-        with Reading(self._weights) as weights:
-            rebuilt = Rebuilt(description, hat_config, settings, training, gates, where, inputs, self.known, weights.begin)
-            for key, tensor in weights.found():
-                rebuilt.tree.fill(key, tensor)
-        hat = rebuilt.model()
+        inventory = Inventory(description.at("modules"))
+        with self._weights(inventory) as weights:
+            weights.begin()
+            self._bytes(GRAPH)
+            changed = self._changed_card()
+            gates, inputs, where = self._tensors(GATES, None), self._inputs(), str(self.directory / GATES)
+            rebuilt = Rebuilt(description, inventory, hat_config, settings, training, gates, where, inputs, self.known)
+            for key, tensor in self._moved(weights, inventory):
+                rebuilt.fill(key, tensor)
+        rebuilt.filled()
+        hat = rebuilt.model
         hat.train(training) if hat.training != training else None
         hat.source = source
         hat.active_task = active
@@ -319,27 +344,46 @@ class _Reader:
             warn_without(hat, "it is code of its own, or the directory was written before such code was stored", stacklevel=5)
         if self.device is None or self.device.type != "meta":
             hat._guard.refresh()
+        if changed is not None:
+            warnings.warn(
+                f"the model card is not what was written ({changed.where}: {changed.why}); it says nothing that is loaded, and the rest is "
+                "as it was: hatify.save writes another one",
+                ArtifactWarning,
+                stacklevel=4,
+            )
         return hat
 
-    def _weights(self, tree: TreeReader, take: Callable[[str, Tensor], None]) -> None:
-        """All tensors that ``tree`` expects, one after another."""
-        meta = self.device is not None and self.device.type == "meta"
-        names = self.config.list("weights", str)
-        expected = dict(tree.expected)
+    def _changed_card(self) -> ArtifactError | None:
+        """What is wrong with the model card. It is there for people, who edit it, on the Hub's pages too: all the rest is strict.
+
+        Raises:
+            ArtifactError: it is that of another directory, which was saved there in the meantime.
+        """
+        self._entry(CARD)
+        try:
+            self._sized(CARD), self._bytes(CARD)
+        except ArtifactError as error:
+            if self.seen != _identity(self.directory):
+                raise
+            return error
+        return None
+
+    def _weights(self, inventory: Inventory) -> Weights:
+        """The files of all tensors of the inventory. Where these stay as they are read, all of their memory is taken at once; where they
+        are moved or cast, a few pieces at a time are there twice."""
+        names, expected = self.config.list("weights", str), inventory.expected
         maps = [expected] if len(names) == 1 else self._split(names, expected)
+        stay = self.device is None and self.dtype is None
+        return Weights([TensorFile(self.directory / n, held, self._entry(n), at_once=stay) for n, held in zip(names, maps)])
 
-        def convert(key: str, tensor: Tensor) -> Tensor:
-            return cast(key, tensor, self.dtype, tree.is_embedding(key))
-
-        if meta:
-            for name, held in zip(names, maps):
-                read_tensors(self.directory / name, held, self._entry(name), take, only=tree.is_state)
-            for key, (dtype, shape) in expected.items():
-                if not tree.is_state(key):
-                    take(key, convert(key, torch.empty(shape, dtype=dtype, device="meta")))
-            return
-        for name, held in zip(names, maps):
-            read_tensors(self.directory / name, held, self._entry(name), take, device=self.device, convert=convert)
+    def _moved(self, weights: Weights, inventory: Inventory) -> Iterator[tuple[str, Tensor]]:
+        """All tensors where and as they are wanted; without values on the meta device, for which the files are read all the same."""
+        meta = self.device is not None and self.device.type == "meta"
+        for key, tensor in weights.found():
+            if not (meta and inventory.is_state(key)):  # which says what is finished
+                tensor = tensor if self.device is None else tensor.to(self.device)
+                tensor = tensor if self.dtype is None else cast(key, tensor, self.dtype, inventory.is_embedding(key))
+            yield key, tensor
 
     def _split(self, names: list[str], expected: dict[str, Any]) -> list[dict[str, Any]]:
         """What each shard must hold, by the index."""
@@ -362,16 +406,13 @@ class _Reader:
             dtype = getattr(torch, part.get("dtype", str), None)
             if not isinstance(dtype, torch.dtype):
                 raise part.at("dtype").wrong(repr(part.data["dtype"])[:60], "a type")
-            described.append((dtype, tuple(p.count() for p in part.at("shape").items())))
+            described.append((dtype, part.at("shape").counts()))
         expected = {f"input_{i}": entry for i, entry in enumerate(described)}
-        found = self._tensors([INPUTS], expected)
+        found = self._tensors(INPUTS, expected)
         return [cast(name, found[name], self.dtype) for name in expected]
 
-    def _tensors(self, names: list[str], expected: Any) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for name in names:
-            read_tensors(self.directory / name, expected, self._entry(name), found.__setitem__)
-        return found
+    def _tensors(self, name: str, expected: Any) -> dict[str, Tensor]:
+        return read_tensors(self.directory / name, expected, self._entry(name))
 
     def _sized(self, name: str) -> None:
         size = check_file(self.directory / name)
@@ -391,5 +432,5 @@ class _Reader:
 
     def _bytes(self, name: str) -> bytes:
         entry, data = self._entry(name), read_bytes(self.directory / name)
-        check_digests(self.directory / name, entry_of(data, whole="pieces" not in entry), entry)
+        check_digests(self.directory / name, entry_of(data, word_of(entry)), entry)
         return data

@@ -21,18 +21,44 @@ DEEPEST = 64
 _MISSING = object()
 NAME = re.compile(r"[^\x00-\x1f\x7f\"'\\.{}();=]{1,200}")
 """A module or parameter name: no dot, and nothing that could end a string or a line of generated code."""
+PATH = re.compile(rf"{NAME.pattern}(?:\.{NAME.pattern})*")
+"""Such names joined by dots."""
 
 
 def dump(value: Any) -> str:
     """JSON that :func:`parse` reads back to the same value; numbers that JSON does not have are refused.
 
+    A line per entry, where there are many or all of them have parts of their own; what is inside an entry stays on its line, so that
+    the encoder of the library writes it in one go.
+
     Raises:
         ArtifactError: a value that is not plain data.
     """
     try:
-        return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=True)
+        return _laid_out(value, "\n")
     except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError("a description cannot be stored", why=str(error), fix="plain data only") from error
+
+
+_IN_ONE_LINE = 16
+"""Entries that fit in a line."""
+
+
+def _laid_out(value: Any, newline: str) -> str:
+    parts = value.values() if type(value) is dict else value if type(value) is list else ()
+    many = len(parts) > _IN_ONE_LINE or newline == "\n" or all(type(part) in (dict, list) for part in parts)
+    if not parts or not many or (type(value) is dict and any(type(key) is not str for key in value)):
+        return _encoded(value)
+    inner = f"{newline} "
+    if type(value) is dict:
+        lines = [f"{_encoded(key)}: {_laid_out(part, inner)}" for key, part in value.items()]
+    else:
+        lines = [_laid_out(part, inner) for part in parts]
+    first, last = "{}" if type(value) is dict else "[]"
+    return f"{first}{inner}{f',{inner}'.join(lines)}{newline}{last}"
+
+
+_encoded = json.JSONEncoder(allow_nan=False).encode
 
 
 def parse(text: bytes, where: str) -> Any:
@@ -43,45 +69,42 @@ def parse(text: bytes, where: str) -> Any:
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise ValueError(f"the key {key[:100]!r} is there twice")
-            found[key] = value
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)[:100]!r} is there twice")
         return found
-
-    def number(text: str) -> float:
-        value = float(text)
-        if not math.isfinite(value):
-            raise ValueError(f"{text[:40]} is no finite number")
-        return value
-
-    def integer(text: str) -> int:
-        value = int(text) if len(text) < 20 else 1 << 64
-        if not -(1 << 63) <= value < 1 << 63:
-            raise ValueError(f"{text[:40]} is no number of 64 bits")
-        return value
 
     def constant(text: str) -> Any:
         raise ValueError(f"{text} is no JSON")
 
     try:
-        value = json.loads(
-            text.decode("utf-8"), object_pairs_hook=once, parse_float=number, parse_int=integer, parse_constant=constant
-        )
-        _check_depth(value)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_constant=constant)
+        _check_values(value)
     except (ValueError, RecursionError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ArtifactError("a file is not the JSON that was written", where=where, why=why, fix="save again") from error
     return value
 
 
-def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(DEEPEST):
-        level = [c for v in level if isinstance(v, dict | list) for c in (v.values() if isinstance(v, dict) else v)]
-        if not level:
+def _check_values(value: Any) -> None:
+    """In one pass, when all is read: a function of ours for each number would cost more than the reading."""
+    level: list[Any] = [[value]]
+    for _ in range(DEEPEST + 1):
+        below = []
+        for part in level:
+            for v in part.values() if type(part) is dict else part:
+                kind = type(v)
+                if kind is dict or kind is list:
+                    below.append(v)
+                elif kind is int:
+                    if not -(1 << 63) <= v < 1 << 63:
+                        raise ValueError(f"an integer of {v.bit_length()} bits is no number of 64 bits")
+                elif kind is float and not math.isfinite(v):
+                    raise ValueError("a number is too large to be finite")
+        if not below:
             return
+        level = below
     raise ValueError(f"it is nested more than {DEEPEST} deep")
 
 
@@ -157,8 +180,7 @@ class Fields:
 
     def only(self, *names: str) -> Fields:
         """Itself, if it is an object that has none but these fields."""
-        self.is_a(dict)
-        for name in self.data:
+        for name in self.is_a(dict):
             if name not in names:
                 raise self.wrong(f"the unknown field {name[:100]!r}", f"one of {', '.join(names)}")
         return self
@@ -174,8 +196,8 @@ class Fields:
 
     def at(self, key: str | int) -> Fields:
         """One part."""
-        if isinstance(key, str):
-            value = self.is_a(dict).get(key, _MISSING)
+        if type(key) is str:
+            value = (self.data if type(self.data) is dict else self.is_a(dict)).get(key, _MISSING)
         else:
             value = self.is_a(list)[key] if key < len(self.data) else _MISSING
         part = Fields(value, self.file, key, self)
@@ -183,29 +205,41 @@ class Fields:
             raise ArtifactError("a field is missing", where=f"{self.file}: {part.path}", fix="save again")
         return part
 
-    def get(self, key: str | int, kind: type | tuple[type, ...], *, optional: bool = False) -> Any:
+    def get(self, key: str, kind: type | tuple[type, ...], *, optional: bool = False) -> Any:
         """The value of one part, which must be of that type, or None where ``optional``."""
-        part = self.at(key)
-        return None if optional and part.data is None else part.is_a(kind)
+        value = (self.data if type(self.data) is dict else self.is_a(dict)).get(key, _MISSING)
+        if type(value) is kind or (optional and value is None):
+            return value
+        return self.at(key).is_a(kind)
 
     def has(self, key: str) -> bool:
         """Whether the object has that field."""
-        return key in self.is_a(dict)
+        return key in (self.data if type(self.data) is dict else self.is_a(dict))
 
     def list(self, key: str, kind: type | tuple[type, ...] | None = None) -> list[Any]:
         """A list, each entry of that type."""
-        return [p.data if kind is None else p.is_a(kind) for p in self.at(key).items()]
+        part = self.at(key)
+        return [v if kind is None or type(v) is kind else part.at(i).is_a(kind) for i, v in enumerate(part.is_a(list))]
+
+    def counts(self, least: int = 0, most: int = 1 << 40) -> tuple[int, ...]:
+        """The entries of a list, each an integer between these."""
+        for i, value in enumerate(self.is_a(list)):
+            if type(value) is not int or not least <= value <= most:
+                self.at(i).count(least, most)
+        return tuple(self.data)
 
     def items(self) -> Iterator[Fields]:
         """The entries of a list."""
-        return (self.at(i) for i in range(len(self.is_a(list))))
+        return (Fields(value, self.file, i, self) for i, value in enumerate(self.is_a(list)))
 
     def pairs(self) -> Iterator[tuple[str, Fields]]:
         """The entries of an object."""
-        return ((k, self.at(k)) for k in self.is_a(dict))
+        return ((key, Fields(value, self.file, key, self)) for key, value in self.is_a(dict).items())
 
     def one_of(self, *allowed: Any) -> Any:
         """The value, if it is among ``allowed``."""
+        if type(self.data) is str and self.data in allowed:
+            return self.data
         if not any(type(self.data) is type(a) and self.data == a for a in allowed):
             raise self.wrong(_shown(self.data), "one of " + ", ".join(map(repr, allowed)))
         return self.data
@@ -224,7 +258,7 @@ class Fields:
 
     def module_path(self) -> str:
         """The value, if it is names joined by dots (or empty, for the top)."""
-        if self.is_a(str) and any(NAME.fullmatch(part) is None for part in self.data.split(".")):
+        if self.is_a(str) and PATH.fullmatch(self.data) is None:
             raise self.wrong(_shown(self.data), "names joined by dots")
         return self.data
 

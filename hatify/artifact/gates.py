@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,11 +46,11 @@ class Ids:
             self._kept.append(positions)
         return self._positions[id(positions)]
 
-    def tensors(self, table: GateTable, maskers: list[str]) -> dict[str, Tensor]:
-        """What goes into the file."""
+    def tensors(self) -> dict[str, Tensor]:
+        """What goes into the file beside the table."""
         ids = torch.cat(self._parts) if self._parts else torch.zeros(0, dtype=torch.int32)
         positions = {f"{POSITIONS}.{n}": p.to(torch.int64) for n, p in enumerate(self._kept)}
-        return {TABLE: table.stored(maskers), IDS: ids, **positions}
+        return {IDS: ids, **positions}
 
 
 class StoredIds:
@@ -60,9 +61,10 @@ class StoredIds:
         for name in (TABLE, IDS):
             if name not in tensors or tensors[name].dtype != torch.int32:
                 raise ArtifactError("a tensor is missing", where=f"{file}: {name}", why="or no int32", fix="save again")
-        self.ids = tensors[IDS].to(torch.int64).reshape(-1)
-        size = tensors[TABLE].shape[0]
-        if self.ids.numel() and not (int(self.ids.min()) >= 0 and int(self.ids.max()) < size):
+        ids = tensors[IDS].reshape(-1).numpy()
+        self.ids = torch.from_numpy(ids.astype(np.int64))
+        size = tensors[TABLE].shape[0] if tensors[TABLE].dim() else 0
+        if len(ids) and not (ids.min() >= 0 and ids.max() < size):
             raise ArtifactError("a gate is not in the table", where=f"{file}: {IDS}", fix="save again")
 
     def get(self, fields: Fields) -> Tensor:
@@ -70,12 +72,12 @@ class StoredIds:
         if len(fields.is_a(list)) != 2:
             raise fields.wrong(str(fields.data)[:60], "an offset and a shape")
         start = fields.at(0).count()
-        shape = [part.count() for part in fields.at(1).items()]
+        shape = fields.at(1).counts()
         numel = 1
         for size in shape:
             numel *= size
             if numel > self.ids.numel():
-                raise fields.wrong(str(shape), f"at most {self.ids.numel()} ids")
+                raise fields.wrong(str(list(shape)), f"at most {self.ids.numel()} ids")
         if start + numel > self.ids.numel():
             raise fields.wrong(str(start), f"ids among {self.ids.numel()}")
         return self.ids[start : start + numel].view(shape)
@@ -92,6 +94,8 @@ class StoredIds:
 def table_from(entries: Tensor, maskers: list[str], sizes: Mapping[str, int], file: str) -> GateTable:
     """The table of the stored entries, checked as a whole; its expressions are built when they are first asked for.
 
+    Here and with the ids, numpy: other threads read and hash at the same time, and torch's own would get in their way.
+
     Raises:
         ArtifactError: an entry that is none.
     """
@@ -100,14 +104,14 @@ def table_from(entries: Tensor, maskers: list[str], sizes: Mapping[str, int], fi
         raise ArtifactError(
             "the table of gates is wrong", where=where, why=f"its shape is {tuple(entries.shape)}", fix="save again"
         )
-    kind, a, b = entries.to(torch.int64).unbind(1)
-    number = torch.arange(len(entries))
-    channels = torch.tensor([sizes[m] for m in maskers] or [0])
-    atom = (kind == 2) & (a >= 0) & (a < len(maskers)) & (b >= 0) & (b < channels[a.clamp(0, len(channels) - 1)])
+    kind, a, b = entries.numpy().T.copy()
+    number = np.arange(len(entries))
+    channels = np.array([sizes[m] for m in maskers] or [0])
+    atom = (kind == 2) & (a >= 0) & (a < len(maskers)) & (b >= 0) & (b < channels[a.clip(0, len(channels) - 1)])
     joined = ((kind == 3) | (kind == 4)) & (a > 1) & (b > 1) & (a < number) & (b < number) & (a != b)
     good = atom | joined | (number < 2)
-    if not bool(good.all()):
-        row = int((~good).nonzero()[0])
+    if not good.all():
+        row = int(np.flatnonzero(~good)[0])
         raise ArtifactError("the table of gates is wrong", where=where, why=f"row {row}: {entries[row].tolist()}", fix="save again")
     return StoredTable(maskers, entries)
 
@@ -130,27 +134,30 @@ def uses_to(uses: Mapping[str, list[Use]], ids: Ids) -> list[dict[str, Any]]:
     return out
 
 
-def uses_from(fields: Fields, ids: StoredIds, numels: Mapping[str, int]) -> dict[str, list[Use]]:
-    """The uses again; ``numels`` are the parameters that there are, with their sizes."""
+def uses_from(fields: Fields, ids: StoredIds, numels: Callable[[str], int | None]) -> dict[str, list[Use]]:
+    """The uses again; ``numels`` gives the size of a parameter, or None where there is none of that name."""
     found: dict[str, list[Use]] = {}
     for entry in fields.items():
         entry.only("parameter", "rows", "cols", "shape", "positions", "grouped", "groups", "site")
-        parameter = entry.at("parameter").one_of(*numels) if entry.data.get("parameter") not in numels else entry.data["parameter"]
-        shape = tuple(part.count() for part in entry.at("shape").items())
+        parameter = entry.get("parameter", str)
+        held = numels(parameter)
+        if held is None:
+            raise entry.at("parameter").wrong(repr(parameter[:100]), "the name of a parameter")
+        shape = entry.at("shape").counts()
         rows, cols = ids.get(entry.at("rows")), ids.get(entry.at("cols"))
         numel = 1
         for size in shape:
             numel *= size
-        positions = ids.positions(entry.at("positions"), shape, numels[parameter]) if entry.has("positions") else None
-        if positions is None and numel != numels[parameter]:
-            raise entry.at("shape").wrong(str(shape), f"{numels[parameter]} elements")
+        positions = ids.positions(entry.at("positions"), shape, held) if entry.has("positions") else None
+        if positions is None and numel != held:
+            raise entry.at("shape").wrong(str(shape), f"{held} elements")
         for name, part in (("rows", rows), ("cols", cols)):
             fits = part.dim() <= len(shape) and all(p in (1, s) for p, s in zip(reversed(part.shape), reversed(shape)))
             if not fits:
                 raise entry.at(name).wrong(str(tuple(part.shape)), f"a shape that broadcasts to {shape}")
         grouped = entry.get("grouped", bool) if entry.has("grouped") else False
         site = entry.get("site", str) if entry.has("site") else ""
-        groups = ids.positions(entry.at("groups"), (numels[parameter],), numels[parameter]) if entry.has("groups") else None
+        groups = ids.positions(entry.at("groups"), (held,), held) if entry.has("groups") else None
         use = Use(parameter, rows, cols, shape, positions=positions, grouped=grouped, groups=groups, site=site)
         found.setdefault(parameter, []).append(use)
     return found

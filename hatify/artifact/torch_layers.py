@@ -148,20 +148,28 @@ def attributes_of(module: nn.Module, name: str) -> dict[str, Any]:
     return found
 
 
+_PLAIN: dict[str, tuple[type, ...]] = {"i": (int,), "f": (int, float), "b": (bool,), "t": (int,), "ts": (int,), "F": (int, float)}
+"""Types of JSON that are such an attribute as they are."""
+_SCHEMAS = {
+    name: [(attribute, kind, _PLAIN.get(kind.rstrip("?"), ())) for attribute, kind in schema.items()]
+    for name, schema in LAYERS.items()
+}
+
+
 def attributes_from(fields: Fields, name: str) -> dict[str, Any]:
     """The attributes again, checked.
 
     Raises:
         ArtifactError: an unknown attribute, or one of the wrong type.
     """
-    schema = LAYERS[name]
-    fields.only(*schema)
+    fields.only(*LAYERS[name])
     found = {}
-    for attribute, kind in schema.items():
-        if not fields.has(attribute):
-            if kind.endswith("?"):
-                continue
-            fields.at(attribute)
+    for attribute, kind, plain in _SCHEMAS[name]:
+        if type(fields.data.get(attribute)) in plain:
+            found[attribute] = fields.data[attribute]
+            continue
+        if kind.endswith("?") and not fields.has(attribute):
+            continue
         part = fields.at(attribute)
         if kind.rstrip("?") == "A":
             value = None if part.data is None else ACTIVATIONS[part.one_of(*ACTIVATIONS)]

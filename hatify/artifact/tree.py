@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
@@ -15,12 +16,12 @@ from ..modules.recurrent import RECURRENT
 from ..modules.task_indexed import task_indexed_class
 from ..rewrite.scope import Scope
 from ..rewrite.surgery import Status
-from .fields import NAME, Fields
+from .fields import NAME, PATH, Fields
 from .gates import Ids, StoredIds
 from .layers import LayerReader, LayerWriter
 from .tensors import DTYPES, dtype_name
 
-__all__ = ["TreeReader", "TreeWriter"]
+__all__ = ["Inventory", "TreeReader", "TreeWriter"]
 
 EXTRA = "_extra_state"
 ADDED = ("masker", "maskers", "tasks")
@@ -141,11 +142,69 @@ def _plain_strides(shape: Iterable[int]) -> tuple[int, ...]:
     return torch.empty(tuple(shape), device="meta").stride()
 
 
-class TreeReader:
-    """Builds the modules again, with tensors on the meta device; :meth:`fill` puts the stored ones in.
+class Inventory:
+    """The tensors that a list of modules asks for: known long before the modules are built, so that they can be read meanwhile.
 
     Attributes:
         expected: dtype and shape of every tensor, by name; what a file must hold, no more and no less.
+    """
+
+    def __init__(self, fields: Fields) -> None:
+        self.expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._states: set[str] = set()
+        self._maskers: set[str] = set()
+        for entry in fields.items():
+            path = entry.get("path", str)
+            prefix = f"{path}." if path else ""
+            for word in ("parameters", "buffers"):
+                for name, part in entry.at(word).pairs() if entry.has(word) else ():
+                    if isinstance(part.data, dict):
+                        self._add(f"{prefix}{name}", part)
+            if entry.has("state"):
+                self._states.add(f"{prefix}{EXTRA}")
+                self._add(f"{prefix}{EXTRA}", entry.at("state"))
+            if entry.get("kind", str) == "masker":
+                self._maskers.add(path)
+
+    def _add(self, key: str, part: Fields) -> None:
+        if key in self.expected:
+            raise part.wrong(repr(key[:100]), "one tensor of that name")
+        dtype = DTYPES.get(part.get("dtype", str)) or DTYPES[part.at("dtype").one_of(*DTYPES)]
+        self.expected[key] = dtype, part.at("shape").counts(most=1 << 48)
+
+    def is_state(self, key: str) -> bool:
+        """Whether a stored tensor is no tensor of the model but marks which tasks are finished."""
+        return key in self._states
+
+    def is_embedding(self, key: str) -> bool:
+        """Whether a stored tensor is a mask embedding."""
+        return key.rpartition(".embeddings.")[0] in self._maskers
+
+
+class Awaited:
+    """Stands for a tensor until its values are there."""
+
+    __slots__ = ("dtype", "grad", "shape", "strides")
+
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...] | None, grad: bool | None) -> None:
+        self.dtype, self.shape, self.strides, self.grad = dtype, shape, strides, grad
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.grad is not None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """What comes in its place, with these values."""
+        if self.strides is not None and tensor.stride() != self.strides:
+            moved = torch.empty_strided(tensor.shape, self.strides, dtype=tensor.dtype, device=tensor.device)
+            tensor = moved.copy_(tensor)
+        return tensor if self.grad is None else nn.Parameter(tensor, self.grad)
+
+
+class TreeReader:
+    """Builds the modules again, with :class:`Awaited` for tensors; :meth:`fill` puts the stored ones in.
+
+    Attributes:
         root: the top, a :class:`Scope`.
     """
 
@@ -156,14 +215,13 @@ class TreeReader:
         config: HATConfig,
         layers: LayerReader,
         ids: StoredIds,
+        inventory: Inventory,
         top: Collection[str] = ("scope",),
     ) -> None:
-        self.training, self.config, self.layers, self.ids = training, config, layers, ids
-        self.expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self.training, self.config, self.layers, self.ids, self._expected = training, config, layers, ids, inventory.expected
         self.masks: list[Mask | LiveMask] = []
         self._by_path: dict[str, nn.Module] = {}
         self._places: dict[str, list[tuple[dict, str]]] = {}
-        self._strides: dict[str, tuple[int, ...]] = {}
         self._stated: dict[str, Masker | Status] = {}
         entries = list(fields.items())
         if not entries or entries[0].get("path", str) != "" or entries[0].at("kind").one_of(*top) not in top:
@@ -174,12 +232,16 @@ class TreeReader:
         self.layers.settle(self.modules())
 
     def _entry(self, entry: Fields) -> None:
-        path = entry.at("path").module_path() if entry.get("path", str) else ""
+        path = entry.get("path", str)
+        if path and PATH.fullmatch(path) is None:
+            entry.at("path").module_path()
         owner_path, _, name = path.rpartition(".")
         owner = self._by_path.get(owner_path) if path else None
         if path in self._by_path or (path and (owner is None or name in owner._modules)):
             raise entry.at("path").wrong(repr(path[:100]), "a new module below one that is there")
-        kind = entry.at("kind").one_of("none", "same", *_MAKERS)
+        kind = entry.get("kind", str)
+        if kind not in _MAKERS:
+            entry.at("kind").one_of("none", "same", *_MAKERS)
         module: nn.Module | None = None
         if kind == "none":
             entry.only("path", "kind")
@@ -192,7 +254,7 @@ class TreeReader:
             maker, own = _MAKERS[kind]
             entry.only("path", "kind", "training", "parameters", "buffers", *own)
             module = maker(self, entry)
-            module.training = entry.get("training", bool) if entry.has("training") else self.training
+            vars(module)["training"] = entry.get("training", bool) if entry.has("training") else self.training
             self._tensors(entry, module, path, kind)
             self._by_path[path] = module
         if path:
@@ -202,13 +264,14 @@ class TreeReader:
         prefix = f"{path}." if path else ""
         for word, shelf in (("parameters", module._parameters), ("buffers", module._buffers)):
             for name, part in entry.at(word).pairs() if entry.has(word) else ():
-                Fields(name, part.file, part.path).name()
+                if NAME.fullmatch(name) is None:
+                    raise part.wrong(repr(name[:100]), "a name")
                 if part.data is None:
                     shelf[name] = None
                 elif isinstance(part.data, str):
                     known = self._places.get(part.data)
                     held = None if known is None else known[0][0][known[0][1]]
-                    if held is None or isinstance(held, nn.Parameter) != (word == "parameters"):
+                    if held is None or held.is_parameter != (word == "parameters"):
                         raise part.wrong(repr(part.data[:100]), "a tensor that is there")
                     shelf[name] = held
                     self._places[part.data].append((shelf, name))
@@ -216,23 +279,21 @@ class TreeReader:
                     self._new_tensor(part, module, shelf, name, f"{prefix}{name}", word == "parameters")
         if kind in ("masker", "status"):
             key = f"{prefix}{EXTRA}"
-            self.expected[key] = _expected(entry.at("state").only("dtype", "shape"))
-            if self.expected[key] != (torch.uint8, (self.config.num_tasks,)):
-                raise entry.at("state").wrong(str(entry.data["state"])[:80], f"one byte for each of {self.config.num_tasks} tasks")
+            state = entry.at("state").only("dtype", "shape")
+            if self._expected[key] != (torch.uint8, (self.config.num_tasks,)):
+                raise state.wrong(str(state.data)[:80], f"one byte for each of {self.config.num_tasks} tasks")
             self._stated[key] = module
 
     def _new_tensor(self, part: Fields, module: nn.Module, shelf: dict, name: str, key: str, parameter: bool) -> None:
-        dtype, shape = _expected(part.only("dtype", "shape", "strides", "grad" if parameter else "transient"))
-        empty = torch.empty(shape, dtype=dtype, device="meta")
-        if part.has("strides"):
-            self._strides[key] = _strides(part.at("strides"), shape)
-            empty = torch.empty_strided(shape, self._strides[key], dtype=dtype, device="meta")
-        if parameter:
-            empty = part.decoded(lambda _: nn.Parameter(empty, part.get("grad", bool)), "a parameter")
-        elif part.has("transient") and part.get("transient", bool):
+        dtype, shape = self._expected[key]
+        part.only("dtype", "shape", "strides", "grad" if parameter else "transient")
+        strides = _strides(part.at("strides"), shape) if part.has("strides") else None
+        grad = part.get("grad", bool) if parameter else None
+        if grad and not (dtype.is_floating_point or dtype.is_complex):
+            raise part.at("grad").wrong("true", f"no gradients of {part.data['dtype']}")
+        if not parameter and part.has("transient") and part.get("transient", bool):
             module._non_persistent_buffers_set.add(name)
-        shelf[name] = empty
-        self.expected[key] = (dtype, shape)
+        shelf[name] = Awaited(dtype, shape, strides, grad)
         self._places[key] = [(shelf, name)]
 
     def fill(self, key: str, tensor: Tensor) -> None:
@@ -241,21 +302,15 @@ class TreeReader:
             self._stated[key].set_extra_state(tensor)
             return
         shelf, name = self._places[key][0]
-        old = shelf[name]
-        if key in self._strides and tensor.stride() != self._strides[key]:
-            moved = torch.empty_strided(tensor.shape, self._strides[key], dtype=tensor.dtype, device=tensor.device)
-            tensor = moved.copy_(tensor)
-        new = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        made = shelf[name].of(tensor)
         for shelf, name in self._places[key]:
-            shelf[name] = new
+            shelf[name] = made
 
-    def is_state(self, key: str) -> bool:
-        """Whether a stored tensor is no tensor of the model but marks which tasks are finished."""
-        return key in self._stated
-
-    def is_embedding(self, key: str) -> bool:
-        """Whether a stored tensor is a mask embedding."""
-        return isinstance(self._by_path.get(key.rpartition(".embeddings.")[0]), Masker)
+    def fill_on_meta(self) -> None:
+        """Puts tensors without values in all places."""
+        for key in self._places:
+            dtype, shape = self._expected[key]
+            self.fill(key, torch.empty(shape, dtype=dtype, device="meta"))
 
     def modules(self) -> list[nn.Module]:
         """All modules, in order."""
@@ -264,6 +319,17 @@ class TreeReader:
     def module(self, path: str) -> nn.Module | None:
         """The module at that path, or None."""
         return self._by_path.get(path)
+
+    def numel(self, path: str) -> int | None:
+        """The elements of the parameter at that path, or None; a path may lead through a module's second name."""
+        owner_path, _, name = path.rpartition(".")
+        owner = self._by_path.get(owner_path)
+        if owner is None:
+            owner = self.root
+            for part in owner_path.split("."):
+                owner = None if owner is None else owner._modules.get(part)
+        held = None if owner is None else owner._parameters.get(name)
+        return None if held is None else math.prod(held.shape)
 
     # one per kind
 
@@ -331,17 +397,13 @@ class TreeReader:
 
 def _strides(fields: Fields, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides that give every element a place of its own, and no place to anything else."""
-    strides = tuple(part.count(1, 1 << 48) for part in fields.items())
+    strides = fields.counts(1, 1 << 48)
     laid = len(strides) == len(shape) and fields.decoded(
         lambda _: torch.ops.aten.is_non_overlapping_and_dense(torch.empty_strided(shape, strides, device="meta")), "strides"
     )
     if not laid:
         raise fields.wrong(str(strides)[:80], f"strides of {shape}")
     return strides
-
-
-def _expected(fields: Fields) -> tuple[torch.dtype, tuple[int, ...]]:
-    return DTYPES[fields.at("dtype").one_of(*DTYPES)], tuple(part.count(most=1 << 48) for part in fields.at("shape").items())
 
 
 _LAYER = ("class", "attributes", "recipe")

@@ -206,7 +206,7 @@ class Protection:
                 if bool(lock.any()):
                     parameter = network.module.get_parameter(name)
                     shared.append(Locked.of(name, parameter, None if bool(lock.all()) else lock.to(parameter.device)))
-        names = {id(t): n for n, t in _tensors(network.module).items()}
+        names = {id(t): n for n, t in _tensors(network.module).items()} if finished else {}
         for task in sorted(finished):
             own += [Locked.of(names[id(t)], t, None, task, mask=True) for t in network.embeddings(task)]
             own += [Locked.of(names[id(t)], t, None, task) for t in network.copies(task)]
