@@ -120,6 +120,38 @@ class ReadTwice(Gated):
         return self.head(F.silu(self.down(a * F.silu(b)))) + a.square().sum(-1, keepdim=True)
 
 
+class QueriesReadTwice(nn.Module):
+    """The queries are compared with keys, and read by a layer of their own before that or after."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first, self.q, self.k = first, nn.Linear(6, 8), nn.Linear(6, 8)
+        self.alone, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.q(x), self.k(x)
+        alone = self.alone(q) if self.first else None
+        out = (q @ k.transpose(-2, -1)).softmax(-1) @ k
+        alone = self.alone(q) if alone is None else alone
+        return self.head((F.silu(alone) + out).mean(1))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_value_is_masked_by_its_own_gates_where_it_is_read_alone(first: bool) -> None:
+    """With its partner's too where they meet: one mask does not stand for the other."""
+    hat = converted(QueriesReadTwice(first), torch.randn(3, 5, 6))
+    with torch.no_grad():
+        for masker in hat.maskers.values():
+            masker.embeddings[0].fill_(1.0)
+        hat.maskers["k"].embeddings[0][:4] = -1.0  # queries that have a dead partner
+    args, _ = hat.example_inputs
+    before = outputs(hat, args, task=0)
+    with torch.no_grad():
+        hat.get_parameter("q.weight")[:4] += 1.0
+    assert bool(hat.locks([0])["q.weight"].all()) and not same(outputs(hat, args, task=0), before)
+    assert hatify.verify(hat).ok
+
+
 class CalledTwice(nn.Module):
     """One layer, once gated by another and once not."""
 
