@@ -215,9 +215,10 @@ class _Rewriter:
         if isinstance(handle, fx.Node):
             return self.new[handle]
         base = self._node(handle.value.data)
-        key = (base, handle.soft, handle.fill)
+        ids = handle.value.ids  # a factor may be masked with its partner's gates in one place and with its own in another
+        key = (base, handle.soft, handle.fill, ids.shape, ids.numpy().tobytes())
         if key not in self.masks:
-            path = self.surgery.add_mask(base.name, handle.value.ids, handle.soft, handle.fill)
+            path = self.surgery.add_mask(base.name, ids, handle.soft, handle.fill)
             name = f"{base.name}_{'masked' if not handle.fill else 'safe'}"
             self.masks[key] = self.graph.create_node("call_module", path, (base, self.task), name=name)
             self.masks[key].meta.update(base.meta)

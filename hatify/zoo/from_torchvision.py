@@ -11,7 +11,6 @@ from torch import nn
 from hatify.zoo.entry import Entry
 
 BACKBONE = ".backbone"
-_SIZE = 224  # of a backbone alone, which does not say
 SMALLEST = {
     "alexnet": "alexnet",
     "convnext": "convnext_tiny",
@@ -59,7 +58,7 @@ def entries() -> Iterator[Entry]:
             continue
         yield Entry("torchvision", name, family, partial(build, name))
         if family.startswith("detection"):
-            yield Entry("torchvision", name + BACKBONE, family, partial(_build_backbone, name), size=_SIZE)
+            yield Entry("torchvision", name + BACKBONE, family, partial(_build_backbone, name))
 
 
 def representatives() -> list[str]:
@@ -85,4 +84,9 @@ def build(name: str) -> nn.Module:
 
 
 def _build_backbone(name: str) -> nn.Module:
-    return build(name).backbone
+    """The detector's part that takes a batch of images; of the detector's size where that is fixed (SSD's last maps would vanish)."""
+    detector = build(name)
+    fixed = detector.transform.fixed_size
+    if fixed is not None:
+        detector.backbone.image_size = fixed[0]
+    return detector.backbone
