@@ -238,7 +238,7 @@ class Mask(Gated):
 
     def extra_repr(self) -> str:
         how = "fill with 1" if self.fill else "apply" if self.soft else "zero"
-        return f"{how}: {self.words()}"
+        return f"{how}: {self.words()}{', carried by the norm before it' if self.carried else ''}"
 
 
 def _binary(mask: Tensor) -> Tensor:
