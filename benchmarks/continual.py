@@ -84,6 +84,10 @@ class Method:
     session: dict[str, Any] = field(default_factory=dict)
     warm: bool = False
     """Whether the copies of a task start from those of the task before."""
+    whole: bool = False
+    """Whether the schedule takes all epochs at once."""
+    rate: float | None = None
+    """A learning rate other than the setting's."""
 
 
 def batches(task: Task, setting: Setting, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -168,7 +172,8 @@ def hat(
         optimizer = torch.optim.Adam(network.parameters(), lr=setting.rate)
         steps = steps_per_epoch(task, setting.batch)
         start = number - 1 if method.warm and number else None
-        with network.learning(number, optimizer, steps_per_epoch=steps, warm_start=start, **method.session) as run:
+        options = {"steps_per_epoch": steps * setting.epochs if method.whole else steps, **method.session}
+        with network.learning(number, optimizer, warm_start=start, **options) as run:
             for _ in range(setting.epochs):
                 for x, y in batches(task, setting, generator):
                     loss = F.cross_entropy(network(x), y) + run.regularization()
@@ -207,6 +212,8 @@ def locked_share(network: hatify.HATModel, tasks: Any) -> float:
 def measure(setting: Setting, name: str, method: Method, seed: int) -> dict[str, Any]:
     """One record."""
     started = time.perf_counter()
+    if method.rate is not None:
+        setting = replace(setting, rate=method.rate)
     tasks = setting.tasks(seed)
     torch.manual_seed(seed)
     network = setting.network().to(setting.device)
