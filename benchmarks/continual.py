@@ -88,6 +88,8 @@ class Method:
     """Whether the schedule takes all epochs at once."""
     rate: float | None = None
     """A learning rate other than the setting's."""
+    drawn: bool = False
+    """Whether masks are drawn instead of learned, see :func:`draw_masks`: what learning them costs."""
 
 
 def batches(task: Task, setting: Setting, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -173,6 +175,9 @@ def hat(
         steps = steps_per_epoch(task, setting.batch)
         start = number - 1 if method.warm and number else None
         options = {"steps_per_epoch": steps * setting.epochs if method.whole else steps, **method.session}
+        if method.drawn:
+            draw_masks(network, number)
+            options |= {"schedule": "constant", "mask_rate": 0.0, "weight": 0.0}
         with network.learning(number, optimizer, warm_start=start, **options) as run:
             for _ in range(setting.epochs):
                 for x, y in batches(task, setting, generator):
@@ -195,6 +200,19 @@ def hat(
         "live": live,
         "capacity": capacity,
     }
+
+
+@torch.no_grad()
+def draw_masks(network: hatify.HATModel, task: int) -> None:
+    """Binary masks for a task: every channel that an earlier task uses, and of the others an equal share of what is left, at random."""
+    generator = torch.Generator().manual_seed(task)
+    for masker in network.maskers.values():
+        used = torch.stack([torch.zeros(masker.channels, dtype=torch.bool), *(masker.live(t).cpu() for t in range(task))]).any(0)
+        free = torch.nonzero(~used).flatten()
+        taken = free[torch.randperm(len(free), generator=generator)[: round(len(free) / (len(masker.embeddings) - task))]]
+        used[taken] = True
+        limit = masker.config.max_embedding
+        masker.embeddings[task].copy_(torch.where(used, limit, -limit))
 
 
 def live_share(network: hatify.HATModel, task: int) -> float:

@@ -103,6 +103,19 @@ def test_one_cosine_and_another_rate(cifar: list, monkeypatch: pytest.MonkeyPatc
     assert seen == [(5, 1e-3), (10, 2e-3)]  # 40 images in batches of 8, two epochs
 
 
+def test_drawn_masks(cifar: list) -> None:
+    """Equal shares of the channels, the used ones too, and training does not move them."""
+    tasks = cifar[:4]
+    method = continual.Method("hat", drawn=True)
+    network, found = continual.hat(setting(tasks), tasks, small(), torch.Generator().manual_seed(0), method)
+    (masker,) = network.maskers.values()
+    live = [masker.live(task) for task in range(4)]
+    assert [int(mask.sum()) for mask in live] == [2, 4, 6, 8]
+    assert all(bool((before <= after).all()) for before, after in zip(live, live[1:]))
+    assert all(bool((e.detach().abs() == masker.config.max_embedding).all()) for e in masker.embeddings)
+    assert found["drift"] == 0.0
+
+
 def test_crops_move_pixels() -> None:
     x = torch.arange(2 * 3 * 32 * 32, dtype=torch.float32).reshape(2, 3, 32, 32) + 1
     seen = [split_cifar10.crop_and_flip(x, torch.Generator().manual_seed(seed)) for seed in range(40)]
