@@ -84,6 +84,12 @@ class Method:
     session: dict[str, Any] = field(default_factory=dict)
     warm: bool = False
     """Whether the copies of a task start from those of the task before."""
+    whole: bool = False
+    """Whether the schedule takes all epochs at once."""
+    rate: float | None = None
+    """A learning rate other than the setting's."""
+    drawn: bool = False
+    """Whether masks are drawn instead of learned, see :func:`draw_masks`: what learning them costs."""
 
 
 def batches(task: Task, setting: Setting, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -168,7 +174,11 @@ def hat(
         optimizer = torch.optim.Adam(network.parameters(), lr=setting.rate)
         steps = steps_per_epoch(task, setting.batch)
         start = number - 1 if method.warm and number else None
-        with network.learning(number, optimizer, steps_per_epoch=steps, warm_start=start, **method.session) as run:
+        options = {"steps_per_epoch": steps * setting.epochs if method.whole else steps, **method.session}
+        if method.drawn:
+            draw_masks(network, number)
+            options |= {"schedule": "constant", "mask_rate": 0.0, "weight": 0.0}
+        with network.learning(number, optimizer, warm_start=start, **options) as run:
             for _ in range(setting.epochs):
                 for x, y in batches(task, setting, generator):
                     loss = F.cross_entropy(network(x), y) + run.regularization()
@@ -192,6 +202,19 @@ def hat(
     }
 
 
+@torch.no_grad()
+def draw_masks(network: hatify.HATModel, task: int) -> None:
+    """Binary masks for a task: every channel that an earlier task uses, and of the others an equal share of what is left, at random."""
+    generator = torch.Generator().manual_seed(task)
+    for masker in network.maskers.values():
+        used = torch.stack([torch.zeros(masker.channels, dtype=torch.bool), *(masker.live(t).cpu() for t in range(task))]).any(0)
+        free = torch.nonzero(~used).flatten()
+        taken = free[torch.randperm(len(free), generator=generator)[: round(len(free) / (len(masker.embeddings) - task))]]
+        used[taken] = True
+        limit = masker.config.max_embedding
+        masker.embeddings[task].copy_(torch.where(used, limit, -limit))
+
+
 def live_share(network: hatify.HATModel, task: int) -> float:
     """Share of channels that are live for a task."""
     live = [m.live(task) for m in network.maskers.values()]
@@ -207,6 +230,8 @@ def locked_share(network: hatify.HATModel, tasks: Any) -> float:
 def measure(setting: Setting, name: str, method: Method, seed: int) -> dict[str, Any]:
     """One record."""
     started = time.perf_counter()
+    if method.rate is not None:
+        setting = replace(setting, rate=method.rate)
     tasks = setting.tasks(seed)
     torch.manual_seed(seed)
     network = setting.network().to(setting.device)

@@ -40,8 +40,14 @@ METHODS = {
     "hat, kind=network": Method("hat", session={"kind": "network"}),
     "hat, weight=0.1": Method("hat", session={"weight": 0.1}),
     "hat, warm start": Method("hat", warm=True),
+    "hat, drawn masks": Method("hat", drawn=True),
+    "hat, drawn masks, rate 3e-3": Method("hat", drawn=True, rate=3e-3),
+    "hat, one cosine": Method("hat", whole=True),
+    "hat, one cosine, rate 2e-3": Method("hat", whole=True, rate=2e-3),
+    "hat, rate 2e-3": Method("hat", rate=2e-3),
+    "independent, rate 2e-3": Method("independent", rate=2e-3),
 }
-"""``hat`` has the library's defaults; the others change one thing."""
+"""``hat`` has the library's defaults; the others change one thing (one cosine: over all epochs), and the rate where they say so."""
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:

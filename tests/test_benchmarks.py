@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+import hatify
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import continual
 import mask_initialization
@@ -83,6 +85,35 @@ def test_records_are_not_measured_again(cifar: list, tmp_path: Path) -> None:
     assert both[:1] == first
     assert [r["method"] for r in both] == ["independent", "finetuning"]
     assert continual.table(both).count("\n") == 3
+
+
+def test_one_cosine_and_another_rate(cifar: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a method says reaches the session and the optimizer."""
+    seen = []
+    learning = hatify.HATModel.learning
+
+    def noted(self: hatify.HATModel, task: int, optimizer: torch.optim.Optimizer, **options: object) -> object:
+        run = learning(self, task, optimizer, **options)
+        seen.append((run.steps_per_epoch, optimizer.param_groups[0]["lr"]))
+        return run
+
+    monkeypatch.setattr(hatify.HATModel, "learning", noted)
+    continual.measure(setting(cifar[:1]), "plain", continual.Method("hat"), 0)
+    continual.measure(setting(cifar[:1]), "other", continual.Method("hat", whole=True, rate=2e-3), 0)
+    assert seen == [(5, 1e-3), (10, 2e-3)]  # 40 images in batches of 8, two epochs
+
+
+def test_drawn_masks(cifar: list) -> None:
+    """Equal shares of the channels, the used ones too, and training does not move them."""
+    tasks = cifar[:4]
+    method = continual.Method("hat", drawn=True)
+    network, found = continual.hat(setting(tasks), tasks, small(), torch.Generator().manual_seed(0), method)
+    (masker,) = network.maskers.values()
+    live = [masker.live(task) for task in range(4)]
+    assert [int(mask.sum()) for mask in live] == [2, 4, 6, 8]
+    assert all(bool((before <= after).all()) for before, after in zip(live, live[1:]))
+    assert all(bool((e.detach().abs() == masker.config.max_embedding).all()) for e in masker.embeddings)
+    assert found["drift"] == 0.0
 
 
 def test_crops_move_pixels() -> None:
