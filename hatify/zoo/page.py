@@ -20,9 +20,8 @@ which each task has of its own; *tightness* is the share of locked weights that 
 task feels (an unlocked weight that it feels would be a leak, and no proof); *open* means that other image sizes or lengths are taken.
 
 Where slack was found: heads that are folded into the batch before they are compared (DeBERTa), so that their gates are not told apart;
-queries and keys whose channels rotary embeddings mix; states that a task writes and never reads (Mamba: what a state holds is not masked
-by what reads it, and of few states often none is both written and read); and, no fault of a lock, experts that no token of the example
-chose (Mixtral).
+queries and keys whose channels rotary embeddings mix; and, no fault of a lock, experts that no token of the example chose (Mixtral).
+That of Mamba is not explained yet.
 """
 
 
