@@ -51,38 +51,12 @@ class Attention(nn.Module):
         return self.head(F.silu(self.out(x.transpose(1, 2).reshape(batch, tokens, width))).mean(1))
 
 
-class Scan(nn.Module):
-    """A selective scan: a state that begins with zeros and is kept, written and read by gates of its own; what it gives is gated.
-
-    Its locks are wider than needed where a task writes to a state and does not read it, so the rest of the network is large.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.states = 16, 8
-        self.embed, self.decay = nn.Linear(6, 2 * self.inner), nn.Linear(self.inner, self.inner)
-        self.write, self.read = nn.Linear(self.inner, self.states), nn.Linear(self.inner, self.states)
-        self.out, self.head = nn.Linear(self.inner, 160), nn.Linear(160, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, gate = self.embed(x).chunk(2, -1)
-        x = F.silu(x)
-        write, read, decay = self.write(x)[:, :, None], self.read(x)[..., None], torch.sigmoid(self.decay(x))[..., None]
-        state = torch.zeros(x.shape[0], self.inner, self.states)
-        found = []
-        for t in range(4):
-            state = decay[:, t] * state + write[:, t] * x[:, t, :, None]
-            found.append((state @ read[:, t])[..., 0])
-        return self.head(F.silu(self.out(torch.stack(found, 1) * F.silu(gate))).mean(1))
-
-
 NETWORKS = {
     "gated": (lambda: Gated(), (5, 6), ["up.weight", "gate.weight", "up.bias"]),
     "gated, one layer": (lambda: Gated(fused=True), (5, 6), ["up.weight", "up.bias"]),
     "fused attention": (lambda: Attention("fused"), (3, 5, 6), ["qkv.weight", "qkv.bias"]),
     "einsum": (lambda: Attention("einsum"), (3, 5, 6), ["qkv.weight"]),
     "matmul": (lambda: Attention("matmul"), (3, 5, 6), ["qkv.weight"]),
-    "scan": (lambda: Scan(), (3, 4, 6), ["embed.weight", "read.weight", "decay.weight"]),
 }
 
 
@@ -176,26 +150,6 @@ def test_a_value_is_masked_by_its_own_gates_where_it_is_read_alone(first: bool) 
         hat.get_parameter("q.weight")[:4] += 1.0
     assert bool(hat.locks([0])["q.weight"].all()) and not same(outputs(hat, args, task=0), before)
     assert hatify.verify(hat).ok
-
-
-class HalvesApart(Gated):
-    """Each half of the tokens has a branch of its own, and somebody asks for the size: nobody reads an element ungated."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = self.up(x), F.silu(self.gate(x))
-        first, second = a[:, :2] * b[:, :2], a[:, 2:] * b[:, 2:]
-        return self.head(F.silu(self.down(torch.cat([second, first], 1))).sum(1) / a.shape[1])
-
-
-def test_readers_of_different_places_and_of_sizes_agree() -> None:
-    x = torch.randn(3, 4, 6)
-    hat, paper = converted(HalvesApart(), x), converted(HalvesApart(), x, locking="paper")
-    for one in (hat, paper):
-        draw_masks(one)
-    assert (hat.locks([0])["up.weight"] < paper.locks([0])["up.weight"]).any()
-    proof = prove_by_gradients(hat)
-    assert proof.leak == 0.0 and proof.tightness > 0.99 and hatify.verify(hat).ok
-    assert_checks_can_fail(hat)
 
 
 class CalledTwice(nn.Module):

@@ -15,7 +15,7 @@ from hatify.analysis.functional import is_parameter, weighted_call
 from hatify.analysis.heads import Heads, operator_name
 from hatify.analysis.leaf_calls import leaf_call
 from hatify.analysis.needs import narrow_uses
-from hatify.analysis.operators import FINITE, FRESH, PRODUCTS, RANDOM, SWITCHES, ZEROS
+from hatify.analysis.operators import FINITE, FRESH, RANDOM, SWITCHES
 from hatify.analysis.origins import CASTS, MOVES, result_origins
 from hatify.analysis.plan import TASK_INDEXED, Analysis, LayerPlan, Masked, Ratio, Size, Step
 from hatify.analysis.raw_parameters import surely_indexed
@@ -28,7 +28,6 @@ from hatify.errors import ConversionError
 from hatify.gates import State, Use, Value
 from hatify.gates.rules import RULES, Call, Gates, Outcome, unknown
 from hatify.gates.rules.base import clean
-from hatify.gates.rules.movement import pads_with_value
 from hatify.gates.table import TOP
 from hatify.gates.value import Origin, Part, constants, ones
 from hatify.registry import describe
@@ -194,8 +193,6 @@ class Analyst:
         if name in FRESH:
             return self._constant(node, call, known=False)
         self.check_origins(call)
-        if name in PRODUCTS and any(v.zero for v in values) and not all(v.constant for v in values):
-            return self._nothing(node, call)
         if not any(v.gated for v in values):
             if all(v.constant for v in values):
                 return self._constant(node, call)
@@ -203,15 +200,6 @@ class Analyst:
             return self.results(node, val, None)
         outcome = self._ruled(node, call)
         return self.settled(node, outcome, call)
-
-    def _nothing(self, node: fx.Node, call: Call) -> Value:
-        """A product by zeros, such as a state before its first step: nothing of the other factor is in it, so it takes on any gate.
-
-        Its dead positions are zeros first, since what stands there may be infinite.
-        """
-        args, kwargs = call.map(lambda v: clean(self, v))
-        self.analysis.steps[node] = Step(args, kwargs, None)
-        return self._value(node, constants(node.meta["val"].dim()), zero=True)
 
     def _ruled(self, node: fx.Node, call: Call) -> Outcome:
         """The rule's outcome, in both modes where an argument depends on the mode."""
@@ -282,9 +270,8 @@ class Analyst:
         if any(o is None for o in origins) or call.name in NORMS and "by_mode" in node.meta:
             self.other_use.update(n for v in values if v.origin is not None for n in v.origin.names)
         kept = call.name in FINITE and all(v.finite for v in values)
-        zero = call.name in ZEROS or call.name in {*MOVES, *CASTS} and all(v.zero for v in values) and not pads_with_value(call)
         results = [
-            self._value(node, constants(v.dim()), val=v, known=k, origin=o, finite=kept if k is None else all_finite(k), zero=zero)
+            self._value(node, constants(v.dim()), val=v, known=k, origin=o, finite=kept if k is None else all_finite(k))
             for v, k, o in zip(tensors_of(val), actual, origins)
         ]
         return results[0] if isinstance(val, Tensor) else results

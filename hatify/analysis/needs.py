@@ -19,14 +19,13 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from hatify.analysis.heads import operator_name
-from hatify.analysis.operators import FRESH
 from hatify.analysis.plan import Masked, Step
 from hatify.gates import State, Use, Value
 from hatify.gates.layers import ChannelNorm, Elementwise, channel_dim
 from hatify.gates.rules import Call
 from hatify.gates.rules.elementwise import ADDITIVE, PARTIAL, PRODUCT, QUOTIENT, UNARY
 from hatify.gates.rules.movement import MULTIPLE, NAMES, is_index, move_tensor, pads_with_value
-from hatify.gates.table import CONST, TOP, GateTable
+from hatify.gates.table import TOP
 from hatify.gates.value import compress
 from hatify.registry import describe
 
@@ -35,10 +34,6 @@ if TYPE_CHECKING:
 
 POSITIONWISE = {*UNARY, *PARTIAL, *PRODUCT, *QUOTIENT, *ADDITIVE, "pow", "masked_fill"}
 """Each element of the result is computed from the operands' elements at its own place."""
-SIZES = {*FRESH, "sym_size", "sym_numel", "sym_stride"}
-"""These read no element."""
-NOTHING = -1
-"""Stands for a gate where a reader reads no element."""
 JOINING = {*PRODUCT, *QUOTIENT}
 """Of these a result is dead where one operand is, although the other may hold any number there."""
 
@@ -69,15 +64,13 @@ class _Needs:
             for node in reversed(captured.graph.nodes):
                 for index, value in self._results(node):
                     own = _made(value)[0].ids
-                    written = node in captured.writes.values()
-                    self.found[node, index] = own if written else self._joined(node, index, own, value.zero)
+                    self.found[node, index] = own if node in captured.writes.values() else self._joined(node, index, own)
 
     def of_rows(self, node: fx.Node | None) -> dict[int, int]:
         """Which gate stands for each gate of the result of ``node`` in locks; empty where they cannot be told apart."""
         if node is None or not isinstance(self.run.env[node], Value):
             return {}
         own, need = torch.broadcast_tensors(_made(self.run.env[node])[0].ids, self.found[node, None])
-        need = torch.where(need == NOTHING, own, need)
         pairs = {tuple(pair) for pair in torch.stack((own.reshape(-1), need.reshape(-1)), 1).unique(dim=0).tolist()}
         changed = dict(pairs)
         several = len(changed) < len(pairs)  # one gate at places of different needs
@@ -89,34 +82,24 @@ class _Needs:
             return [(None, held)]
         return [(i, v) for i, v in enumerate(held) if isinstance(v, Value)] if isinstance(held, list | tuple) else []
 
-    def _joined(self, node: fx.Node, index: int | None, own: Tensor, zero: bool) -> Tensor:
-        """What all readers of a result need of it together: an upper bound, which is ``own`` where they differ.
-
-        Zeros have no gate of their own, but they are a product that may not be zero where its other factor is infinite.
-        """
+    def _joined(self, node: fx.Node, index: int | None, own: Tensor) -> Tensor:
+        """What all readers of a result need of it together: an upper bound, which is ``own`` where they differ."""
         needs = [self._read_by(user, node, index, own) for user in node.users]
         needs = [need for need in needs if need is not None]
-        if not needs or not (zero or bool((own > TOP).any())):
+        if not needs or not bool((own > TOP).any()):
             return own
         first, *others = torch.broadcast_tensors(own, *needs)[1:]
         for other in others:
-            agreed = torch.where((first == other) | (first == NOTHING), other, own)
-            first = torch.where(other == NOTHING, first, agreed)
-        return self._and(first, own, own)
-
-    def _and(self, need: Tensor, mask: Tensor, own: Tensor) -> Tensor:
-        """What is needed and passes a mask; ``own`` where that grows too large."""
-        joint = self.table.combine("and", need.clamp(min=CONST), mask)
-        return own if self.table.too_large(joint) else torch.where(need == NOTHING, NOTHING, joint)
+            first = torch.where(first == other, first, own)
+        need = self.table.combine("and", own, first)
+        return own if self.table.too_large(need) else need
 
     def _read_by(self, user: fx.Node, node: fx.Node, index: int | None, own: Tensor) -> Tensor | None:
-        """What one reader needs; None where it reads another result of ``node``, or no element of it."""
+        """What one reader needs; None where it reads another result of ``node``."""
         if index is not None:
             if operator_name(user) != "getitem" or not isinstance(user.args[1], int):
                 return own
             return self.found[user, None] if user.args[1] == index else None
-        if operator_name(user) in SIZES:
-            return None
         step = self.run.analysis.steps.get(user)
         if step is None or "by_mode" in user.meta or user.op not in ("call_function", "call_module"):
             return own
@@ -128,15 +111,14 @@ class _Needs:
                 continue
             here = self._of_operand(user, step, value)
             for mask in masks:
-                here = self._and(here, mask, own)
+                here = self.table.combine("and", here, mask)
             need = here if need is None or need.shape == here.shape and torch.equal(need, here) else own
         return own if need is None else need
 
     def _of_operand(self, user: fx.Node, step: Step, value: Value) -> Tensor:
         """What the results of ``user`` that are needed need of one operand, as it stands there."""
         results = self._results(user)
-        narrower = any(self._is_narrower(user, index, result) for index, result in results)
-        if not narrower and not value.zero and operator_name(user) not in JOINING:
+        if not any(self._is_narrower(user, index, result) for index, result in results) and operator_name(user) not in JOINING:
             return value.ids
         if user.op == "call_module":
             return self._through_layer(user, value)
@@ -146,7 +128,7 @@ class _Needs:
             made = _made(results[0][1])[0]
             if name in JOINING and made.state is State.CLEAN and sum(v.gated for v in call.values()) > 1:
                 return value.ids
-            return _placed_back(self.table, self.found[user, None], made.shape, value)
+            return _placed_back(self.found[user, None], made.shape, value)
         if name in NAMES:
             return self._moved_back(call, [(_made(r)[0].shape, self.found[user, i]) for i, r in results], value)
         return value.ids
@@ -169,21 +151,20 @@ class _Needs:
         return need if alone and need.shape[dim] == value.shape[dim] else value.ids
 
     def _moved_back(self, call: Call, results: list[tuple[tuple[int, ...], Tensor]], value: Value) -> Tensor:
-        """Where a movement's results are needed, at the places that their elements came from, and where it reads nothing."""
+        """Where a movement's results are needed, at the places that their elements came from; what nobody reads counts as live."""
         indices = [v for v in call.values() if is_index(call, v)]
         if pads_with_value(call) or any(v.known is None for v in indices) or value in indices:
             return value.ids
         count = torch.Size(value.shape).numel()
         places = torch.arange(1, count + 1, dtype=torch.float64).reshape(value.shape)  # 0: from nowhere, or from another operand
         moved = move_tensor(call, lambda v: v.known if v in indices else places if v is value else places.new_zeros(v.shape))
-        most = torch.iinfo(torch.int64).max
-        low, high = torch.full((count + 1,), most), torch.full((count + 1,), NOTHING)
+        low, high = torch.full((count + 1,), torch.iinfo(torch.int64).max), torch.full((count + 1,), -1)
         for place, (shape, need) in zip(list(moved) if call.name in MULTIPLE else [moved], results, strict=True):
             flat, ids = place.reshape(-1).long(), need.expand(shape).reshape(-1)
-            low.scatter_reduce_(0, flat, torch.where(ids == NOTHING, most, ids), "amin")
+            low.scatter_reduce_(0, flat, ids, "amin")
             high.scatter_reduce_(0, flat, ids, "amax")
         own = value.full().reshape(-1)
-        need = torch.where((high[1:] == NOTHING) | (low[1:] == high[1:]), high[1:], own)
+        need = torch.where(low[1:] == high[1:], high[1:], own)
         return compress(need.reshape(value.shape), adopt=False)[0]
 
 
@@ -200,16 +181,9 @@ def _made(value: Value) -> tuple[Value, list[Tensor]]:
     return value, masks
 
 
-def _placed_back(table: GateTable, need: Tensor, shape: tuple[int, ...], value: Value) -> Tensor:
-    """The needs of a result at the places of an operand that broadcasts to it: what all those of an element have in common."""
+def _placed_back(need: Tensor, shape: tuple[int, ...], value: Value) -> Tensor:
+    """The needs of a result at the places of an operand that broadcasts to it."""
     missing = len(shape) - value.rank
     full = (1,) * missing + value.shape
-    spread = [d for d, (own, out) in enumerate(zip(full, shape)) if own == 1 and out > 1 and need.shape[d] > 1]
-    if spread:
-        kept = [d for d in range(len(shape)) if d not in spread]
-        rows = need.permute(*kept, *spread).reshape(-1, torch.Size([need.shape[d] for d in spread]).numel()).tolist()
-        wanted = [tuple(sorted(set(row) - {NOTHING})) for row in rows]
-        joined = {ids: table.common(list(ids)) if ids else NOTHING for ids in dict.fromkeys(wanted)}
-        sizes = [1 if d in spread else size for d, size in enumerate(need.shape)]
-        need = torch.tensor([joined[ids] for ids in wanted]).reshape(sizes)
-    return need.reshape(need.shape[missing:])
+    spread = any(own == 1 and out > 1 and need.shape[d] > 1 for d, (own, out) in enumerate(zip(full, shape)))
+    return value.ids if spread else need.reshape(need.shape[missing:])

@@ -13,10 +13,6 @@ FINITE = {*MOVES, *CASTS, *FRESH, "add", "sub", "mul", "sigmoid", "tanh", "relu"
           "layer_norm", "zeros", "ones", "arange", "linspace", "sin", "cos", "neg", "abs", "upsample_bilinear2d", "upsample_bicubic2d",
           "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "bernoulli", "rand", "randn", "div"}  # fmt: skip
 """Operators that make no infinities out of finite constants."""
-ZEROS = {"zeros", "zeros_like", "new_zeros"}
-"""Operators that give zeros."""
-PRODUCTS = {"mul", "multiply", "matmul", "bmm", "mm", "einsum"}
-"""Operators whose result is zero where one operand is."""
 RANDOM = {"bernoulli", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "multinomial",
           "empty", "new_empty", "empty_like", "uniform", "dropout", "native_dropout", "exponential"}  # fmt: skip
 """Operators that give other values each time, or whatever memory held."""

@@ -79,20 +79,19 @@ def contract(run: Interpreter, call: Call, operands: list[tuple[Value, str]], ou
 
 
 def _with_partners(table: GateTable, value: Value, letters: str, operands: list[tuple[Value, str]]) -> Value:
-    """A pending operand with the gates of those that it is multiplied by and summed with: what these have in common along dimensions that
-    are not its own.
+    """A pending operand with the gates of those that it is multiplied by and summed with, where these have the same dimensions.
 
     A product counts where both factors are live. Were each masked by its own gates alone, a task would hold on to a query that meets a
     dead key.
     """
     ids = value.ids
     for other, spelled in operands:
-        if other is value or not other.gated or value.state is not State.PENDING:
+        apart = any(other.varies(d) for d, letter in enumerate(spelled) if letter not in letters)
+        if other is value or not other.gated or value.state is not State.PENDING or apart:
             continue
-        shared = common_along(table, other.ids, [d for d, letter in enumerate(spelled) if letter not in letters])
         kept = [letter for letter in letters if letter in spelled]
-        moved = shared.permute(*[spelled.index(c) for c in kept], *[d for d, c in enumerate(spelled) if c not in kept]).reshape(
-            [shared.shape[spelled.index(c)] for c in kept]
+        moved = other.ids.permute(*[spelled.index(c) for c in kept], *[d for d, c in enumerate(spelled) if c not in kept]).reshape(
+            [other.ids.shape[spelled.index(c)] for c in kept]
         )
         sizes = dict(zip(kept, moved.shape))
         joint = table.combine("and", ids, moved.reshape([sizes.get(c, 1) for c in letters]))

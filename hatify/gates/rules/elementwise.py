@@ -23,8 +23,7 @@ from hatify.gates.rules.base import (
     stand_in,
     unknown,
 )
-from hatify.gates.rules.contractions import common_along
-from hatify.gates.table import CONST, GateTable
+from hatify.gates.table import CONST
 from hatify.gates.value import State, Value
 
 UNARY = [
@@ -229,28 +228,10 @@ def masked_fill(run: Interpreter, call: Call) -> Outcome:
 
 def product(run: Interpreter, call: Call) -> Outcome:
     """Gating: gates AND. A product by CONST or TOP passes the other's gates."""
-    operands = call.values()
-    if len(operands) == 1:
+    if len(call.values()) == 1:
         return unary(run, call)
-    if len({v.state for v in operands if v.gated}) > 1:
-        args, kwargs = call.map(lambda v: clean(run, with_partners(run.table, v, operands)))
-        call = replace(call, args=args, kwargs=kwargs)
     call, state = one_state(run, call)
     return Outcome(call.args, call.kwargs, Gates(_joined(run, "and", call.values()), state))
-
-
-def with_partners(table: GateTable, value: Value, operands: list[Value]) -> Value:
-    """An operand whose mask is still to be applied with the gates of its factors too, or what these have in common where they spread
-    it: what it is multiplied with is zero elsewhere, so a task would hold on to it for nothing."""
-    ids = value.ids
-    for other in operands:
-        if other is value or not other.gated or value.state is State.CLEAN or other.rank > value.rank:
-            continue
-        placed = other.ids.reshape((1,) * (value.rank - other.rank) + tuple(other.ids.shape))
-        placed = common_along(table, placed, [d for d, size in enumerate(value.shape) if size == 1])
-        joint = table.combine("and", ids, placed)
-        ids = ids if table.too_large(joint) else joint
-    return replace(value, ids=ids) if ids is not value.ids else value
 
 
 def addcmul(run: Interpreter, call: Call) -> Outcome:
