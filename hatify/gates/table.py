@@ -113,12 +113,7 @@ class GateTable:
         if first == other and not inside_a[0].isdisjoint(self._members(op, b)):
             return b
         members = self._members(op, a) | self._members(op, b)
-        inside = [self.keys[m][1] for m in members if self.keys[m][0] == other]
-        kept = frozenset(
-            m
-            for m in members
-            if not (self.keys[m][0] == other and (self.keys[m][1] & members or any(i < self.keys[m][1] for i in inside)))
-        )
+        kept = frozenset(m for m in members if not (self.keys[m][0] == other and self.keys[m][1] & members))
         if len(kept) == 1:
             return next(iter(kept))
         for whole in (a, b):  # absorption may have eaten one side

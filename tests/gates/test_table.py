@@ -58,17 +58,6 @@ def test_absorption_of_an_atom_is_seen(op: str, a, b) -> None:
     assert table.pair(op, x, table.pair(other(op), x, y)) == x
 
 
-@given(operators, st.permutations([0, 1, 2, 3]))
-def test_what_asks_for_less_absorbs_what_asks_for_more(op: str, order: list[int]) -> None:
-    table = GateTable()
-    a, b, c, d = table.atoms("a", 4)[order].tolist()
-    inner = other(op)
-    less, more, apart = table.pair(inner, a, b), table.join_all(inner, [a, b, c]), table.pair(inner, c, d)
-    assert table.pair(op, less, more) == less
-    assert table.pair(op, table.pair(op, more, apart), less) == table.pair(op, less, apart)
-    assert table.pair(op, less, apart) not in (less, apart)
-
-
 @given(operators, gated, gated, seeds)
 def test_absorption_of_anything_holds_in_value(op: str, a, b, seed: int) -> None:
     table, masks = GateTable(), random_masks(seed)
