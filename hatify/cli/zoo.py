@@ -134,15 +134,19 @@ def _share(jobs: int) -> int:
 
 
 def _update(found: list[Any], whole: bool) -> list[Path]:
-    """Snapshots of what ran; of a whole library those of its representatives, and all names in one file."""
+    """Snapshots of what ran; of a whole library those of its representatives, and all names in one file.
+
+    What ended for want of time or memory says nothing about the rules: the snapshot that there is stays.
+    """
     from ..zoo import catalogue, page, snapshots
 
+    stays = {r.key for r in found if r.verdict == "failed" and not r.files and snapshots.path_of(r.key).exists()}
     if not whole:
-        return [*(snapshots.write(snapshots.snapshot_of(record)) for record in found), page.write()]
+        return [*(snapshots.write(snapshots.snapshot_of(record)) for record in found if record.key not in stays), page.write()]
     written: list[Path] = []
     for source in dict.fromkeys(record.source for record in found):
         of_source = [record for record in found if record.source == source]
         written.append(snapshots.write_names(source, of_source))
-        chosen = {entry.key for entry in catalogue.select(source=source)}
+        chosen = {entry.key for entry in catalogue.select(source=source)} - stays
         written += [snapshots.write(snapshots.snapshot_of(record)) for record in of_source if record.key in chosen]
     return [*written, page.write()]
