@@ -147,6 +147,14 @@ def test_a_failure_is_shown_and_is_the_exit_code(tmp_path: Path) -> None:
     assert "unexpected" not in ended.stderr, "an exit code is no error of its own"
 
 
+def test_weights_that_are_never_written_have_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+    monkeypatch.setattr("hatify.zoo.sweep.sweep", lambda *args, **options: limits.append(options["limits"].memory) or [])
+    for options in ([], ["--convert-only"], ["--convert-only", "--memory", "2"]):
+        _run("run", "test_efficientnet", *options)
+    assert limits[0] > 0 and limits[1:] == [0, 2 * 2**30]
+
+
 def test_an_interrupted_sweep_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args, **options):
         raise KeyboardInterrupt

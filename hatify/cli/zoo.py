@@ -64,7 +64,10 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Run again what has a result of the same code.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for each model.", metavar="SECONDS")] = 1800,
     memory: Annotated[
-        float | None, typer.Option(min=0.5, help="GB for each process. \\[default: its share of the machine's]", metavar="GB")
+        float | None,
+        typer.Option(
+            min=0.5, help="GB for each process. \\[default: its share of the machine's; none for --convert-only]", metavar="GB"
+        ),
     ] = None,
     directory: Annotated[
         Path | None, typer.Option("--records", help="Where results are kept. \\[default: ~/.cache/hatify/zoo]", metavar="DIR")
@@ -116,7 +119,8 @@ def _sweep(
     from .render_zoo import Bar
 
     entries = select(pattern, source, every)
-    limits = Limits(timeout, int(memory * 2**30) if memory is not None else _share(jobs))
+    share = 0 if asked == "conversion" else _share(jobs)  # weights that nobody writes are counted, although they take no memory
+    limits = Limits(timeout, share if memory is None else int(memory * 2**30))
     try:
         with Bar(len(entries)) as bar:
             return sweep(entries, asked, directory or default_directory(), jobs=jobs, limits=limits, watcher=bar, force=force)
