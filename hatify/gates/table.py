@@ -35,7 +35,7 @@ class GateTable:
         self._ids: dict[tuple, int] = {key: i for i, key in enumerate(self.keys)}
         self._pairs: dict[str, dict[int, int]] = {"or": {}, "and": {}}  # by the pair as one number, see _pair_number
         self._atoms: dict[int, frozenset] = {}  # of expressions that somebody has asked about
-        self._most: list[int] = [0, 0]  # upper bounds of the number of an expression's atoms, and the same as a tensor
+        self._most: list[int] = [0, 0]  # upper bounds of the number of an expression's atoms, past all limits at most
         self._most_tensor = torch.zeros(2, dtype=torch.int64)
 
     def atoms(self, masker: str, channels: int) -> Tensor:
@@ -173,7 +173,7 @@ class GateTable:
             found = self._ids[key] = len(self.keys)
             self.keys.append(key)
             self.parts.append(parts)
-            self._most.append(1 if parts is None else self._most[parts[0]] + self._most[parts[1]])
+            self._most.append(1 if parts is None else min(self._most[parts[0]] + self._most[parts[1]], MAX_ATOMS + 1))
         return found
 
     def stored(self, maskers: list[str]) -> Tensor:

@@ -173,6 +173,17 @@ def test_atoms_that_stand_in_an_expression_twice_count_once() -> None:
     assert len(table.atoms_in(twice)) == MAX_ATOMS // 2 + 2 and not table.too_large(torch.tensor([twice]))
 
 
+def test_an_expression_that_reads_another_one_twice_again_and_again_is_no_larger_for_it() -> None:
+    table = GateTable()
+    steps = 70
+    gate = int(table.atoms("start", 1))
+    for a, b in zip(table.atoms("a", steps).tolist(), table.atoms("b", steps).tolist()):
+        gate = table.pair("or", table.pair("and", gate, a), table.pair("and", gate, b))  # counted twice: 2**70 in the end
+    assert len(table.atoms_in(gate)) == 2 * steps + 1 and not table.too_large(torch.tensor([gate]))
+    wide = table.join_all("or", [gate, *table.atoms("c", MAX_ATOMS - 2 * steps).tolist()])
+    assert len(table.atoms_in(wide)) == MAX_ATOMS + 1 and table.too_large(torch.tensor([wide]))
+
+
 def test_atoms_are_interned_once() -> None:
     table = GateTable()
     first = table.atoms("a", 3)
