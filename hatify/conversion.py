@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -81,11 +83,11 @@ def convert(
     with _timed("capture", seconds, tell):
         evaluated, trained, notes = capture(model, args, kwargs)
     graphs = [g for g in (evaluated, trained) if g is not None]
-    with _timed("analyse", seconds, tell):
+    with _timed("analyse", seconds, tell), _without_collections():
         analysis = analyse(graphs, model, heads, norms, residuals, locking)
         if classes is not None and any(c is not None for c in classes):
             check_class_heads(analysis, fix="hatify.convert(model, tasks=3) without class counts")
-    with _timed("rewrite", seconds, tell):
+    with _timed("rewrite", seconds, tell), _without_collections():
         hat = _rewrite(model, graphs, analysis, config, classes, inplace, options)
     hat.report = make_report(hat, analysis, graphs, notes, seconds)
     if verify:
@@ -232,6 +234,18 @@ def on_meta(model: nn.Module) -> nn.Module:
                     empty = torch.empty_like(tensor, device="meta")
                     shelf[name] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     return tree
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Millions of gate expressions are made to stay: to look through them for cycles, again and again, takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _timed:

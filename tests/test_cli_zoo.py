@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zoo_networks
 from typer.testing import CliRunner
 
 from hatify.cli.main import app
+from hatify.cli.zoo import _update
 from hatify.zoo import catalogue, page, snapshots
+from hatify.zoo.records import Record
 
 LINES = {
     "model": "net_a",
@@ -92,14 +96,63 @@ def test_all_names_of_a_library_are_one_file(folder: Path, tmp_path: Path, monke
     assert names["Undecided"]["verdict"] == "refused" and "traced" in names["Undecided"]["reason"]
     assert snapshots.path_of("timm/Good").exists() and not snapshots.path_of("timm/Forgetful").exists()
     text = (folder / page.NAME).read_text()
-    assert "[All 3 names](timm.json), without a proof: 2 converted, 1 refused, to 2 different graphs; `Undecided`" in text
+    said = "[All 3 names](timm.json), without a proof: 2 converted, 1 refused; 3 structures, 2 different graphs; `Undecided` ("
+    assert said in text and "at least (`" in text and "Families with names under" not in text
     assert text == page.contents()
+
+
+def _record(name: str, structure: str | None, **lines: Any) -> Record:
+    snapshot = {**{part: LINES[part] for part in ("rungs", "task-indexed because")}, "maskers": 1, "mask nodes": 2, "code": "ab"}
+    return Record(f"timm/{name}", "nets", "converted", structure=structure, snapshot=snapshot | lines, files={"model.py": "0"})
+
+
+def test_names_of_one_structure_are_written_once(tmp_path: Path) -> None:
+    counts = {"hat": 60, "row-locked": 0, "task-indexed": 40, "frozen": 0}
+    low = {rung: {"layers": 1, "parameters": n, "share": n / 100} for rung, n in counts.items()}
+    why = {"raw parameter": 24, "output layer": 16}
+    found = [
+        _record("a", "s"),
+        _record("b", "s"),
+        _record("c", None),
+        _record("d", "s", code="cd"),  # would be a fault: it is said, not hidden
+        _record("low", "t", rungs=low, **{"task-indexed because": why}),
+        _record("lower", "t", rungs=low, **{"task-indexed because": why}),
+    ]
+    path = snapshots.write_names("timm", found, tmp_path)
+    assert json.loads(path.read_text())["b"] == {"like": "a"} and path.read_text().count("like") == 2
+    names = snapshots.read_names("timm", tmp_path)
+    assert list(names) == ["a", "b", "c", "d", "low", "lower"] and names["b"] == names["a"] | {"like": "a"}
+    assert names["d"]["code"] == "cd" and "like" not in names["c"]
+    assert "reason" not in names["a"] and names["low"]["reason"] == "raw parameter (24)"
+    text = page.render([LINES], {"timm": names})
+    assert (
+        "6 converted; 4 structures, 2 different graphs. 87.3 % of parameters on the HAT rungs on average, 71.4 % at least" in text
+    )
+    assert "| nets | 2 | `low` | 71.4 % | raw parameter (24) |" in text
+
+
+def test_what_had_no_time_keeps_its_snapshot(folder: Path) -> None:
+    late = Record("timm/net_a", "nets", "failed", reason={"what": "not done after 1 seconds"})
+    new = replace(late, key="timm/net_c")
+    _update([late, new], False)
+    kept = {lines["model"]: lines["verdict"] for lines in snapshots.read_all()}
+    assert kept == {"net_a": "proved", "net_b": "refused", "net_c": "failed"}
+    _update([replace(late, files={"model.py": "0"})], False)  # a failure of the code itself
+    assert {lines["model"]: lines["verdict"] for lines in snapshots.read_all()}["net_a"] == "failed"
 
 
 def test_a_failure_is_shown_and_is_the_exit_code(tmp_path: Path) -> None:
     ended = _run("run", "test_efficientnet", "--records", str(tmp_path), "--timeout", "1", code=1)
     assert "failed  timm/test_efficientnet" in ended.stdout and "not done after 1 seconds" in ended.stdout
     assert "unexpected" not in ended.stderr, "an exit code is no error of its own"
+
+
+def test_weights_that_are_never_written_have_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+    monkeypatch.setattr("hatify.zoo.sweep.sweep", lambda *args, **options: limits.append(options["limits"].memory) or [])
+    for options in ([], ["--convert-only"], ["--convert-only", "--memory", "2"]):
+        _run("run", "test_efficientnet", *options)
+    assert limits[0] > 0 and limits[1:] == [0, 2 * 2**30]
 
 
 def test_an_interrupted_sweep_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,19 @@ def test_a_hollow_model_is_the_model_without_its_weights() -> None:
     assert build_hollow(lambda: nn.ModuleList([tied, tied]))[0] is tied
 
 
+def test_nothing_is_written_into_the_weights_of_a_hollow_model() -> None:
+    def make() -> nn.Module:
+        layer = nn.Linear(512, 512)  # torch.nn.init hands its tensor on by name
+        layer.more = nn.Parameter(torch.empty(512, 512))
+        nn.init.trunc_normal_(layer.more, std=0.02)
+        layer.more.data.div_(2.0)
+        layer.more.data[:, 0].zero_()
+        return layer
+
+    assert [p._version for p in build_hollow(make).parameters() if p.dim() == 2] == [0, 0]
+    assert all(p._version > 0 for p in make().parameters()), "torch counts what is written"
+
+
 def test_a_hollow_conversion_says_the_same() -> None:
     entry = zoo_networks.entry("Good")
     full = hatify.convert(entry.make(), 3, example_inputs=X, verify=False)

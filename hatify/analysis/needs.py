@@ -71,7 +71,8 @@ class _Needs:
         if node is None or not isinstance(self.run.env[node], Value):
             return {}
         own, need = torch.broadcast_tensors(_made(self.run.env[node])[0].ids, self.found[node, None])
-        pairs = {tuple(pair) for pair in torch.stack((own.reshape(-1), need.reshape(-1)), 1).unique(dim=0).tolist()}
+        count = len(self.table.keys)  # a pair as one number: to sort numbers is much faster than to sort columns
+        pairs = {divmod(pair, count) for pair in torch.unique(own * count + need).tolist()}
         changed = dict(pairs)
         several = len(changed) < len(pairs)  # one gate at places of different needs
         return {} if several or any(self.table.keys[i][0] == "and" for i in changed) else changed

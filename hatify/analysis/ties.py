@@ -26,8 +26,9 @@ def ties(analysis: Analysis, untied: set[str], known: dict[str, str]) -> dict[st
             name = leader[name]
         return name
 
-    for key, atoms in zip(table.keys, table.atoms_in):
-        if key[0] != "or" or len({channel for _, channel in atoms}) > 1:
+    for gate, key in enumerate(table.keys):
+        atoms = table.atoms_in(gate) if key[0] == "or" else ()
+        if len({channel for _, channel in atoms}) != 1:
             continue  # joined across channels: no stream that is added up channel by channel
         names = sorted({name for name, _ in atoms} - untied, key=order.__getitem__)
         for name in names[1:]:

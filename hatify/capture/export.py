@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config
 from torch.export import Dim, ExportedProgram
 
 from hatify.calling import Signature, flatten
@@ -123,8 +124,12 @@ def _export_once(
 
 
 def _export(flat: _Flat, inputs: list[Tensor], model: nn.Module, open_sizes: bool) -> tuple[ExportedProgram, bool]:
-    """The exported program, and whether all sizes were left open to it."""
-    with _quiet(), torch.enable_grad(), mark_functions(), _undecided_masks():
+    """The exported program, and whether all sizes were left open to it.
+
+    The exporter's memory of operators costs more than it saves where sizes are open; leaves have one of their own (alike.py).
+    """
+    memory = config.patch(fake_tensor_cache_enabled=False)
+    with _quiet(), torch.enable_grad(), mark_functions(), _undecided_masks(), memory:
         first: Exception | None = None
         if open_sizes:
             try:

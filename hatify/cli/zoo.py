@@ -64,7 +64,10 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Run again what has a result of the same code.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for each model.", metavar="SECONDS")] = 1800,
     memory: Annotated[
-        float | None, typer.Option(min=0.5, help="GB for each process. \\[default: its share of the machine's]", metavar="GB")
+        float | None,
+        typer.Option(
+            min=0.5, help="GB for each process. \\[default: its share of the machine's; none for --convert-only]", metavar="GB"
+        ),
     ] = None,
     directory: Annotated[
         Path | None, typer.Option("--records", help="Where results are kept. \\[default: ~/.cache/hatify/zoo]", metavar="DIR")
@@ -116,7 +119,8 @@ def _sweep(
     from .render_zoo import Bar
 
     entries = select(pattern, source, every)
-    limits = Limits(timeout, int(memory * 2**30) if memory is not None else _share(jobs))
+    share = 0 if asked == "conversion" else _share(jobs)  # weights that nobody writes are counted, although they take no memory
+    limits = Limits(timeout, share if memory is None else int(memory * 2**30))
     try:
         with Bar(len(entries)) as bar:
             return sweep(entries, asked, directory or default_directory(), jobs=jobs, limits=limits, watcher=bar, force=force)
@@ -134,15 +138,19 @@ def _share(jobs: int) -> int:
 
 
 def _update(found: list[Any], whole: bool) -> list[Path]:
-    """Snapshots of what ran; of a whole library those of its representatives, and all names in one file."""
+    """Snapshots of what ran; of a whole library those of its representatives, and all names in one file.
+
+    What ended for want of time or memory says nothing about the rules: the snapshot that there is stays.
+    """
     from ..zoo import catalogue, page, snapshots
 
+    stays = {r.key for r in found if r.verdict == "failed" and not r.files and snapshots.path_of(r.key).exists()}
     if not whole:
-        return [*(snapshots.write(snapshots.snapshot_of(record)) for record in found), page.write()]
+        return [*(snapshots.write(snapshots.snapshot_of(record)) for record in found if record.key not in stays), page.write()]
     written: list[Path] = []
     for source in dict.fromkeys(record.source for record in found):
         of_source = [record for record in found if record.source == source]
         written.append(snapshots.write_names(source, of_source))
-        chosen = {entry.key for entry in catalogue.select(source=source)}
+        chosen = {entry.key for entry in catalogue.select(source=source)} - stays
         written += [snapshots.write(snapshots.snapshot_of(record)) for record in of_source if record.key in chosen]
     return [*written, page.write()]

@@ -31,24 +31,52 @@ class GateTable:
 
     def __init__(self) -> None:
         self.keys: list[tuple] = [("const",), ("top",)]
-        self.atoms_in: list[frozenset] = [frozenset(), frozenset()]
         self.parts: list[tuple[int, int] | None] = [None, None]
         self._ids: dict[tuple, int] = {key: i for i, key in enumerate(self.keys)}
-        self._pairs: dict[tuple[str, int, int], int] = {}
+        self._pairs: dict[str, dict[int, int]] = {"or": {}, "and": {}}  # by the pair as one number, see _pair_number
+        self._atoms: dict[int, frozenset] = {}  # of expressions that somebody has asked about
+        self._most: list[int] = [0, 0]  # upper bounds of the number of an expression's atoms, past all limits at most
+        self._most_tensor = torch.zeros(2, dtype=torch.int64)
 
     def atoms(self, masker: str, channels: int) -> Tensor:
         """The gates of all channels of one masker, in order: int64, shape ``(channels,)``."""
         return torch.tensor([self._intern(("atom", masker, i), None) for i in range(channels)])
+
+    def atoms_in(self, gate: int) -> frozenset[tuple[str, int]]:
+        """The atoms of an expression, ``(masker, channel)`` each."""
+        found = self._atoms.get(gate)
+        if found is None:
+            kind, *inside = self.keys[gate]
+            if kind == "atom":
+                found = frozenset((tuple(inside),))
+            else:
+                found = frozenset().union(*(self.atoms_in(i) for i in inside[0])) if inside else frozenset()
+            self._atoms[gate] = found
+        return found
 
     def combine(self, op: str, a: Tensor, b: Tensor) -> Tensor:
         """``a op b`` element by element with broadcasting; ``op`` is ``"or"`` or ``"and"``."""
         if a.shape == b.shape and torch.equal(a, b):
             return a
         a, b = torch.broadcast_tensors(a, b)
-        count = len(self.keys)  # a pair as one number: to sort numbers is much faster than to sort columns
-        pairs, where = torch.unique(a.reshape(-1) * count + b.reshape(-1), return_inverse=True)
-        ids = torch.tensor([self.pair(op, *divmod(pair, count)) for pair in pairs.tolist()], dtype=torch.int64)
-        return ids[where].reshape(a.shape)
+        pairs, where = torch.unique(_pair_number(a, b).reshape(-1), return_inverse=True)
+        return self._combined(op, pairs)[where].reshape(a.shape)
+
+    def _combined(self, op: str, pairs: Tensor) -> Tensor:
+        """``a op b`` for each of some pairs, in their order: the cases of :meth:`pair`, those that need no new expression at once."""
+        a, b = pairs >> _HALF, pairs & (1 << _HALF) - 1
+        low, high = torch.minimum(a, b), torch.maximum(a, b)
+        plain, top = (a == b) | (low == CONST), low == TOP
+        out = torch.where(plain, high, torch.full_like(high, TOP) if op == "or" else high)
+        rest = ~(plain | top)
+        known, joined = self._pairs[op], []
+        for number, pair in zip(_pair_number(low, high)[rest].tolist(), pairs[rest].tolist()):
+            found = known.get(number)
+            if found is None:
+                found = known[number] = self._join(op, pair >> _HALF, pair & (1 << _HALF) - 1)
+            joined.append(found)
+        out[rest] = torch.tensor(joined, dtype=torch.int64)
+        return out
 
     def pair(self, op: str, a: int, b: int) -> int:
         """``a op b`` for two expressions."""
@@ -61,10 +89,11 @@ class GateTable:
             return TOP
         if neutral in (a, b):
             return a if b == neutral else b
-        key = (op, min(a, b), max(a, b))
-        if key not in self._pairs:
-            self._pairs[key] = self._join(op, a, b)
-        return self._pairs[key]
+        number = _pair_number(min(a, b), max(a, b))
+        found = self._pairs[op].get(number)
+        if found is None:
+            found = self._pairs[op][number] = self._join(op, a, b)
+        return found
 
     def join_all(self, op: str, ids: list[int]) -> int:
         """All of ``ids`` under one operator (CONST for none)."""
@@ -89,7 +118,7 @@ class GateTable:
         distinct = sorted(set(ids))
         if not distinct or distinct[0] in (CONST, TOP):
             return TOP
-        if len(distinct) > MAX_ATOMS_MIXED or sum(len(self.atoms_in[i]) for i in distinct) > MAX_ATOMS:
+        if len(distinct) > MAX_ATOMS_MIXED or sum(len(self.atoms_in(i)) for i in distinct) > MAX_ATOMS:
             return self.common(distinct)
         return self.join_all("or", distinct)
 
@@ -97,28 +126,36 @@ class GateTable:
         """Whether some expression of ``ids`` has grown past the size at which it has to widen."""
         mixed = sum(size > 1 for size in ids.shape) > 1
         limit = MAX_ATOMS_MIXED if mixed else MAX_ATOMS
-        return any(len(self.atoms_in[i]) > limit for i in torch.unique(ids).tolist())
+        if len(self._most_tensor) < len(self._most):
+            self._most_tensor = torch.cat([self._most_tensor, torch.tensor(self._most[len(self._most_tensor) :])])
+        suspects = ids[self._most_tensor[ids] > limit]
+        return any(len(self.atoms_in(i)) > limit for i in torch.unique(suspects).tolist())
 
     def maskers(self, ids: Tensor) -> list[str]:
         """Names of the maskers that ``ids`` depend on, sorted."""
-        return sorted({masker for i in torch.unique(ids).tolist() for masker, _ in self.atoms_in[i]})
+        return sorted({masker for i in torch.unique(ids).tolist() for masker, _ in self.atoms_in(i)})
 
     def _join(self, op: str, a: int, b: int) -> int:
-        other = "and" if op == "or" else "or"
-        (first, *inside_a), (second, *inside_b) = self.keys[a], self.keys[b]
+        key_a, key_b = self.keys[a], self.keys[b]
+        first, second = key_a[0], key_b[0]
         if first == second == "atom":
             return self._intern((op, frozenset((a, b))), (a, b))
-        if second == other and not inside_b[0].isdisjoint(self._members(op, a)):  # a | (a & c) = a
+        other = "and" if op == "or" else "or"
+        members_a, members_b = self._members(op, a), self._members(op, b)
+        if second == other and not key_b[1].isdisjoint(members_a):  # a | (a & c) = a
             return a
-        if first == other and not inside_a[0].isdisjoint(self._members(op, b)):
+        if first == other and not key_a[1].isdisjoint(members_b):
             return b
-        members = self._members(op, a) | self._members(op, b)
+        if first != op and second != op:  # two members, neither in the other
+            return self._intern((op, frozenset((a, b))), (a, b))
+        members = members_a | members_b
         kept = frozenset(m for m in members if not (self.keys[m][0] == other and self.keys[m][1] & members))
         if len(kept) == 1:
             return next(iter(kept))
-        for whole in (a, b):  # absorption may have eaten one side
-            if self._members(op, whole) == kept:
-                return whole
+        if members_a == kept:  # absorption may have eaten one side
+            return a
+        if members_b == kept:
+            return b
         if kept == members:
             return self._intern((op, kept), (a, b))
         ordered = sorted(kept)
@@ -136,8 +173,7 @@ class GateTable:
             found = self._ids[key] = len(self.keys)
             self.keys.append(key)
             self.parts.append(parts)
-            inside = frozenset((key[1:],)) if parts is None else self.atoms_in[parts[0]] | self.atoms_in[parts[1]]
-            self.atoms_in.append(inside)
+            self._most.append(1 if parts is None else min(self._most[parts[0]] + self._most[parts[1]], MAX_ATOMS + 1))
         return found
 
     def stored(self, maskers: list[str]) -> Tensor:
@@ -171,7 +207,7 @@ class GateTable:
         key = self.keys[gate]
         if key[0] in ("const", "top"):
             return key[0].upper(), None
-        channels = {channel for _, channel in self.atoms_in[gate]}
+        channels = {channel for _, channel in self.atoms_in(gate)}
         shared = channels.pop() if len(channels) == 1 else None
 
         def spell(g: int) -> str:
@@ -185,6 +221,14 @@ class GateTable:
         return text[1:-1] if text.startswith("(") else text, shared
 
 
+_HALF = 32
+
+
+def _pair_number(a: Any, b: Any) -> Any:
+    """Two expressions as one number: to sort numbers is much faster than to sort columns, and to hash them than to hash tuples."""
+    return a << _HALF | b
+
+
 class StoredTable(GateTable):
     """The table whose :meth:`GateTable.stored` is ``entries``; built when it is first asked for, which many uses of a model never do."""
 
@@ -195,7 +239,7 @@ class StoredTable(GateTable):
         return self._entries if maskers == self._maskers and "keys" not in self.__dict__ else super().stored(maskers)
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("keys", "parts", "atoms_in", "_ids", "_pairs"):
+        if name not in ("keys", "parts", "_ids", "_pairs", "_atoms", "_most", "_most_tensor"):
             raise AttributeError(name)
         super().__init__()
         for kind, a, b in self._entries[2:].tolist():

@@ -48,8 +48,9 @@ class _Unwritten(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = getattr(func, "__name__", "")
         writes = name.endswith("_") and not name.endswith("__")
-        if writes and args and isinstance(args[0], Tensor) and self._holds(args[0]):
-            return args[0]
+        written = next(iter((*args, *(kwargs or {}).values())), None)  # torch.nn.init hands its tensor on by its name
+        if writes and isinstance(written, Tensor) and self._holds(written):
+            return written
         return func(*args, **(kwargs or {}))
 
     def _holds(self, tensor: Tensor) -> bool:

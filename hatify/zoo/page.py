@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hatify.zoo.records import CONVERTED, PROVED, VERDICTS
-from hatify.zoo.snapshots import directory, hat_share, read_all, read_names, reason
+from hatify.zoo.snapshots import LOW, directory, hat_share, read_all, read_names, reason
 
 NAME = "README.md"
 _HEAD = """# What converts
@@ -66,7 +66,7 @@ def _section(source: str, snapshots: list[dict[str, Any]], names: dict[str, Any]
         f"## {source}",
         "",
         summary(snapshots),
-        *([_of_names(source, names)] if names else []),
+        *(["", _of_names(source, names), *_low_families(names)] if names else []),
         "",
         "| family | model | verdict | parameters | HAT | tightness | fixed sizes | one copy per task, or why not |",
         "|---|---|---|---:|---:|---:|---|---|",
@@ -78,10 +78,33 @@ def _of_names(source: str, names: dict[str, Any]) -> str:
     """All names in a line, and those that do not convert."""
     counts = Counter(line["verdict"] for line in names.values())
     said = ", ".join(f"{counts[verdict]:,} {verdict}" for verdict in VERDICTS if counts[verdict])
+    structures = sum("like" not in line for line in names.values())
     graphs = len({line["code"] for line in names.values() if "code" in line})
     others = [f"`{name}` ({line['reason']})" for name, line in names.items() if line["verdict"] != CONVERTED]
     rest = f"; {', '.join(others)}" if others else ""
-    return f"[All {len(names):,} names]({source}.json), without a proof: {said}, to {graphs:,} different graphs{rest}."
+    shares = {name: line["hat"] for name, line in names.items() if "hat" in line}
+    least = min(shares, key=shares.__getitem__, default=None)
+    head = f"[All {len(names):,} names]({source}.json), without a proof: {said}"
+    text = f"{head}; {structures:,} structures, {graphs:,} different graphs{rest}."
+    if least is not None:
+        text += f" {100 * sum(shares.values()) / len(shares):.1f} % of parameters on the HAT rungs on average,"
+        text += f" {100 * shares[least]:.1f} % at least (`{least}`)."
+    return text
+
+
+def _low_families(names: dict[str, Any]) -> list[str]:
+    """The families with names of a low share: how many, the lowest, and what has one copy per task there."""
+    of: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, line in names.items():
+        if line.get("hat", 1.0) < LOW:
+            of.setdefault(line["family"], {})[name] = line
+    rows = []
+    for family, lines in of.items():
+        name = min(lines, key=lambda n: lines[n]["hat"])
+        rows.append(f"| {family} | {len(lines)} | `{name}` | {100 * lines[name]['hat']:.1f} % | {lines[name]['reason']} |")
+    title = f"Families with names under {100 * LOW:.0f} %, how many, and the one with the lowest share:"
+    head = ["", title, "", "| family | names | least | HAT | one copy per task |", "|---|---:|---|---:|---|"]
+    return [*head, *rows] if rows else []
 
 
 def _row(lines: dict[str, Any]) -> str:

@@ -111,31 +111,47 @@ def _with_what_holds(lines: dict[str, Any], known: dict[str, Any]) -> dict[str, 
 
 
 def write_names(source: str, found: list[Record], folder: Path | None = None) -> Path:
-    """All names of a library in one file, a line each: verdict, share on the HAT rungs, maskers, mask nodes, digest of the code."""
-    lines = (f"  {json.dumps(record.name)}: {json.dumps(_name_line(snapshot_of(record)))}" for record in found)
+    """All names of a library in one file, a line each: verdict, share on the HAT rungs, maskers, mask nodes, digest of the code.
+
+    A name of the same structure as one before it says only that, and by which name.
+    """
+    first: dict[str, Record] = {}
+    lines = []
+    for record in found:
+        like = record if record.structure is None else first.setdefault(record.structure, record)
+        same = like is not record and (like.verdict, like.snapshot) == (record.verdict, record.snapshot)
+        line = {"like": like.name} if same else _name_line(snapshot_of(record))
+        lines.append(f"  {json.dumps(record.name)}: {json.dumps(line)}")
     path = names_path(source, folder)
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     return path
 
 
 def read_names(source: str, folder: Path | None = None) -> dict[str, dict[str, Any]]:
-    """What :func:`write_names` wrote, by name; empty where it did not."""
+    """What :func:`write_names` wrote, by name, with all that a name shares with another one; empty where it did not."""
     path = names_path(source, folder)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {name: {**lines[line["like"]], **line} if "like" in line else line for name, line in lines.items()}
 
 
 def names_path(source: str, folder: Path | None = None) -> Path:
     return (folder or directory()) / f"{source}.json"
 
 
+LOW = 0.95
+"""A share on the HAT rungs under which the reason is kept with the name."""
+
+
 def _name_line(lines: dict[str, Any]) -> dict[str, Any]:
     verdict = CONVERTED if lines["verdict"] == PROVED else lines["verdict"]
     if "rungs" not in lines:
         return {"family": lines["family"], "verdict": verdict, "reason": reason(lines)}
+    share = hat_share(lines)
     return {
         "family": lines["family"],
         "verdict": verdict,
-        "hat": round(hat_share(lines), 4),
+        "hat": round(share, 4),
+        **({"reason": reason(lines)} if share < LOW else {}),
         "maskers": lines["maskers"],
         "mask nodes": lines["mask nodes"],
         "code": lines["code"],

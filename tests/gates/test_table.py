@@ -103,6 +103,29 @@ def test_combine_broadcasts_pair(op: str, rows, columns) -> None:
     assert got[0].tolist() == expected
 
 
+@given(operators, st.lists(trees, min_size=4, max_size=6), st.lists(trees, min_size=4, max_size=6))
+def test_combine_makes_the_expressions_that_pair_makes_in_its_order(op: str, left, right) -> None:
+    whole, single = GateTable(), GateTable()
+    sides = []
+    for table in (whole, single):
+        sides.append([torch.tensor([build(table, t) for t in side]) for side in (left, right)])
+    (a, b), (c, d) = sides
+    got = whole.combine(op, a[:, None], b[None])
+    pairs = sorted({(x, y) for x in c.tolist() for y in d.tolist()})
+    made = {pair: single.pair(op, *pair) for pair in pairs}
+    assert got.tolist() == [[made[x, y] for y in d.tolist()] for x in c.tolist()]
+    assert whole.keys == single.keys and whole.parts == single.parts
+
+
+@given(trees)
+def test_the_atoms_of_an_expression_are_those_of_its_parts(tree) -> None:
+    table = GateTable()
+    build(table, tree)
+    for gate, (key, parts) in enumerate(zip(table.keys, table.parts)):
+        expected = {key[1:]} if key[0] == "atom" else set() if parts is None else set().union(*map(table.atoms_in, parts))
+        assert table.atoms_in(gate) == expected
+
+
 @given(st.lists(gated, min_size=1, max_size=12), seeds)
 def test_bounds_are_no_smaller_than_the_or(several, seed: int) -> None:
     table, masks = GateTable(), random_masks(seed)
@@ -136,6 +159,29 @@ def test_size_limits_depend_on_how_many_dimensions_vary() -> None:
     assert table.too_large(torch.tensor([[wide]]))
     assert not table.too_large(torch.tensor([[mixed, TOP]]))
     assert table.too_large(torch.tensor([[mixed, TOP], [TOP, TOP]]))
+
+
+def test_atoms_that_stand_in_an_expression_twice_count_once() -> None:
+    table = GateTable()
+    a, b = (table.join_all("or", table.atoms(name, MAX_ATOMS // 2).tolist()) for name in "ab")
+    c = table.join_all("or", table.atoms("c", 1).tolist())
+    nested = table.pair("and", table.pair("or", table.pair("and", a, b), c), table.pair("or", a, c))
+    assert len(table.atoms_in(nested)) == MAX_ATOMS + 1 and table.too_large(torch.tensor([nested]))
+    small = table.pair("and", table.pair("or", table.pair("and", a, c), b), a)
+    assert len(table.atoms_in(small)) == MAX_ATOMS + 1 and table.too_large(torch.tensor([small]))
+    twice = table.pair("or", table.pair("and", a, c), table.pair("and", a, int(table.atoms("d", 1))))
+    assert len(table.atoms_in(twice)) == MAX_ATOMS // 2 + 2 and not table.too_large(torch.tensor([twice]))
+
+
+def test_an_expression_that_reads_another_one_twice_again_and_again_is_no_larger_for_it() -> None:
+    table = GateTable()
+    steps = 70
+    gate = int(table.atoms("start", 1))
+    for a, b in zip(table.atoms("a", steps).tolist(), table.atoms("b", steps).tolist()):
+        gate = table.pair("or", table.pair("and", gate, a), table.pair("and", gate, b))  # counted twice: 2**70 in the end
+    assert len(table.atoms_in(gate)) == 2 * steps + 1 and not table.too_large(torch.tensor([gate]))
+    wide = table.join_all("or", [gate, *table.atoms("c", MAX_ATOMS - 2 * steps).tolist()])
+    assert len(table.atoms_in(wide)) == MAX_ATOMS + 1 and table.too_large(torch.tensor([wide]))
 
 
 def test_atoms_are_interned_once() -> None:
