@@ -25,7 +25,6 @@ from hatify.learning.network import Converted, network_of
 from hatify.locking import LockMethods
 from hatify.modules import HATConfig, Masker, TaskContext
 from hatify.original import OwnCode
-from hatify.rewrite.carrying import carry_masks
 from hatify.rewrite.graph import readable, spelled
 from hatify.rewrite.scope import Scope
 from hatify.task_copies import TaskCopies
@@ -65,7 +64,6 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
                 code.on_generate_code(lambda _: partial(spelled, hidden=hidden))
         self.train_graph = train_graph
         self.graph = graph
-        carry_masks(self, [code for code in (graph, train_graph) if code is not None])
 
     # calling
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import hatify
 from hatify import HATModel
 from hatify.calling import flatten
-from hatify.modules import Masker
+from hatify.modules import Mask, Masker, TaskIndexed
 
 
 def converted(model: nn.Module, inputs: Any, tasks: int = 2, **options: Any) -> HATModel:
@@ -54,6 +55,18 @@ def fill_masks(hat: HATModel, live: float, dead: float | None = None, task: int 
 def finish(hat: HATModel, *tasks: int) -> None:
     """The tasks count as finished: masks binary, weights locked."""
     hat.finished_tasks.update(tasks)
+
+
+def uncarried(hat: HATModel) -> HATModel:
+    """The same network with its masks applied where they stand."""
+    other = copy.deepcopy(hat)
+    other.__dict__["_norms_carry"] = True  # nobody looks any more
+    for module in other.modules():
+        if isinstance(module, Mask):
+            module.carried = False
+        elif isinstance(module, TaskIndexed):
+            module.__dict__.pop("carries", None)
+    return other
 
 
 def outputs(hat: HATModel, args: tuple, kwargs: dict | None = None, **how: Any) -> list[Tensor]:

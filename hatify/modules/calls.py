@@ -202,7 +202,7 @@ def _ruled(
     live_mask = None
     if plan.live is not None:
         counted = list({id(o): o for o in operands}.values())[plan.live]
-        live_mask = counted._mask()
+        live_mask = counted._mask() if payload.mask_scale is not None else counted._mask() > 0
     data = [_operand(leaf, next(masks)) if isinstance(leaf, Pending | Tensor) else leaf for leaf in leaves]
     args, kwargs = pytree.tree_unflatten(data, spec)
     out = func(*args, **kwargs) if live_mask is None else live(*args, **kwargs, live=live_mask)

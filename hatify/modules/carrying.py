@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hatify.modules.context import TaskContext
 from hatify.modules.masking import Mask
+from hatify.modules.shards import sharded
 
 
 class Carrying:
@@ -58,8 +59,10 @@ def can_carry(norm: nn.Module, channels: int, rank: int, dim: int) -> bool:
     """Whether ``norm`` (one task's copy) gives, with its weight and bias multiplied by a factor per channel along ``dim``, its own
     result times these factors: to the bit, in both modes, tried on a copy."""
     parameters = dict(norm.named_parameters())
-    if set(parameters) != {"weight", "bias"} or any(p.shape != (channels,) or p.is_meta for p in parameters.values()):
+    if set(parameters) != {"weight", "bias"} or any(p.shape != (channels,) for p in parameters.values()):
         return False
+    if any(p.is_meta or sharded(p) for p in parameters.values()):
+        return False  # nothing here to try it with
     shape = [4] * rank
     shape[dim] = channels
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,7 @@
-"""Which norms carry which masks: found in the finished graphs, so that a loaded model carries what the converted one did."""
+"""Which norms carry which masks: found in the finished graphs, so that a loaded model carries what the converted one did.
+
+It is found when a task is first called: a model that is being loaded, or is on the meta device, has no weights yet to try it with.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,6 @@ OPERATORS = {"relu", "leaky_relu", "max_pool1d", "max_pool2d", "max_pool3d", "av
 def carry_masks(model: nn.Module, graphs: Iterable[fx.Graph]) -> None:
     """Lets every norm carry the mask that stands behind it, where all that becomes of its result is masked by that, with nothing but
     homogeneous operators before: in all graphs of the model."""
-    graphs = list(graphs)
     masks: dict[str, list[Mask] | None] = {}
     for graph in graphs:
         calls: dict[str, list[fx.Node]] = {}
