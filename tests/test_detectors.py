@@ -31,7 +31,9 @@ class Pyramid(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, stride=8, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
-        self.deeper = nn.Sequential(nn.Conv2d(6, 10, 3, stride=2, padding=1), nn.ReLU())
+        # more weights than a head of four layers: a refusal names the part that has the most
+        wide = [nn.Conv2d(6, 160, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(160, 160, 3, padding=1), nn.ReLU()]
+        self.deeper = nn.Sequential(*wide, nn.Conv2d(160, 10, 1), nn.ReLU())
         self.fpn = ops.FeaturePyramidNetwork([6, 10], WIDTH)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
