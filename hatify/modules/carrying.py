@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +19,15 @@ from hatify.modules.masking import Mask
 from hatify.modules.shards import sharded
 
 
-class Carrying:
-    """A norm whose weight and bias carry a mask."""
-
-    def __init__(self, norm: nn.Module, weight: Tensor, bias: Tensor) -> None:
-        self.norm, self.weight, self.bias = norm, weight, bias
-
-    def __call__(self, *args, **kwargs):
-        with _with(self.norm, self.weight, self.bias):
-            return self.norm(*args, **kwargs)
-
-
-def carrying(norm: nn.Module, mask: Mask, task: TaskContext) -> Carrying:
-    """``norm``, one task's copy, with the mask of that task in its weights. Zeros are chosen, not multiplied: they are +0."""
+def carried(norm: nn.Module, mask: Mask, task: TaskContext, *args: Any, **kwargs: Any) -> Any:
+    """What ``norm``, one task's copy, gives with the mask of that task in its weights. Zeros are chosen, not multiplied: they are +0."""
     made = []
     for name in ("weight", "bias"):
         parameter = norm._parameters[name]
         factor = mask.vector(task, parameter.dtype)
         made.append(torch.where(factor > 0, parameter * factor, 0.0))
-    return Carrying(norm, *made)
+    with _with(norm, *made):
+        return norm(*args, **kwargs)
 
 
 @contextmanager

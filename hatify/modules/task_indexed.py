@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hatify.errors import TaskError
 from hatify.modules import live_norms
 from hatify.modules.calls import copy_of_task
-from hatify.modules.carrying import carrying
+from hatify.modules.carrying import carried
 from hatify.modules.config import HATConfig, config_of
 from hatify.modules.context import TaskContext
 from hatify.modules.copies import copy_module
@@ -40,7 +40,7 @@ class TaskIndexed:
         if task is None:
             return super().forward(x, *args, **kwargs)
         if task.carries and self.carries is not None:
-            return carrying(chosen, self.carries, task)(x, *args, **kwargs)
+            return carried(chosen, self.carries, task, x, *args, **kwargs)
         return chosen(x, *args, **kwargs)
 
     def copies(self) -> list[nn.Module]:
