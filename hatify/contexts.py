@@ -14,7 +14,6 @@ from hatify.modules import Masker, TaskContext, TaskIndexed, TaskIndexedParamete
 from hatify.modules.bank import Bank
 from hatify.modules.masking import Gated
 from hatify.modules.recurrent import HATRecurrent
-from hatify.rewrite.carrying import carry_masks
 
 LASTING = 4
 """How many finished tasks' masks are kept at a time."""
@@ -44,8 +43,6 @@ class TaskContexts:
                 raise TaskError("a mask scale needs a task", fix="hat(x, task=0, mask_scale=20.0)")
             return None
         task = self.checked_task(task)
-        if not torch.compiler.is_compiling():
-            self._let_norms_carry()
         if mask_scale is not None and not 0 < mask_scale < math.inf:
             raise TaskError(f"mask_scale must be positive and finite, not {mask_scale!r}", fix="hat(x, task=0, mask_scale=20.0)")
         if task in self.finished_tasks:
@@ -65,12 +62,6 @@ class TaskContexts:
         masks = self._bank.masks(task, mask_scale)
         context = TaskContext(task, mask_scale, None, hard=mask_scale is None, masks=masks)
         return self._for_compiler(context) if compiled else context
-
-    def _let_norms_carry(self) -> None:
-        """Once, before the first call of a task: see :func:`hatify.rewrite.carrying.carry_masks`."""
-        if "_norms_carry" not in self.__dict__ and not _get_current_dispatch_mode_stack():
-            self.__dict__["_norms_carry"] = True
-            carry_masks(self, [graph for graph in (self.graph, self.train_graph) if graph is not None])
 
     def _lasts(self, task: int) -> bool:
         """Whether the masks of ``task`` are what they were: its embeddings are protected, and nobody looks on who would want to see

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _IncompatibleKeys
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from hatify.calling import Signature
 from hatify.children import ChildrenByName
@@ -25,6 +27,7 @@ from hatify.learning.network import Converted, network_of
 from hatify.locking import LockMethods
 from hatify.modules import HATConfig, Masker, TaskContext
 from hatify.original import OwnCode
+from hatify.rewrite.carrying import carrying
 from hatify.rewrite.graph import readable, spelled
 from hatify.rewrite.scope import Scope
 from hatify.task_copies import TaskCopies
@@ -73,11 +76,9 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
         cls._evaluate = cls.forward
         cls._train = cls.forward
         if self.train_graph is not None:
-            train = self.train_graph.python_code("self")
-            names = dict(train.globals)
-            exec(compile(train.src, "<train graph>", "exec"), names)  # the graph's own code, as fx does for the other
-            cls._train = names["forward"]
+            cls._train = _compiled(self.train_graph, "train graph")
         cls.forward = forward
+        self.__dict__.pop("_carrying", None)
         return code
 
     def run(self, tensors: list[Tensor], task: TaskContext | None) -> tuple[Tensor, ...]:
@@ -88,6 +89,8 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
         if task is not None and task.chosen is not None:
             task = task.again()  # made here, so that nothing that it remembers has to leave the compiled code
         generated = type(self)._train if self.training else type(self)._evaluate
+        if task is not None and task.carries:
+            generated = self._that_carries() or generated
         if not self._facts.switches:
             return generated(self, *tensors, task)
         device = tensors[0].device.type if tensors else "cpu"
@@ -97,6 +100,18 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
             torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)),
         ):
             return generated(self, *tensors, task)
+
+    def _that_carries(self) -> Callable | None:
+        """The code of the mode in which weights carry masks (:mod:`hatify.rewrite.carrying`), made when it is first called; None where
+        there is nothing to carry, or not now."""
+        made = self.__dict__.setdefault("_carrying", {})
+        of_train = self.training and self.train_graph is not None
+        if of_train not in made:
+            if _get_current_dispatch_mode_stack():
+                return None
+            graph = carrying(self, self.train_graph if of_train else self.graph, self.maskers)
+            made[of_train] = None if graph is None else _compiled(graph, "carrying graph")
+        return made[of_train]
 
     @property
     def runs_own_code(self) -> bool:
@@ -267,6 +282,14 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
             why="pickling a graph module runs its code when it is loaded",
             fix="hatify.save(hat, 'directory')",
         )
+
+
+def _compiled(graph: fx.Graph, name: str) -> Callable:
+    """The function that a graph's own code defines, as fx makes it."""
+    code = graph.python_code("self")
+    names = dict(code.globals)
+    exec(compile(code.src, f"<{name}>", "exec"), names)
+    return names["forward"]
 
 
 network_of.register(HATModel, Converted)

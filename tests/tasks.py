@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import hatify
 from hatify import HATModel
 from hatify.calling import flatten
-from hatify.modules import Mask, Masker, TaskIndexed
+from hatify.modules import Masker
 
 
 def converted(model: nn.Module, inputs: Any, tasks: int = 2, **options: Any) -> HATModel:
@@ -58,14 +58,9 @@ def finish(hat: HATModel, *tasks: int) -> None:
 
 
 def uncarried(hat: HATModel) -> HATModel:
-    """The same network with its masks applied where they stand."""
+    """The same network with its masks applied where they stand, as in the generated code."""
     other = copy.deepcopy(hat)
-    other.__dict__["_norms_carry"] = True  # nobody looks any more
-    for module in other.modules():
-        if isinstance(module, Mask):
-            module.carried = False
-        elif isinstance(module, TaskIndexed):
-            module.__dict__.pop("carries", None)
+    other.__dict__["_carrying"] = {False: None, True: None}
     return other
 
 

@@ -1,17 +1,20 @@
-"""Masks that norms carry in their weights: the same results, one activation less."""
+"""Masks that layers and norms carry in their weights: the same results, activations less."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tasks import converted, draw_masks, maskers, outputs, same, uncarried
+from networks import NETWORKS
+from tasks import converted, draw_masks, maskers, outputs, same, small, uncarried
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from hatify import ChannelNorm, HATModel, registry
-from hatify.modules import Mask
+from hatify.calling import flatten
 from hatify.rewrite import carrying
 
 IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -72,11 +75,14 @@ def network(behind: object, norm: object = nn.BatchNorm2d) -> HATModel:
     return hat
 
 
+def carriers(hat: HATModel, which: str = "mask") -> list[str]:
+    """Which layers and norms carry the masks of their outputs (or ``inputs``) in eval mode, by their paths."""
+    graph = carrying.carrying(hat, hat.graph, hat.maskers)
+    return [] if graph is None else [n.target for n in graph.nodes if which in n.kwargs]
+
+
 def carries(hat: HATModel) -> bool:
-    outputs(hat, (IMAGES,), task=0)  # found out with the first call of a task
-    carried = [m for m in hat.modules() if isinstance(m, Mask) and m.carried]
-    assert bool(carried) == (hat.norm.carries is not None)
-    return bool(carried)
+    return "norm" in carriers(hat)
 
 
 def step(hat: HATModel, scale: float) -> list[Tensor]:
@@ -151,6 +157,166 @@ def test_copies_and_new_tasks_carry_too() -> None:
     hat = network(nn.ReLU())
     hat.add_tasks(1)
     other = copy.deepcopy(hat)
-    assert carries(other) and other.norm.carries is not hat.norm.carries
-    assert all("carries" not in vars(copied) for copied in other.norm.tasks)
+    assert carries(other)
     assert same(step(hat, 3.0), step(other, 3.0))
+
+
+class Two(nn.Module):
+    """A layer, what is done with its result, and what reads that; ``(batch, 5, 6)`` in, ``(batch, 5, 3)`` out."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.first, self.between = layer, between
+        self.second, self.head = nn.Linear(width, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.second(self.between(self.first(x)))))
+
+
+class Attention(nn.Module):
+    """Two heads of two channels, from one layer; the product with the values by torch's function or by matrix products."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused, self.qkv, self.proj, self.head = fused, nn.Linear(6, 12), nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            y = torch.softmax(q * 0.5 @ k.transpose(-1, -2), -1) @ v
+        return self.head(x + self.proj(y.transpose(1, 2).flatten(2)))
+
+
+class Convolutions(nn.Module):
+    """Convolutions with strides and groups, without a norm between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(5, 8, 3, stride=2, padding=1)
+        self.grouped = nn.Conv1d(8, 12, 3, groups=4, padding=1, padding_mode="replicate")
+        self.depthwise = nn.Conv1d(12, 24, 3, groups=12, padding=1, bias=False)
+        self.conv2 = nn.Conv1d(24, 6, 1)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.grouped(F.silu(self.conv1(x))))
+        return self.head(torch.tanh(self.conv2(F.gelu(self.depthwise(x)))).mean(2))
+
+
+def twice(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return a * b
+
+
+LAYERS = {
+    "views": (
+        lambda: Two(lambda x: x.reshape(*x.shape[:-1], 2, 4).transpose(-1, -2).flatten(-2), nn.Linear(6, 8), 8),
+        "first second",
+    ),
+    "a part": (lambda: Two(lambda x: x[..., 2:6], nn.Linear(6, 8), 4), "second"),
+    "read twice": (lambda: Two(lambda x: x + torch.relu(x), nn.Linear(6, 8), 8), "second"),
+    "two halves multiplied": (lambda: Two(twice, nn.Linear(6, 8), 4), "second"),
+    "gate": (lambda: Two(F.glu, nn.Linear(6, 8), 4), "second"),
+    "gelu": (lambda: Two(F.gelu, nn.Linear(6, 8), 8), "second"),
+    "attention": (lambda: Attention(fused=True), "qkv proj"),
+    "attention by products": (lambda: Attention(fused=False), "qkv proj"),
+    "convolutions": (Convolutions, ""),
+}
+INPUTS = {
+    "a part": "second", "read twice": "second", "two halves multiplied": "second", "gate": "second", "gelu": "second",
+    "convolutions": "grouped conv2",
+}  # fmt: skip
+"""What carries the mask of its output, and what that of its input."""
+
+
+def drawn(make: Callable[[], nn.Module], batch: int) -> tuple[HATModel, Tensor]:
+    torch.manual_seed(0)
+    hat, x = converted(make(), torch.randn(2, 5, 6)), torch.randn(batch, 5, 6)
+    draw_masks(hat)
+    return hat, x
+
+
+def soft_step(hat: HATModel, args: tuple, kwargs: dict, scale: float) -> dict[str, Tensor]:
+    """Outputs and gradients of a soft pass of task 0 in train mode, in double precision."""
+    args, kwargs = pytree.tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, (args, kwargs))
+    hat.double().train()
+    torch.manual_seed(3)
+    outs = [o for o in flatten(hat(*args, **kwargs, task=0, mask_scale=scale))[0] if o.requires_grad]
+    generator = torch.Generator().manual_seed(1)
+    sum((o * torch.randn(o.shape, generator=generator, dtype=o.dtype)).sum() for o in outs).backward()
+    found = {f"output {i}": o.detach() for i, o in enumerate(outs)}
+    return found | {name: p.grad for name, p in hat.named_parameters() if p.grad is not None}
+
+
+def differ(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    """In what two soft steps differ by more than masks' single precision explains."""
+    assert a.keys() == b.keys()
+    unit = max(float(v.abs().max()) for v in b.values() if v.numel())
+    return [name for name in a if a[name].numel() and float((a[name] - b[name]).abs().max()) > 1e-6 * unit]
+
+
+@pytest.mark.parametrize("batch", [1, 100])  # weights have more elements than what the layers give, or fewer
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_carries_the_masks_of_what_becomes_of_its_result(name: str, batch: int) -> None:
+    make, carrying_out = LAYERS[name]
+    hat, x = drawn(make, batch)
+    assert carriers(hat) == carrying_out.split()
+    assert carriers(hat, "inputs") == INPUTS.get(name, "").split()
+    other = uncarried(hat)
+    assert not differ(soft_step(hat, (x,), {}, 3.0), soft_step(other, (x,), {}, 3.0))
+
+
+@pytest.mark.parametrize("batch", [1, 100])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_finished_task_gives_the_same_bits_whatever_layers_carry(name: str, batch: int) -> None:
+    hat, x = drawn(LAYERS[name][0], batch)
+    with hat.learning(0, schedule="constant"):
+        pass
+    hat.eval()
+    sealed = outputs(hat, (x,), task=0)
+    assert same(outputs(uncarried(hat), (x,), task=0), sealed)
+    with torch.enable_grad():
+        assert same([hat(x, task=0).detach()], sealed)
+
+
+@pytest.mark.parametrize(
+    ("name", "patch"),
+    [
+        ("gelu", lambda m: m.setattr(carrying, "OPERATORS", {*carrying.OPERATORS, "gelu"})),
+        ("gelu", lambda m: m.setitem(carrying.LINEAR, "gelu", (0,))),
+        ("two halves multiplied", lambda m: m.setattr(carrying, "set", lambda: _Never(), raising=False)),
+    ],
+    ids=["not homogeneous", "not linear", "two factors, a mask each"],
+)
+def test_what_a_layer_carries_wrongly_is_seen(name: str, patch: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controls."""
+    patch(monkeypatch)
+    hat, x = drawn(LAYERS[name][0], 100)
+    assert carriers(hat)[0] == "first"
+    other = uncarried(hat)
+    assert differ(soft_step(hat, (x,), {}, 3.0), soft_step(other, (x,), {}, 3.0))
+
+
+class _Never(set):
+    """Has nothing in it, whatever is added."""
+
+    def add(self, element: object) -> None: ...
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_gives_the_same_with_masks_carried(name: str) -> None:
+    hat, args, kwargs = small(name)
+    draw_masks(hat)
+    other = uncarried(hat)
+    assert not differ(soft_step(hat, args, kwargs, 3.0), soft_step(other, args, kwargs, 3.0))
+
+
+def test_a_mask_made_where_gradients_are_off_has_gradients_behind_it() -> None:
+    """A frozen part under ``no_grad`` may be the first to ask for a mask that the rest of the pass trains through."""
+    hat, args, kwargs = small("frozen_stem")
+    draw_masks(hat)
+    for network in (hat, uncarried(hat)):
+        found = soft_step(network, args, kwargs, 3.0)
+        assert found["trainable_stem.masker.embeddings.0"].abs().max() > 0

@@ -1,44 +1,105 @@
-"""Masks that a norm carries: multiplied into its weight and bias, a channel each, instead of into every activation behind it.
+"""Masks that a layer or a norm carries: multiplied into its weight and bias instead of into activations behind it, or before it.
 
-With ``f`` positively homogeneous in each channel (ReLU, pooling), ``m f(w n(x) + b) = f((m w) n(x) + (m b))`` for a mask ``m >= 0``. It
-saves a pass over the activations forward, some backward, and the masked copy that the next layer would keep.
+With ``f`` positively homogeneous in each channel (ReLU, pooling), ``m f(w n(x) + b) = f((m w) n(x) + (m b))`` for a mask ``m >= 0``; with
+``f`` a view, ``m f(W x + b) = f((m W) x + (m b))`` with the mask's elements in their rows; and ``W (m x) = (W m) x`` with them in the
+columns. It saves a pass over the activations forward, some backward, and often the masked copy that would be kept for the backward pass.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hatify.gates import Program
 from hatify.modules.context import TaskContext
-from hatify.modules.masking import Mask
+from hatify.modules.masking import apply_mask, bits_of, by_bits, differentiated
 from hatify.modules.shards import sharded
 
 
-def carried(norm: nn.Module, mask: Mask, task: TaskContext, *args: Any, **kwargs: Any) -> Any:
-    """What ``norm``, one task's copy, gives with the mask of that task in its weights. Zeros are chosen, not multiplied: they are +0."""
-    made = []
-    for name in ("weight", "bias"):
-        parameter = norm._parameters[name]
-        factor = mask.vector(task, parameter.dtype)
-        made.append(torch.where(factor > 0, parameter * factor, 0.0))
-    with _with(norm, *made):
-        return norm(*args, **kwargs)
+class ChannelMask(NamedTuple):
+    """The mask of the output channels of a layer: float32, shape ``(channels,)``; ``soft`` unless it is binary."""
+
+    mask: Tensor
+    soft: bool
+
+    def onto(self, x: Tensor, dim: int = 0) -> Tensor:
+        """``x`` with the mask along ``dim``."""
+        return apply_mask(x, self._along(x, dim), soft=self.soft)
+
+    def onto_(self, x: Tensor, dim: int) -> Tensor:
+        """The same in place where it can be, for a tensor that nobody else has."""
+        if self.soft or differentiated() or not by_bits(x):
+            return self.onto(x, dim)
+        bits = bits_of(self._along(x, dim), x.dtype, soft=False)
+        x.view(bits.dtype).bitwise_and_(bits)
+        return x
+
+    def onto_inputs(self, weight: Tensor, groups: int) -> Tensor:
+        """A weight, ``(out, in / groups, ...)``, with the mask of the input channels on it."""
+        mask = self.mask.view(groups, -1)
+        if groups > 1:
+            mask = mask.repeat_interleave(weight.shape[0] // groups, dim=0)
+        return apply_mask(weight, mask.view(*mask.shape, *[1] * (weight.dim() - 2)), soft=self.soft)
+
+    def _along(self, x: Tensor, dim: int) -> Tensor:
+        return self.mask.view(-1, *[1] * (x.dim() - 1 - dim % x.dim()))
 
 
-@contextmanager
-def _with(norm: nn.Module, weight: Tensor, bias: Tensor) -> Iterator[None]:
+class ChannelMaskOf:
+    """A function for a graph: gives a context's channel mask by a program of one element per channel."""
+
+    __name__ = "channel_mask"
+
+    def __init__(self, program: Program, soft: bool) -> None:
+        self.program, self.soft = program, soft
+
+    def __call__(self, task: TaskContext) -> ChannelMask:
+        return ChannelMask(task.mask(self.program), self.soft and not task.hard)
+
+
+def norm_with(norm: nn.Module, mask: ChannelMask, call: Callable[[], Any]) -> Any:
+    """What ``call()`` gives, which runs ``norm``, one task's copy, with the mask in its weights."""
     shelf = norm._parameters
-    held = shelf["weight"], shelf["bias"]
-    shelf["weight"], shelf["bias"] = weight, bias
+    held = {name: p for name, p in shelf.items() if p is not None}
     try:
-        yield
+        shelf.update({name: mask.onto(p) for name, p in held.items()})
+        return call()
     finally:
-        shelf["weight"], shelf["bias"] = held
+        shelf.update(held)
+
+
+def layer_with(layer: nn.Module, x: Tensor, mask: ChannelMask | None, inputs: ChannelMask | None) -> Tensor:
+    """What a layer with torch's own forward (:func:`torchs_own`) gives with masks on its output and on its input: in its weight where
+    this has fewer elements than the value."""
+    weight, bias, dim = layer.weight, layer.bias, 1 - layer.weight.dim()
+    each = weight.numel() if type(weight) in (Tensor, nn.Parameter) else math.inf
+    if inputs is not None:
+        if each <= x.numel():
+            weight = inputs.onto_inputs(weight, getattr(layer, "groups", 1))
+        else:
+            x = inputs.onto(x, dim)
+    made = weight.shape[0] * x.numel() // max(1, x.shape[dim]) // math.prod(getattr(layer, "stride", ()))  # or nearly so
+    in_weight = mask is not None and each * (1 if differentiated() else 4) <= made
+    if in_weight:
+        weight, bias = mask.onto(weight), None if bias is None else mask.onto(bias)
+    y = F.linear(x, weight, bias) if isinstance(layer, nn.Linear) else layer._conv_forward(x, weight, bias)
+    return y if mask is None or in_weight else mask.onto_(y, dim)
+
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def torchs_own(cls: type[nn.Module]) -> bool:
+    """Whether a class of layers computes as torch's linear layer or convolution does: with each row of its weight for one channel."""
+    if cls.forward is nn.Linear.forward:
+        return True
+    return any(cls.forward is c.forward and cls._conv_forward is c._conv_forward for c in CONVOLUTIONS)
 
 
 FACTORS = (0.5, 2.0, 1.0, 0.25)
@@ -46,14 +107,14 @@ FACTORS = (0.5, 2.0, 1.0, 0.25)
 
 
 @torch.no_grad()
-def can_carry(norm: nn.Module, channels: int, rank: int, dim: int) -> bool:
+def norm_can_carry(norm: nn.Module, channels: int, rank: int, dim: int) -> bool:
     """Whether ``norm`` (one task's copy) gives, with its weight and bias multiplied by a factor per channel along ``dim``, its own
     result times these factors: to the bit, in both modes, tried on a copy."""
     parameters = dict(norm.named_parameters())
-    if set(parameters) != {"weight", "bias"} or any(p.shape != (channels,) for p in parameters.values()):
+    if not parameters or any(p.shape != (channels,) for p in parameters.values()):
         return False
-    if any(p.is_meta or sharded(p) for p in parameters.values()):
-        return False  # nothing here to try it with
+    if any(p.is_meta or sharded(p) for p in parameters.values()) or set(norm._parameters) < set(parameters):
+        return False  # nothing here to try it with, or it is not the norm's own
     shape = [4] * rank
     shape[dim] = channels
     generator = torch.Generator().manual_seed(0)
@@ -64,11 +125,11 @@ def can_carry(norm: nn.Module, channels: int, rank: int, dim: int) -> bool:
     factors = torch.tensor(FACTORS)[torch.arange(channels) % len(FACTORS)]
     for training in (True, False):
         results = []
-        for weights in ((twin.weight, twin.bias), (twin.weight * factors, twin.bias * factors)):
+        for mask in (torch.ones(channels), factors):
             tried = copy.deepcopy(twin).train(training)
-            with _with(tried, *weights), torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                results.append(tried(x.clone()))
+                results.append(norm_with(tried, ChannelMask(mask, soft=True), lambda: tried(x.clone())))  # noqa: B023
         expected = results[0] * factors.view([-1 if d == dim else 1 for d in range(rank)])
         if not torch.equal(results[1], expected):
             return False

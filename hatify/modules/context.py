@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ class TaskContext:
         sealed: whether the pass reads nothing that any task may still train.
 
     Attributes:
-        carries: whether norms that carry a mask in their weights do so in this pass. Weights that a later task trains may overflow in a
-            dead channel, and zero times infinity is NaN: for a finished task masks are applied where they stand, unless it is sealed.
+        carries: whether layers and norms may carry masks in their weights in this pass. Weights that a later task trains may overflow
+            in a dead channel, and zero times infinity is NaN: for a finished task masks are applied where they stand, unless it is
+            sealed.
     """
 
     def __init__(
@@ -61,10 +63,10 @@ class TaskContext:
 
     def mask(self, program: Program) -> Tensor:
         """The mask that a gate program stands for: float32, shape ``(program.size,)``."""
-        if self._lasting and program not in self._memo:
-            with torch.inference_mode(False), torch.no_grad():  # it may serve a pass with gradients later
-                return evaluate(program, self.atom, self._memo)
-        return evaluate(program, self.atom, self._memo)
+        if program in self._memo:
+            return self._memo[program]
+        with self._for_all():
+            return evaluate(program, self.atom, self._memo)
 
     def derived(
         self, program: Program, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[Tensor], Tensor], *more: Any
@@ -73,13 +75,19 @@ class TaskContext:
         key = program, shape, dtype, *more
         found = self._derived.get(key)
         if found is None:
-            if self._lasting:
-                with torch.inference_mode(False), torch.no_grad():
-                    found = make(self.mask(program).reshape(shape))
-            else:
-                found = make(self.mask(program).reshape(shape))
-            self._derived[key] = found
+            with self._for_all():
+                found = self._derived[key] = make(self.mask(program).reshape(shape))
         return found
+
+    def _for_all(self) -> AbstractContextManager:
+        """What is made here once serves all that ask for it: later passes with gradients if the context is lasting, else the rest of
+        the pass behind a region without gradients."""
+        if self._lasting:
+            made = ExitStack()
+            made.enter_context(torch.inference_mode(False))
+            made.enter_context(torch.no_grad())
+            return made
+        return nullcontext() if torch.is_grad_enabled() else torch.enable_grad()
 
     def copy_of(self, holder: Any, of: Callable[[int], Any]) -> Any:
         """The task's copy of what tasks cannot share; ``of`` gives that of any task of ``holder``."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hatify.modules.carrying import ChannelMask, layer_with
 from hatify.modules.config import HATConfig, config_of
 from hatify.modules.eager import Seen
 from hatify.modules.masker import Masker
@@ -15,16 +16,19 @@ from hatify.modules.recurrent import RECURRENT, HATRecurrent, add_maskers
 
 
 class HATLayer:
-    """Mixin of HAT layers. On a tensor it is the plain layer; on a payload it masks its input first and leaves its own
-    mask pending on the output (section 3.1). ``masker`` may be None: a shared output layer without a mask."""
+    """Mixin of HAT layers. On a tensor it is the plain layer, with ``mask`` on the channels of its output and ``inputs`` on those of its
+    input, if given; on a payload it masks its input first and leaves its own mask pending on the output (section 3.1). ``masker`` may be
+    None: a shared output layer without a mask."""
 
     takes_payloads = True
     masker: Masker | None
     plain_class: type[nn.Module]
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Any, *args: Any, mask: ChannelMask | None = None, inputs: ChannelMask | None = None, **kwargs: Any) -> Any:
         if isinstance(x, HATPayload):
             return weighted_of_payload(self, x, args, kwargs)
+        if mask is not None or inputs is not None:
+            return layer_with(self, x, mask, inputs)
         return super().forward(x, *args, **kwargs)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.autograd import forward_ad
 
 from hatify.gates import Program
@@ -138,24 +139,37 @@ def _alike(mask: Tensor, dims: int) -> int:
     return next((i for i, size in enumerate(sizes) if size != 1), dims)
 
 
+def _by_rows(mask: Tensor, shape: Size) -> bool:
+    """Whether the mask has one element for each row of a value, as that of a weight has."""
+    return len(shape) == mask.dim() > 1 and mask.shape[0] == shape[0] == mask.numel()
+
+
 def _in_pieces(mask: Tensor, *tensors: Tensor) -> bool:
     """Whether the tensors, of one shape, are large, lie in memory alike and can be cut, and nobody differentiates what becomes of them."""
     plain = all(t.device.type == "cpu" and t.is_contiguous() and t.dtype in (torch.float32, torch.float64) for t in tensors)
-    large = plain and tensors[0].numel() > PIECE * torch.get_num_threads() and _alike(mask, tensors[0].dim()) > 0
-    return large and not differentiated()
+    shape = tensors[0].shape
+    large = plain and shape.numel() > PIECE * torch.get_num_threads()
+    return large and (_by_rows(mask, shape) or _alike(mask, len(shape)) > 0) and not differentiated()
+
+
+def _pieces(mask: Tensor, vectors: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Pieces of vectors, of the mask's shape, and of values, broadcastable to one another."""
+    shape = values[0].shape
+    rows = _by_rows(mask, shape)
+    dims = 1 if rows else _alike(mask, len(shape))
+    lines = shape[:dims].numel()
+    one = mask.shape if rows else (1, *mask.shape[mask.dim() - len(shape) + dims :]) if dims < len(shape) else (1,)
+    count = max(1, PIECE * torch.get_num_threads() * lines // shape.numel())
+    cut = [v.view(one).split(count) if rows else repeat(v.view(one)) for v in vectors]
+    return zip(*cut, *(t.view(lines, *shape[dims:]).split(count) for t in values))
 
 
 def _gradients(gradient: Tensor, output: Tensor, mask: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     """``where(live, gradient * mask, 0)``, and the sum of ``gradient * output``, of the mask's shape; piece by piece."""
-    dims = _alike(mask, gradient.dim())
     of_x, total = torch.empty_like(gradient), torch.zeros_like(mask)
-    lines = gradient.shape[:dims].numel()
-    count = max(1, PIECE * torch.get_num_threads() * lines // gradient.numel())
-    one = (1, *mask.shape[mask.dim() - gradient.dim() + dims :]) if dims < gradient.dim() else (1,)
-    mask, bits, sums = mask.view(one), bits.view(one), total.view(one)
-    for given, made, out in zip(*(t.view(lines, *t.shape[dims:]).split(count) for t in (gradient, output, of_x))):
-        sums += torch.mul(given, made, out=out).sum_to_size(one)
-        torch.mul(given, mask, out=out).view(bits.dtype).bitwise_and_(bits)
+    for scale, chosen, sums, given, made, out in _pieces(mask, (mask, bits, total), (gradient, output, of_x)):
+        sums += torch.mul(given, made, out=out).sum_to_size(sums.shape)
+        torch.mul(given, scale, out=out).view(bits.dtype).bitwise_and_(chosen)
     return of_x, total
 
 
@@ -209,9 +223,6 @@ class Mask(Gated):
         program, ids, words: as for all masks.
         soft: whether the soft factor is still to be multiplied in.
         fill: value at dead positions.
-
-    Attributes:
-        carried: whether a norm before it carries the mask in its weights, in passes where ``task.carries``.
     """
 
     def __init__(
@@ -219,10 +230,9 @@ class Mask(Gated):
     ) -> None:
         super().__init__(program, ids, words)
         self.soft, self.fill = soft, fill
-        self.carried = False
 
     def forward(self, x: Tensor, task: TaskContext | None) -> Tensor:
-        if task is None or self.carried and task.carries:
+        if task is None:
             return x
         soft = self.soft and not task.hard
         if self.fill or not by_bits(x):
@@ -232,13 +242,9 @@ class Mask(Gated):
             return kept(x, bits)
         return scaled(x, task.derived(self.program, self.shape, x.dtype, lambda mask: mask.to(x.dtype)), bits)
 
-    def vector(self, task: TaskContext, dtype: torch.dtype) -> Tensor:
-        """The mask, of the given type, with one element per channel."""
-        return task.derived(self.program, (-1,), dtype, lambda mask: mask.to(dtype))
-
     def extra_repr(self) -> str:
         how = "fill with 1" if self.fill else "apply" if self.soft else "zero"
-        return f"{how}: {self.words()}{', carried by the norm before it' if self.carried else ''}"
+        return f"{how}: {self.words()}"
 
 
 def _binary(mask: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -11,37 +11,43 @@ from torch import Tensor, nn
 from hatify.errors import TaskError
 from hatify.modules import live_norms
 from hatify.modules.calls import copy_of_task
-from hatify.modules.carrying import carried
+from hatify.modules.carrying import ChannelMask, norm_with
 from hatify.modules.config import HATConfig, config_of
 from hatify.modules.context import TaskContext
 from hatify.modules.copies import copy_module
-from hatify.modules.masking import Mask
 from hatify.modules.payload import HATPayload, norm_of_payload
 
 
 class TaskIndexed:
     """Mixin of task-indexed modules: the module itself serves calls without a task, ``tasks[t]`` serves task ``t``.
 
-    So the original keys stay: ``bn1.weight`` without a task, ``bn1.tasks.3.weight`` for task 3. ``carries`` is the mask that its
-    weights carry, if any.
+    So the original keys stay: ``bn1.weight`` without a task, ``bn1.tasks.3.weight`` for task 3. A call with a ``mask`` gives the result
+    with that mask on its channels.
     """
 
     takes_payloads = True
-    carries: Mask | None = None
     tasks: nn.ModuleList
     plain_class: type[nn.Module]
 
-    def forward(self, x: Any, *args: Any, task: TaskContext | None = None, live: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        x: Any,
+        *args: Any,
+        task: TaskContext | None = None,
+        live: Tensor | None = None,
+        mask: ChannelMask | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if isinstance(x, HATPayload):
             return norm_of_payload(self, x, args, kwargs)
+        if task is None and live is None:
+            return super().forward(x, *args, **kwargs)
         chosen = self if task is None else task.copy_of(self, self.tasks.__getitem__)
         if live is not None:
-            return live_norms.of_module(chosen, x, live)
-        if task is None:
-            return super().forward(x, *args, **kwargs)
-        if task.carries and self.carries is not None:
-            return carried(chosen, self.carries, task, x, *args, **kwargs)
-        return chosen(x, *args, **kwargs)
+            call = partial(live_norms.of_module, chosen, x, live)
+        else:
+            call = partial(chosen, x, *args, **kwargs)
+        return call() if mask is None else norm_with(chosen, mask, call)
 
     def copies(self) -> list[nn.Module]:
         """The copies of all tasks, in order."""
@@ -80,7 +86,6 @@ def task_copy(module: nn.Module) -> nn.Module:
         if tasks is not None:
             module._modules["tasks"] = tasks
     copied.__class__ = type(module).plain_class if isinstance(module, TaskIndexed) else module.__class__
-    copied.__dict__.pop("carries", None)
     for parameter in copied.parameters():
         parameter.grad = None
     return copied

@@ -1,17 +1,20 @@
-"""Which norms carry which masks: found in the finished graphs, so that a loaded model carries what the converted one did.
+"""The graph that runs for a task: masks moved into the weights of the layers and norms before them, wherever the result is the same.
 
-It is found when a task is first called: a model that is being loaded, or is on the meta device, has no weights yet to try it with.
+It is made from the generated graph when a task is first called (a model that is being loaded, or is on the meta device, has no weights
+yet to try norms with), and nothing else reads it: what people see, what is stored and what is compiled is the generated one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import fx, nn
 
-from hatify.modules import Mask, TaskIndexed
-from hatify.modules.carrying import can_carry
+from hatify.gates import Program
+from hatify.modules import HATLayer, Mask, Masker, TaskIndexed
+from hatify.modules.carrying import ChannelMaskOf, norm_can_carry, torchs_own
 
 HOMOGENEOUS = (
     nn.ReLU,
@@ -30,54 +33,193 @@ HOMOGENEOUS = (
 )
 OPERATORS = {"relu", "leaky_relu", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "dropout"}
 """Layers (exactly these classes) and operators with ``f(m x) = m f(x)`` for ``m >= 0``, channel by channel."""
+MOVEMENT = {
+    "reshape", "view", "permute", "transpose", "t", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "contiguous", "clone",
+    "alias", "unbind", "split", "split_with_sizes", "chunk", "slice", "select", "narrow", "getitem", "roll", "flip",
+}  # fmt: skip
+"""Operators that give elements of one value in another order, or some of them."""
+LINEAR = {"mul": (0, 1), "div": (0,), "truediv": (0,), "matmul": (0, 1), "bmm": (0, 1), "scaled_dot_product_attention": (2,)}
+"""Operators that are linear in each of these arguments, the others fixed."""
 
 
-def carry_masks(model: nn.Module, graphs: Iterable[fx.Graph]) -> None:
-    """Lets every norm carry the mask that stands behind it, where all that becomes of its result is masked by that, with nothing but
-    homogeneous operators before: in all graphs of the model."""
-    masks: dict[str, list[Mask] | None] = {}
-    for graph in graphs:
-        calls: dict[str, list[fx.Node]] = {}
-        for node in graph.nodes:
-            if node.op == "call_module":
-                calls.setdefault(node.target, []).append(node)
-        for path, nodes in calls.items():
-            if isinstance(model.get_submodule(path), TaskIndexed):
-                found = _masks_behind(model, nodes[0]) if len(nodes) == 1 and "live" not in nodes[0].kwargs else None
-                known = masks.get(path, [])
-                masks[path] = None if found is None or known is None else known + found
-    for path, found in masks.items():
-        norm = model.get_submodule(path)
-        if found and all(torch.equal(m.ids, found[0].ids) for m in found) and _can_carry(norm, found[0]):
-            norm.__dict__["carries"] = found[0]  # not a child of the norm: it has its place in the model
-            for mask in found:
-                mask.carried = True
+def carrying(model: nn.Module, graph: fx.Graph, maskers: Mapping[str, Masker]) -> fx.Graph | None:
+    """A copy of a model's graph in which masks are carried wherever they can be; None where none can.
 
-
-def _masks_behind(model: nn.Module, node: fx.Node) -> list[Mask] | None:
-    """The masks that every use of a result ends in; None where some use does not."""
-    found: list[Mask] = []
-    for user in node.users:
-        module = model.get_submodule(user.target) if user.op == "call_module" else None
-        if isinstance(module, Mask):
-            if not module.soft or module.fill:
-                return None
-            found.append(module)
+    A layer carries the masks that all uses of its result end in, with nothing between but views and operators that are linear in it or
+    homogeneous; a norm those that only homogeneous operators stand before, for a view may mix up its channels. What is left is carried by
+    a layer that alone reads it.
+    """
+    names = {id(masker): name for name, masker in maskers.items()}
+    made = copy.deepcopy(graph)
+    task = made.find_nodes(op="placeholder")[-1]
+    gone: set[fx.Node] = set()
+    for node in made.find_nodes(op="call_module"):
+        module = model.get_submodule(node.target)
+        if isinstance(module, TaskIndexed):
+            behind, carried = _of_norm(model, node, module)
+        elif isinstance(module, HATLayer) and module.masker is not None and torchs_own(module.plain_class):
+            behind, carried = _of_layer(model, node, module, names[id(module.masker)])
+        else:
             continue
-        alone = user.all_input_nodes == [node]
-        operator = getattr(user.target, "_opname", "") if user.op == "call_function" else ""
-        if not alone or not (type(module) in HOMOGENEOUS or operator.removeprefix("aten::") in OPERATORS):
-            return None
-        behind = _masks_behind(model, user)
-        if behind is None:
-            return None
-        found += behind
-    return found or None
+        if carried is not None and not gone.intersection(behind):  # what one factor of a product carries, the other must not
+            with made.inserting_before(node):
+                node.update_kwarg("mask", made.call_function(carried, (task,)))
+            gone.update(behind)
+    for node in made.find_nodes(op="call_module"):
+        mask = model.get_submodule(node.target)
+        if node not in gone and isinstance(mask, Mask) and not mask.fill and len(node.users) == 1:
+            reader = next(iter(node.users))
+            if reader.op == "call_module" and _reads(reader, node)[0] and _is_input(model.get_submodule(reader.target), mask):
+                with made.inserting_before(reader):
+                    reader.update_kwarg("inputs", made.call_function(ChannelMaskOf(mask.program, mask.soft), (task,)))
+                gone.add(node)
+    for mask in gone:
+        mask.replace_all_uses_with(mask.args[0])
+        made.erase_node(mask)
+    return made if gone else None
 
 
-def _can_carry(norm: TaskIndexed, mask: Mask) -> bool:
-    sizes = [size for size in mask.shape if size > 1]
-    if len(sizes) != 1:
+def _of_norm(model: nn.Module, node: fx.Node, norm: TaskIndexed) -> tuple[list[fx.Node], ChannelMaskOf | None]:
+    """The masks that a norm can carry, and in which form."""
+    behind = _masks_behind(model, node, _keeps_channels)
+    mask = _one(model, behind)
+    sizes = [] if mask is None else [size for size in mask.shape if size > 1]
+    carries = len(sizes) == 1 and norm_can_carry(norm.tasks[0], sizes[0], len(mask.shape), mask.shape.index(sizes[0]))
+    return behind, ChannelMaskOf(mask.program, mask.soft) if carries else None
+
+
+def _of_layer(model: nn.Module, node: fx.Node, layer: HATLayer, masker: str) -> tuple[list[fx.Node], ChannelMaskOf | None]:
+    """The masks that a layer can carry, and in which form."""
+    behind = _masks_behind(model, node, _keeps_factors)
+    program = _of_rows([model.get_submodule(m.target) for m in behind], masker, layer.weight.shape[0])
+    if program is not None:
+        return behind, ChannelMaskOf(program, soft=True)
+    behind = _masks_behind(model, node, _keeps_channels)
+    mask = _one(model, behind)
+    carries = mask is not None and mask.soft and _is_output(layer, mask)
+    return behind, ChannelMaskOf(mask.program, soft=True) if carries else None
+
+
+def _of_rows(masks: list[Mask], masker: str, rows: int) -> Program | None:
+    """What a layer's rows are to be multiplied with, so that their elements, wherever they went, have been multiplied by these masks.
+
+    An element that a row gave has that row's own gate among its gates. So where all gates are of this layer's masker and those in which
+    a row is named are one and the same, that is the row's.
+    """
+    if not masks or not all(m.soft for m in masks):
+        return None
+    named = [_named(m.program, masker) for m in masks]
+    if any(n is None for n in named):
+        return None
+    gates = torch.cat([m.ids.reshape(-1) for m in masks])
+    place, found = torch.full((rows,), -1), torch.full((rows,), -1)
+    for named_by in _stacked(named):
+        for reduce in ("amin", "amax"):
+            gate = found.scatter_reduce(0, named_by, gates, reduce, include_self=False)
+            if not torch.equal(torch.where(found < 0, gate, found), gate):
+                return None
+            found = gate
+        place[named_by] = torch.arange(len(gates))
+    if (place < 0).any():
+        return None
+    parts = tuple(m.program for m in masks)
+    return Program("pick", rows, index=tuple(place.tolist()), parts=parts)
+
+
+def _named(program: Program, masker: str) -> torch.Tensor | None:
+    """The channels of the masker that each element of a program is made of: ``(some number, size)``; None where there is anything else."""
+    if program.op == "atom":
+        return None if program.masker != masker else (
+            torch.arange(program.size) if program.index is None else program.index_tensor
+        ).view(1, -1)  # fmt: skip
+    parts = [_named(part, masker) for part in program.parts]
+    if not parts or any(part is None for part in parts):
+        return None
+    if program.op != "pick":
+        return torch.cat(parts)
+    joined = _stacked(parts)
+    return joined if program.index is None else joined[:, program.index_tensor]
+
+
+def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Side by side, the shorter ones with their last row again and again."""
+    height = max(len(part) for part in parts)
+    return torch.cat([torch.cat([part, part[-1:].expand(height - len(part), -1)]) for part in parts], dim=1)
+
+
+def _masks_behind(model: nn.Module, node: fx.Node, keeps: Callable[[nn.Module, fx.Node, fx.Node], bool]) -> list[fx.Node]:
+    """The masks that all uses of a result end in, with nothing between but what ``keeps``; none where some use does not."""
+    found: dict[fx.Node, None] = {}
+    seen: set[fx.Node] = set()  # what two such values meet in would have the factor twice
+    values = [node]
+    while values:
+        value = values.pop()
+        for user in value.users:
+            module = model.get_submodule(user.target) if user.op == "call_module" else None
+            if isinstance(module, Mask):
+                if module.fill:
+                    return []
+                found[user] = None
+            elif user not in seen and keeps(model, user, value):
+                seen.add(user)
+                values.append(user)
+            else:
+                return []
+        if not value.users:
+            return []
+    return list(found)
+
+
+def _keeps_channels(model: nn.Module, user: fx.Node, value: fx.Node) -> bool:
+    """Whether a factor on a channel of ``value`` is one on that channel of the result."""
+    if user.all_input_nodes != [value]:
         return False
-    dim = mask.shape.index(sizes[0])
-    return can_carry(norm.tasks[0], sizes[0], len(mask.shape), dim)
+    if user.op == "call_module":
+        return type(model.get_submodule(user.target)) in HOMOGENEOUS
+    return _name(user) in OPERATORS
+
+
+def _keeps_factors(model: nn.Module, user: fx.Node, value: fx.Node) -> bool:
+    """Whether a factor on elements of ``value`` is one on what these become."""
+    if _keeps_channels(model, user, value):
+        return True
+    name = _name(user)
+    if name in MOVEMENT:
+        return user.all_input_nodes == [value] or user.args[0] is value and sum(_reads(user, value)) == 1
+    places = [i for i, read in enumerate(_reads(user, value)) if read]
+    return len(places) == 1 and places[0] in LINEAR.get(name, ())
+
+
+def _reads(user: fx.Node, value: fx.Node) -> list[bool]:
+    """Which arguments are the value, keywords last."""
+    return [arg is value for arg in (*user.args, *user.kwargs.values())]
+
+
+def _name(node: fx.Node) -> str:
+    """An operator's name without namespace and overload: ``relu``."""
+    if node.op != "call_function":
+        return ""
+    return getattr(node.target, "_opname", getattr(node.target, "__name__", ""))
+
+
+def _one(model: nn.Module, masks: list[fx.Node]) -> Mask | None:
+    """The one mask that all of them are, if they are one."""
+    modules = [model.get_submodule(m.target) for m in masks]
+    alike = all(torch.equal(m.ids, modules[0].ids) and m.soft == modules[0].soft for m in modules)
+    return modules[0] if modules and alike else None
+
+
+def _is_output(layer: HATLayer, mask: Mask) -> bool:
+    """Whether a mask is one of the output channels of a linear layer or convolution."""
+    weight = layer.weight
+    dim = len(mask.shape) + 1 - weight.dim()
+    return dim >= 0 and all(size == (weight.shape[0] if i == dim else 1) for i, size in enumerate(mask.shape))
+
+
+def _is_input(layer: nn.Module, mask: Mask) -> bool:
+    """Whether a mask is one of the input channels of a linear layer or convolution that can carry it."""
+    if not isinstance(layer, HATLayer) or not torchs_own(layer.plain_class):
+        return False
+    channels = layer.weight.shape[1] * getattr(layer, "groups", 1)
+    dim = len(mask.shape) + 1 - layer.weight.dim()
+    return dim >= 0 and all(size == (channels if i == dim else 1) for i, size in enumerate(mask.shape))
