@@ -189,6 +189,31 @@ class Attention(nn.Module):
         return self.head(x + self.proj(y.transpose(1, 2).flatten(2)))
 
 
+class Separate(nn.Module):
+    """Attention with a layer each for queries, keys and values: the masks of queries and keys are both layers'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(6, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (2, 2)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        return self.head(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Product(nn.Module):
+    """The product of two layers' results, which has one mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.second, self.head = nn.Linear(4, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.second(self.left(x) * self.right(x))))
+
+
 class Convolutions(nn.Module):
     """Convolutions with strides and groups, without a norm between."""
 
@@ -222,6 +247,8 @@ LAYERS = {
     "gelu": (lambda: Two(F.gelu, nn.Linear(6, 8), 8), "second"),
     "attention": (lambda: Attention(fused=True), "qkv proj"),
     "attention by products": (lambda: Attention(fused=False), "qkv proj"),
+    "attention by three layers": (Separate, "query key value"),
+    "product": (Product, "left second"),
     "convolutions": (Convolutions, ""),
 }
 INPUTS = {

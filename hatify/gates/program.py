@@ -112,13 +112,13 @@ def evaluate(program: Program, mask_of: Callable[[str], Tensor], memo: dict) -> 
     elif program.op == "atom":
         out = mask_of(program.masker)
         if program.index is not None:
-            out = out[program.index_tensor.to(out.device)]
+            out = out.index_select(0, program.index_tensor.to(out.device))
     else:
         parts = [evaluate(part, mask_of, memo) for part in program.parts]
         if program.op == "pick":
             out = torch.cat(parts)
             if program.index is not None:
-                out = out[program.index_tensor.to(out.device)]
+                out = out.index_select(0, program.index_tensor.to(out.device))
         else:
             out = (torch.maximum if program.op == "or" else torch.minimum)(*parts)
     memo[program] = out

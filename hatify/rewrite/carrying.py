@@ -103,38 +103,32 @@ def _of_layer(model: nn.Module, node: fx.Node, layer: HATLayer, masker: str) -> 
 def _of_rows(masks: list[Mask], masker: str, rows: int) -> Program | None:
     """What a layer's rows are to be multiplied with, so that their elements, wherever they went, have been multiplied by these masks.
 
-    An element that a row gave has that row's own gate among its gates. So where all gates are of this layer's masker and those in which
-    a row is named are one and the same, that is the row's.
+    An element that a row gave has that row's own gate among its gates. So where all gates in which a row is named are one and the same,
+    that is what the row is masked with.
     """
     if not masks or not all(m.soft for m in masks):
         return None
-    named = [_named(m.program, masker) for m in masks]
-    if any(n is None for n in named):
-        return None
     gates = torch.cat([m.ids.reshape(-1) for m in masks])
-    place, found = torch.full((rows,), -1), torch.full((rows,), -1)
-    for named_by in _stacked(named):
+    gate_of, place = torch.full((rows + 1,), -1), torch.full((rows + 1,), -1)  # one more, for what names no row
+    for named in _stacked([_named(m.program, masker, rows) for m in masks]):
         for reduce in ("amin", "amax"):
-            gate = found.scatter_reduce(0, named_by, gates, reduce, include_self=False)
-            if not torch.equal(torch.where(found < 0, gate, found), gate):
+            found = gate_of.scatter_reduce(0, named, gates, reduce, include_self=False)
+            if not torch.equal(torch.where(gate_of < 0, found, gate_of)[:rows], found[:rows]):
                 return None
-            found = gate
-        place[named_by] = torch.arange(len(gates))
-    if (place < 0).any():
+            gate_of = found
+        place[named] = torch.arange(len(gates))
+    if (place[:rows] < 0).any():
         return None
-    parts = tuple(m.program for m in masks)
-    return Program("pick", rows, index=tuple(place.tolist()), parts=parts)
+    return Program("pick", rows, index=tuple(place[:rows].tolist()), parts=tuple(m.program for m in masks))
 
 
-def _named(program: Program, masker: str) -> torch.Tensor | None:
-    """The channels of the masker that each element of a program is made of: ``(some number, size)``; None where there is anything else."""
-    if program.op == "atom":
-        return None if program.masker != masker else (
-            torch.arange(program.size) if program.index is None else program.index_tensor
-        ).view(1, -1)  # fmt: skip
-    parts = [_named(part, masker) for part in program.parts]
-    if not parts or any(part is None for part in parts):
-        return None
+def _named(program: Program, masker: str, rows: int) -> torch.Tensor:
+    """The channels of a masker that each element of a program is made of, ``(some number, size)``; ``rows`` where there is none."""
+    if program.op == "atom" and program.masker == masker:
+        return (torch.arange(program.size) if program.index is None else program.index_tensor).view(1, -1)
+    if not program.parts:
+        return torch.full((1, program.size), rows)
+    parts = [_named(part, masker, rows) for part in program.parts]
     if program.op != "pick":
         return torch.cat(parts)
     joined = _stacked(parts)
