@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,37 +19,39 @@ from torch import Tensor, nn
 
 from hatify.gates import Program
 from hatify.modules.context import TaskContext
-from hatify.modules.masking import apply_mask, bits_of, by_bits, differentiated
+from hatify.modules.masking import apply_mask, bits_of, by_bits, differentiated, masked_by
 from hatify.modules.shards import sharded
 
 
 class ChannelMask(NamedTuple):
-    """The mask of the output channels of a layer: float32, shape ``(channels,)``; ``soft`` unless it is binary."""
+    """The mask of the channels of a value: a context's, by a program of one element per channel; ``soft`` unless it is binary."""
 
-    mask: Tensor
+    task: TaskContext
+    program: Program
     soft: bool
 
     def onto(self, x: Tensor, dim: int = 0) -> Tensor:
         """``x`` with the mask along ``dim``."""
-        return apply_mask(x, self._along(x, dim), soft=self.soft)
+        shape = (-1, *[1] * (x.dim() - 1 - dim % x.dim()))
+        if not by_bits(x):
+            return apply_mask(x, self.task.mask(self.program).view(shape), soft=self.soft)
+        return masked_by(x, self.task, self.program, shape, self.soft)
 
     def onto_(self, x: Tensor, dim: int) -> Tensor:
         """The same in place where it can be, for a tensor that nobody else has."""
         if self.soft or differentiated() or not by_bits(x):
             return self.onto(x, dim)
-        bits = bits_of(self._along(x, dim), x.dtype, soft=False)
+        shape = (-1, *[1] * (x.dim() - 1 - dim % x.dim()))
+        bits = self.task.derived(self.program, shape, x.dtype, partial(bits_of, dtype=x.dtype, soft=False), False)
         x.view(bits.dtype).bitwise_and_(bits)
         return x
 
     def onto_inputs(self, weight: Tensor, groups: int) -> Tensor:
         """A weight, ``(out, in / groups, ...)``, with the mask of the input channels on it."""
-        mask = self.mask.view(groups, -1)
-        if groups > 1:
-            mask = mask.repeat_interleave(weight.shape[0] // groups, dim=0)
+        if groups == 1:
+            return self.onto(weight, 1)
+        mask = self.task.mask(self.program).view(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
         return apply_mask(weight, mask.view(*mask.shape, *[1] * (weight.dim() - 2)), soft=self.soft)
-
-    def _along(self, x: Tensor, dim: int) -> Tensor:
-        return self.mask.view(-1, *[1] * (x.dim() - 1 - dim % x.dim()))
 
 
 class ChannelMaskOf:
@@ -60,7 +63,7 @@ class ChannelMaskOf:
         self.program, self.soft = program, soft
 
     def __call__(self, task: TaskContext) -> ChannelMask:
-        return ChannelMask(task.mask(self.program), self.soft and not task.hard)
+        return ChannelMask(task, self.program, self.soft and not task.hard)
 
 
 def norm_with(norm: nn.Module, mask: ChannelMask, call: Callable[[], Any]) -> Any:
@@ -123,13 +126,15 @@ def norm_can_carry(norm: nn.Module, channels: int, rank: int, dim: int) -> bool:
         parameter.copy_(torch.randn(channels, generator=generator))
     x = torch.randn(shape, generator=generator)
     factors = torch.tensor(FACTORS)[torch.arange(channels) % len(FACTORS)]
+    program = Program("atom", channels, masker="tried")
     for training in (True, False):
         results = []
-        for mask in (torch.ones(channels), factors):
+        for tested in (torch.ones(channels), factors):
+            mask = ChannelMask(TaskContext(0, 1.0, None, hard=False, masks={"tried": tested}), program, soft=True)
             tried = copy.deepcopy(twin).train(training)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                results.append(norm_with(tried, ChannelMask(mask, soft=True), lambda: tried(x.clone())))  # noqa: B023
+                results.append(norm_with(tried, mask, lambda: tried(x.clone())))  # noqa: B023
         expected = results[0] * factors.view([-1 if d == dim else 1 for d in range(rank)])
         if not torch.equal(results[1], expected):
             return False

@@ -180,6 +180,12 @@ def _divided(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(live, x, zero) / torch.where(live, mask, one)
 
 
+def masked_by(x: Tensor, task: TaskContext, program: Program, shape: tuple[int, ...], soft: bool) -> Tensor:
+    """:func:`apply_mask` with a context's mask in a shape; what is made for that is made once a context."""
+    bits = task.derived(program, shape, x.dtype, partial(bits_of, dtype=x.dtype, soft=soft), soft)
+    return scaled(x, task.derived(program, shape, x.dtype, lambda mask: mask.to(x.dtype)), bits) if soft else kept(x, bits)
+
+
 class Gated(nn.Module):
     """What masks share: the gates of one value, and the program that makes its mask.
 
@@ -237,10 +243,7 @@ class Mask(Gated):
         soft = self.soft and not task.hard
         if self.fill or not by_bits(x):
             return apply_mask(x, task.mask(self.program).reshape(self.shape), soft=soft, fill=self.fill)
-        bits = task.derived(self.program, self.shape, x.dtype, partial(bits_of, dtype=x.dtype, soft=soft), soft)
-        if not soft:
-            return kept(x, bits)
-        return scaled(x, task.derived(self.program, self.shape, x.dtype, lambda mask: mask.to(x.dtype)), bits)
+        return masked_by(x, task, self.program, self.shape, soft)
 
     def extra_repr(self) -> str:
         how = "fill with 1" if self.fill else "apply" if self.soft else "zero"
