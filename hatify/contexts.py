@@ -26,9 +26,7 @@ class TaskContexts:
     _guard: Guard
     _active_task: int | None
 
-    def context(
-        self, task: int | None, mask_scale: float | None = None, *, compiled: bool = False, sealed: bool = False
-    ) -> TaskContext | None:
+    def context(self, task: int | None, mask_scale: float | None = None, *, sealed: bool = False) -> TaskContext | None:
         """The context of one forward pass; None without a task.
 
         A finished task's masks are binary whatever the scale; so are those of a task that is given no scale in eval mode. In train mode the
@@ -57,11 +55,9 @@ class TaskContexts:
             maskers = self.maskers
             return TaskContext(task, mask_scale, lambda name: maskers[name](task, mask_scale), hard=mask_scale is None)
         if mask_scale is None and self._lasts(task):
-            context = self._lasting(task, sealed)
-            return self._for_compiler(context) if compiled else context
+            return self._lasting(task, sealed)
         masks = self._bank.masks(task, mask_scale)
-        context = TaskContext(task, mask_scale, None, hard=mask_scale is None, masks=masks)
-        return self._for_compiler(context) if compiled else context
+        return TaskContext(task, mask_scale, None, hard=mask_scale is None, masks=masks)
 
     def _lasts(self, task: int) -> bool:
         """Whether the masks of ``task`` are what they were: its embeddings are protected, and nobody looks on who would want to see
@@ -84,8 +80,10 @@ class TaskContexts:
             kept.pop(next(iter(kept)))
         return found[1]
 
-    def _for_compiler(self, context: TaskContext) -> TaskContext:
+    def _for_compiler(self, context: TaskContext | None) -> TaskContext | None:
         """The same with tensors and modules only: a number would be a constant that the code is compiled for."""
+        if context is None:
+            return None
         chosen = [m.tasks[context.id] if isinstance(m, TaskIndexed) else m.of(context.id) for m in self._holders]
         return TaskContext(None, None, None, context.hard, chosen=chosen, masks=context.masks)
 

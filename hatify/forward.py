@@ -40,17 +40,17 @@ def forward(self: HATModel, *args: Any, task: int | None = None, mask_scale: flo
     """``hat(*inputs, task=None, mask_scale=None)``; see :class:`HATModel`."""
     compiler = None if torch.compiler.is_compiling() else eval_frame.get_eval_frame_callback()
     if compiler is None:
-        call = _prepared(self, args, kwargs, task, mask_scale, compiled=False)
+        call = _prepared(self, args, kwargs, task, mask_scale)
         with call.reading:
             return _finished(self, call, self.run(call.tensors, call.context) if not call.own else _own(self, call))
     eval_frame.set_eval_frame(None)  # as torch.compiler.disable does, without the import of the whole compiler
     try:
-        call = _prepared(self, args, kwargs, task, mask_scale, compiled=True)
-    finally:
-        eval_frame.set_eval_frame(compiler)
-    out = self.run(call.tensors, call.context) if not call.own else _own(self, call)
-    eval_frame.set_eval_frame(None)
-    try:
+        call = _prepared(self, args, kwargs, task, mask_scale)
+        with call.reading:
+            context = self._for_compiler(call.context)  # with the copies that are read in this pass
+            eval_frame.set_eval_frame(compiler)
+            out = self.run(call.tensors, context) if not call.own else _own(self, call)
+            eval_frame.set_eval_frame(None)
         return _finished(self, call, out)
     finally:
         eval_frame.set_eval_frame(compiler)
@@ -67,9 +67,7 @@ def _own(self: HATModel, call: _Call) -> Any:
     return self._own_code(*args, **kwargs)
 
 
-def _prepared(
-    self: HATModel, args: tuple, kwargs: dict[str, Any], task: int | None, mask_scale: float | None, compiled: bool
-) -> _Call:
+def _prepared(self: HATModel, args: tuple, kwargs: dict[str, Any], task: int | None, mask_scale: float | None) -> _Call:
     payload = next((a for a in (*args, *kwargs.values()) if isinstance(a, HATPayload)), None)
     if payload is not None:
         if task is not None or mask_scale is not None:
@@ -81,14 +79,14 @@ def _prepared(
         task = self._active_task
     reading = None
     if not torch.compiler.is_compiling():
-        reading = self._guard.before_forward(task, may_read=not compiled)
+        reading = self._guard.before_forward(task, may_read=True)
         self._guard.remember(task, args, {**kwargs, "task": task})
     tensors = self._facts.signature.bind(args, kwargs)
     self._facts.check_sizes(tensors)
     if self._facts.selections and not torch.compiler.is_compiling():
         check_selections(self._facts.selections, self.get_buffer)
     scale = mask_scale if task is not None or payload is None else None
-    context = self.context(task, scale, compiled=compiled, sealed=reading is not None and not reading.rest)
+    context = self.context(task, scale, sealed=reading is not None and not reading.rest)
     own = context is None and self.runs_own_code
     return _Call(tensors, context, own, None if payload is None else (task, mask_scale), reading or _NOTHING)
 

@@ -54,7 +54,8 @@ def test_bare_writes_between_two_compiled_calls(compiling: str, protected: bool,
         for _ in range(3):
             write(hat)
             assert torch.equal(call(*inputs(NAME, 4), task=0), before) == protected
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 1 if protected else graphs <= 2  # undefended, the second one reads the tensors themselves
 
 
 @compiled
