@@ -243,6 +243,7 @@ LAYERS = {
     "a part": (lambda: Two(lambda x: x[..., 2:6], nn.Linear(6, 8), 4), "second"),
     "read twice": (lambda: Two(lambda x: x + torch.relu(x), nn.Linear(6, 8), 8), "second"),
     "two halves multiplied": (lambda: Two(twice, nn.Linear(6, 8), 4), "second"),
+    "a rounded quotient": (lambda: Two(lambda x: torch.div(x, 0.1, rounding_mode="floor"), nn.Linear(6, 8), 8), "second"),
     "gate": (lambda: Two(F.glu, nn.Linear(6, 8), 4), "second"),
     "gelu": (lambda: Two(F.gelu, nn.Linear(6, 8), 8), "second"),
     "attention": (lambda: Attention(fused=True), "qkv proj"),
@@ -253,7 +254,7 @@ LAYERS = {
 }
 INPUTS = {
     "a part": "second", "read twice": "second", "two halves multiplied": "second", "gate": "second", "gelu": "second",
-    "convolutions": "grouped conv2",
+    "a rounded quotient": "second", "convolutions": "grouped conv2",
 }  # fmt: skip
 """What carries the mask of its output, and what that of its input."""
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from hatify.gates import Program
 from hatify.modules import HATLayer, Mask, Masker, TaskIndexed
@@ -69,7 +70,7 @@ def carrying(model: nn.Module, graph: fx.Graph, maskers: Mapping[str, Masker]) -
         mask = model.get_submodule(node.target)
         if node not in gone and isinstance(mask, Mask) and not mask.fill and len(node.users) == 1:
             reader = next(iter(node.users))
-            if reader.op == "call_module" and _reads(reader, node)[0] and _is_input(model.get_submodule(reader.target), mask):
+            if reader.op == "call_module" and _places(reader, node) == [0] and _is_input(model.get_submodule(reader.target), mask):
                 with made.inserting_before(reader):
                     reader.update_kwarg("inputs", made.call_function(ChannelMaskOf(mask.program, mask.soft), (task,)))
                 gone.add(node)
@@ -177,16 +178,18 @@ def _keeps_factors(model: nn.Module, user: fx.Node, value: fx.Node) -> bool:
     """Whether a factor on elements of ``value`` is one on what these become."""
     if _keeps_channels(model, user, value):
         return True
-    name = _name(user)
+    name, places = _name(user), _places(user, value)
     if name in MOVEMENT:
-        return user.all_input_nodes == [value] or user.args[0] is value and sum(_reads(user, value)) == 1
-    places = [i for i, read in enumerate(_reads(user, value)) if read]
-    return len(places) == 1 and places[0] in LINEAR.get(name, ())
+        return places == [0] and not any(isinstance(a, torch.dtype) for a in user.args)  # a view as another type moves nothing
+    settings = user.kwargs and name in ("mul", "div")  # how a quotient is rounded
+    return len(places) == 1 and places[0] in LINEAR.get(name, ()) and not settings
 
 
-def _reads(user: fx.Node, value: fx.Node) -> list[bool]:
-    """Which arguments are the value, keywords last."""
-    return [arg is value for arg in (*user.args, *user.kwargs.values())]
+def _places(user: fx.Node, value: fx.Node) -> list[int | None]:
+    """Where a call reads the value: the numbers of its arguments, None for any other place."""
+    found: list[int | None] = [i for i, arg in enumerate(user.args) if arg is value]
+    nested = [arg for arg in pytree.tree_leaves((user.args, user.kwargs)) if arg is value]
+    return found + [None] * (len(nested) - len(found))
 
 
 def _name(node: fx.Node) -> str:
