@@ -27,7 +27,7 @@ from hatify.learning.network import Converted, network_of
 from hatify.locking import LockMethods
 from hatify.modules import HATConfig, Masker, TaskContext
 from hatify.original import OwnCode
-from hatify.rewrite.carrying import carrying
+from hatify.rewrite.carrying import Carried, carrying, modules_of
 from hatify.rewrite.graph import readable, spelled
 from hatify.rewrite.scope import Scope
 from hatify.task_copies import TaskCopies
@@ -106,12 +106,22 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
         there is nothing to carry, or not now."""
         made = self.__dict__.setdefault("_carrying", {})
         of_train = self.training and self.train_graph is not None
-        if of_train not in made:
-            if _get_current_dispatch_mode_stack():
+        found = made.get(of_train)
+        if found is None or not found.holds():
+            if _get_current_dispatch_mode_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
                 return None
-            graph = carrying(self, self.train_graph if of_train else self.graph, self.maskers)
-            made[of_train] = None if graph is None else _compiled(graph, "carrying graph")
-        return made[of_train]
+            found = made[of_train] = self._carried(self.train_graph if of_train else self.graph)
+        return found.code if found.usable() else None
+
+    def _carried(self, generated: fx.Graph) -> Carried:
+        device = next((p.device.type for p in self.parameters()), "cpu")
+        with (
+            torch.inference_mode(False),
+            torch.autocast(device, enabled=False),
+            torch._C.DisableTorchFunction(),
+        ):  # whoever calls now
+            graph = carrying(self, generated, self.maskers)
+            return Carried(None if graph is None else _compiled(graph, "carrying graph"), modules_of(self, generated))
 
     @property
     def runs_own_code(self) -> bool:

@@ -14,6 +14,7 @@ import hatify
 from hatify import HATModel
 from hatify.calling import flatten
 from hatify.modules import Masker
+from hatify.rewrite.carrying import Carried
 
 
 def converted(model: nn.Module, inputs: Any, tasks: int = 2, **options: Any) -> HATModel:
@@ -60,7 +61,7 @@ def finish(hat: HATModel, *tasks: int) -> None:
 def uncarried(hat: HATModel) -> HATModel:
     """The same network with its masks applied where they stand, as in the generated code."""
     other = copy.deepcopy(hat)
-    other.__dict__["_carrying"] = {False: None, True: None}
+    other.__dict__["_carrying"] = dict.fromkeys((False, True), Carried(None))
     return other
 
 

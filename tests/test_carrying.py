@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
+import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ import torch.nn.functional as F
 from networks import NETWORKS
 from tasks import converted, draw_masks, maskers, outputs, same, small, uncarried
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from hatify import ChannelNorm, HATModel, registry
@@ -244,6 +248,7 @@ LAYERS = {
     "read twice": (lambda: Two(lambda x: x + torch.relu(x), nn.Linear(6, 8), 8), "second"),
     "two halves multiplied": (lambda: Two(twice, nn.Linear(6, 8), 4), "second"),
     "a rounded quotient": (lambda: Two(lambda x: torch.div(x, 0.1, rounding_mode="floor"), nn.Linear(6, 8), 8), "second"),
+    "relu in place": (lambda: Two(nn.ReLU(inplace=True), nn.Linear(6, 8), 8), "second"),
     "gate": (lambda: Two(F.glu, nn.Linear(6, 8), 4), "second"),
     "gelu": (lambda: Two(F.gelu, nn.Linear(6, 8), 8), "second"),
     "attention": (lambda: Attention(fused=True), "qkv proj"),
@@ -254,7 +259,7 @@ LAYERS = {
 }
 INPUTS = {
     "a part": "second", "read twice": "second", "two halves multiplied": "second", "gate": "second", "gelu": "second",
-    "a rounded quotient": "second", "convolutions": "grouped conv2",
+    "a rounded quotient": "second", "relu in place": "second", "convolutions": "grouped conv2",
 }  # fmt: skip
 """What carries the mask of its output, and what that of its input."""
 
@@ -348,3 +353,196 @@ def test_a_mask_made_where_gradients_are_off_has_gradients_behind_it() -> None:
     for network in (hat, uncarried(hat)):
         found = soft_step(network, args, kwargs, 3.0)
         assert found["trainable_stem.masker.embeddings.0"].abs().max() > 0
+
+
+class Frozen(nn.Module):
+    """A layer and a norm whose gradients are switched off around the call, not their masks'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second, self.head = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            a = self.first(x)
+            b = self.norm(a + 1)
+        return self.head(F.relu(self.second(F.relu(a) + F.relu(b))))
+
+
+@pytest.mark.parametrize("batch", [1, 100])
+def test_no_mask_moves_into_a_region_without_gradients(batch: int) -> None:
+    hat, x = drawn(Frozen, batch)
+    assert carriers(hat) == ["second"]
+    other = uncarried(hat)
+    assert not differ(soft_step(hat, (x,), {}, 3.0), soft_step(other, (x,), {}, 3.0))
+
+
+FIRST_CALLS = {
+    "inference mode": lambda call: torch.inference_mode()(call)(),
+    "double by default": lambda call: _with_default(torch.float64, call),
+    "another device by default": lambda call: _on_device(torch.device("meta"), call),
+    "a transform": lambda call: torch.func.grad(lambda s: call() * s)(torch.ones(())),
+}
+
+
+def _with_default(dtype: torch.dtype, call: Callable) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        call()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _on_device(device: torch.device, call: Callable) -> None:
+    with device:
+        call()
+
+
+@pytest.mark.parametrize("where", FIRST_CALLS)
+@pytest.mark.parametrize("name", ["norm", "attention"])
+def test_the_first_call_may_be_anywhere(name: str, where: str) -> None:
+    if name == "norm":
+        hat, x = network(nn.ReLU()), IMAGES
+    else:
+        hat, x = drawn(LAYERS[name][0], 100)
+    other = uncarried(hat)
+    FIRST_CALLS[where](lambda: hat(x, task=0, mask_scale=3.0).sum())
+    assert not differ(soft_step(hat, (x,), {}, 3.0), soft_step(other, (x,), {}, 3.0))
+
+
+@pytest.mark.parametrize("path", ["conv", "norm", "norm.tasks.0", "act"])
+def test_whoever_has_hooks_sees_and_changes_what_stands_in_the_code(path: str) -> None:
+    hat = network(nn.ReLU())
+    with hat.learning(0, schedule="constant"):
+        pass
+    hat.eval()
+    other = uncarried(hat)
+    outputs(hat, (IMAGES,), task=0)
+    seen: list[Tensor] = []
+    for model in (hat, other):
+        model.get_submodule(path).register_forward_hook(lambda module, args, out: (seen.append(out.clone()), out + 1)[1])
+    assert same(outputs(hat, (IMAGES,), task=0), outputs(other, (IMAGES,), task=0))
+    assert same(seen[:1], seen[1:])
+
+
+class Wrapped(nn.Module):
+    """A layer in another one, as adapters have it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + 1
+
+
+CHANGES = {
+    "another activation": lambda hat: setattr(hat, "act", nn.GELU()),
+    "a wrapper": lambda hat: setattr(hat, "conv", Wrapped(hat.conv)),
+    "a forward of its own": lambda hat: setattr(hat.next, "forward", lambda x: torch.tanh(F.conv2d(x, hat.next.weight))),
+    "a parametrized copy": lambda hat: parametrize.register_parametrization(hat.norm.tasks[0], "weight", nn.Softplus()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_module_that_is_replaced_after_the_first_call_is_what_is_called(change: str) -> None:
+    hat = network(nn.ReLU())
+    other = uncarried(hat)
+    for model in (hat, other):
+        model(IMAGES, task=0, mask_scale=3.0)
+        CHANGES[change](model)
+    a, b = (model(IMAGES, task=0, mask_scale=3.0) for model in (hat, other))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_threads_see_each_other_carry_nothing() -> None:
+    hat = network(nn.ReLU())
+    hat.eval()
+    scales = [1.0, 50.0]
+    with torch.no_grad():
+        expected = [hat(IMAGES, task=0, mask_scale=s) for s in scales]
+    wrong: list[float] = []
+
+    def call(scale: float, result: Tensor) -> None:
+        with torch.no_grad():
+            wrong.extend(scale for _ in range(100) if not torch.equal(hat(IMAGES, task=0, mask_scale=scale), result))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=call, args=given) for given in zip(scales, expected)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    assert all(isinstance(p, nn.Parameter) for p in hat.norm.tasks[0]._parameters.values())
+
+
+@torch.library.custom_op("hatify_tests::relu", mutates_args=())
+def not_relu(x: Tensor) -> Tensor:
+    return torch.tanh(x)
+
+
+not_relu.register_fake(torch.empty_like)
+not_relu.register_autograd(
+    lambda ctx, g: g * (1 - ctx.saved_tensors[0] ** 2), setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output)
+)
+
+
+def test_an_operator_is_not_known_by_its_name_alone() -> None:
+    hat, x = drawn(lambda: Two(lambda x: not_relu(x), nn.Linear(6, 8), 8), 100)
+    assert carriers(hat) == ["second"]
+
+
+@pytest.mark.parametrize(
+    ("act", "expected"), [(F.relu, True), (F.hardtanh, False), (partial(F.hardtanh, min_val=-20.0, max_val=20.0), False)]
+)
+def test_a_norm_that_clips_large_values_does_not_carry(act: object, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._DESCRIPTIONS, ActNorm, lambda norm: ChannelNorm())
+    assert carries(network(nn.Identity(), lambda channels: ActNorm(channels, act))) == expected
+
+
+def _of_one_size(x: Tensor) -> Tensor:
+    if x.shape[-1] != 6:
+        raise ValueError("not mine")
+    return x
+
+
+class Counting(nn.BatchNorm2d):
+    """A norm that keeps something of each call outside its buffers."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("make", [partial(ActNorm, act=_of_one_size), Counting])
+def test_a_norm_that_cannot_be_tried_or_remembers_calls_does_not_carry(make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (ActNorm, Counting):
+        monkeypatch.setitem(registry._DESCRIPTIONS, kind, lambda norm: ChannelNorm())
+    assert not carries(network(nn.Identity(), make))
+
+
+def test_half_precision_overflows_in_no_dead_channel() -> None:
+    hat, x = drawn(lambda: Two(torch.square, nn.Linear(6, 8), 8), 100)
+    hat.half()
+    dead = hat.maskers["first"].embeddings[0].argmin()
+    with torch.no_grad():
+        hat.maskers["first"].embeddings[0][dead] = -6.0
+        hat.first.bias[dead] = 300.0  # its square is more than half precision has
+    assert carriers(hat, "inputs") == ["second"]
+    assert hat.train()(x.half(), task=0, mask_scale=20.0).isfinite().all()
+
+
+def test_zeros_of_a_finished_task_keep_their_sign() -> None:
+    hat, x = drawn(lambda: Two(lambda x: torch.copysign(torch.ones(()), torch.relu(x) * -2), nn.Linear(6, 8), 8), 100)
+    assert carriers(hat)[0] == "first"  # while masks are soft
+    with hat.learning(0, schedule="constant"):
+        pass
+    hat.eval()
+    assert same(outputs(hat, (x,), task=0), outputs(uncarried(hat), (x,), task=0))

@@ -29,7 +29,8 @@ class Program:
     @cached_property
     def index_tensor(self) -> Tensor | None:
         """``index`` as int64 on the CPU, or None where it is the identity."""
-        return None if self.index is None else torch.tensor(self.index)
+        with torch.inference_mode(False):  # it serves training too, whichever pass asks for it first
+            return None if self.index is None else torch.tensor(self.index, device="cpu")
 
     def maskers(self) -> set[str]:
         """Names of the maskers that the program reads."""

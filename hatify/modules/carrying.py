@@ -24,25 +24,27 @@ from hatify.modules.shards import sharded
 
 
 class ChannelMask(NamedTuple):
-    """The mask of the channels of a value: a context's, by a program of one element per channel; ``soft`` unless it is binary."""
+    """The mask of the channels of a value, which lie along its dimension ``dim`` (negative): a context's, by a program of one element per
+    channel; ``soft`` unless it is binary."""
 
     task: TaskContext
     program: Program
     soft: bool
+    dim: int
 
-    def onto(self, x: Tensor, dim: int = 0) -> Tensor:
+    def onto(self, x: Tensor, dim: int | None = None) -> Tensor:
         """``x`` with the mask along ``dim``."""
-        shape = (-1, *[1] * (x.dim() - 1 - dim % x.dim()))
+        shape = self._shape(x, self.dim if dim is None else dim)
         if not by_bits(x):
             return apply_mask(x, self.task.mask(self.program).view(shape), soft=self.soft)
         return masked_by(x, self.task, self.program, shape, self.soft)
 
-    def onto_(self, x: Tensor, dim: int) -> Tensor:
+    def onto_(self, x: Tensor) -> Tensor:
         """The same in place where it can be, for a tensor that nobody else has."""
         if self.soft or differentiated() or not by_bits(x):
-            return self.onto(x, dim)
-        shape = (-1, *[1] * (x.dim() - 1 - dim % x.dim()))
-        bits = self.task.derived(self.program, shape, x.dtype, partial(bits_of, dtype=x.dtype, soft=False), False)
+            return self.onto(x)
+        make = partial(bits_of, dtype=x.dtype, soft=False)
+        bits = self.task.derived(self.program, self._shape(x, self.dim), x.dtype, make, False)
         x.view(bits.dtype).bitwise_and_(bits)
         return x
 
@@ -53,46 +55,71 @@ class ChannelMask(NamedTuple):
         mask = self.task.mask(self.program).view(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
         return apply_mask(weight, mask.view(*mask.shape, *[1] * (weight.dim() - 2)), soft=self.soft)
 
+    @staticmethod
+    def _shape(x: Tensor, dim: int) -> tuple[int, ...]:
+        return -1, *[1] * (x.dim() - 1 - dim % x.dim())
+
 
 class ChannelMaskOf:
-    """A function for a graph: gives a context's channel mask by a program of one element per channel."""
+    """A function for a graph: gives a context's channel mask.
+
+    Args:
+        program: of one element per channel.
+        soft: whether the soft factor is multiplied in, where there is one.
+        dim: the channels' dimension.
+        soft_only: give none in passes with binary masks.
+    """
 
     __name__ = "channel_mask"
 
-    def __init__(self, program: Program, soft: bool) -> None:
-        self.program, self.soft = program, soft
+    def __init__(self, program: Program, soft: bool, dim: int, soft_only: bool = False) -> None:
+        self.program, self.soft, self.dim, self.soft_only = program, soft, dim, soft_only
 
-    def __call__(self, task: TaskContext) -> ChannelMask:
-        return ChannelMask(task, self.program, self.soft and not task.hard)
+    def __call__(self, task: TaskContext) -> ChannelMask | None:
+        if self.soft_only and task.hard:
+            return None
+        return ChannelMask(task, self.program, self.soft and not task.hard, self.dim)
 
 
-def norm_with(norm: nn.Module, mask: ChannelMask, call: Callable[[], Any]) -> Any:
-    """What ``call()`` gives, which runs ``norm``, one task's copy, with the mask in its weights."""
-    shelf = norm._parameters
-    held = {name: p for name, p in shelf.items() if p is not None}
-    try:
-        shelf.update({name: mask.onto(p) for name, p in held.items()})
-        return call()
-    finally:
-        shelf.update(held)
+def norm_with(norm: nn.Module, mask: ChannelMask, x: Tensor, call: Callable[[nn.Module], Any]) -> Any:
+    """What ``call(norm)`` gives, which runs ``norm``, one task's copy, on ``x``, with the mask on it: in the norm's weights, if it has
+    these as its own and nobody looks on. They are given to a twin that shares everything else, running statistics included."""
+    held = {name: p for name, p in norm._parameters.items() if p is not None}
+    own = all(getattr(norm, name, None) is None or name in held for name in ("weight", "bias"))
+    if not held or not own or x.dtype is torch.float16 or watched(norm):
+        return mask.onto(call(norm))
+    twin = object.__new__(type(norm))
+    vars(twin).update(vars(norm), _parameters={**norm._parameters, **{name: mask.onto(p, 0) for name, p in held.items()}})
+    return call(twin)
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether somebody has hooks on a module's calls: they may look at its result, or change it."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )  # fmt: skip
 
 
 def layer_with(layer: nn.Module, x: Tensor, mask: ChannelMask | None, inputs: ChannelMask | None) -> Tensor:
-    """What a layer with torch's own forward (:func:`torchs_own`) gives with masks on its output and on its input: in its weight where
-    this has fewer elements than the value."""
+    """What a layer with torch's own forward (:func:`torchs_own`) gives with masks on its output and on its input.
+
+    They are in its weight where that has fewer elements than the value; a binary mask of the output is applied to that in place. Half
+    precision overflows too easily for weights: zero times infinity is NaN.
+    """
     weight, bias, dim = layer.weight, layer.bias, 1 - layer.weight.dim()
-    each = weight.numel() if type(weight) in (Tensor, nn.Parameter) else math.inf
+    plain = type(weight) in (Tensor, nn.Parameter) and x.dtype is not torch.float16
+    each = weight.numel() if plain else math.inf
     if inputs is not None:
         if each <= x.numel():
             weight = inputs.onto_inputs(weight, getattr(layer, "groups", 1))
         else:
-            x = inputs.onto(x, dim)
-    made = weight.shape[0] * x.numel() // max(1, x.shape[dim]) // math.prod(getattr(layer, "stride", ()))  # or nearly so
-    in_weight = mask is not None and each * (1 if differentiated() else 4) <= made
+            x = inputs.onto(x)
+    positions = x.numel() // max(1, x.shape[dim]) // math.prod(getattr(layer, "stride", ()))  # of the output, or nearly so
+    in_weight = mask is not None and mask.soft and each <= positions * weight.shape[0]
     if in_weight:
-        weight, bias = mask.onto(weight), None if bias is None else mask.onto(bias)
+        weight, bias = mask.onto(weight, 0), None if bias is None else mask.onto(bias, 0)
     y = F.linear(x, weight, bias) if isinstance(layer, nn.Linear) else layer._conv_forward(x, weight, bias)
-    return y if mask is None or in_weight else mask.onto_(y, dim)
+    return y if mask is None or in_weight else mask.onto_(y)
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -100,42 +127,59 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def torchs_own(cls: type[nn.Module]) -> bool:
     """Whether a class of layers computes as torch's linear layer or convolution does: with each row of its weight for one channel."""
-    if cls.forward is nn.Linear.forward:
-        return True
-    return any(cls.forward is c.forward and cls._conv_forward is c._conv_forward for c in CONVOLUTIONS)
+    if issubclass(cls, nn.Linear):
+        return cls.forward is nn.Linear.forward
+    own = (c for c in CONVOLUTIONS if issubclass(cls, c))
+    return any(cls.forward is c.forward and cls._conv_forward is c._conv_forward for c in own)
 
 
 FACTORS = (0.5, 2.0, 1.0, 0.25)
-"""Powers of two, by which products are exact."""
+SCALES = (1.0, 2.0**20, 2.0**-20)
+"""Powers of two, by which products are exact: of the mask, and of weights, which a norm may clip at some size."""
 
 
 @torch.no_grad()
 def norm_can_carry(norm: nn.Module, channels: int, rank: int, dim: int) -> bool:
     """Whether ``norm`` (one task's copy) gives, with its weight and bias multiplied by a factor per channel along ``dim``, its own
-    result times these factors: to the bit, in both modes, tried on a copy."""
+    result times these factors: to the bit, in both modes, for weights of several sizes, tried on a copy."""
     parameters = dict(norm.named_parameters())
     if not parameters or any(p.shape != (channels,) for p in parameters.values()):
         return False
     if any(p.is_meta or sharded(p) for p in parameters.values()) or set(norm._parameters) < set(parameters):
         return False  # nothing here to try it with, or it is not the norm's own
-    shape = [4] * rank
-    shape[dim] = channels
+    try:
+        twin = copy.deepcopy(norm).float().cpu()
+        for module in twin.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                hooks.clear()
+        return all(
+            torch.equal(*_tried(twin.train(training), scale, channels, rank, dim)) for training in (True, False) for scale in SCALES
+        )
+    except Exception:  # it does not take such a value: then its mask stays where it stands
+        return False
+
+
+def _tried(norm: nn.Module, scale: float, channels: int, rank: int, dim: int) -> tuple[Tensor, Tensor]:
+    """A norm's result times factors, and its result with these in its weights; both NaN where it keeps something of a call."""
+    shape = [channels if d == dim else 4 for d in range(rank)]
     generator = torch.Generator().manual_seed(0)
-    twin = copy.deepcopy(norm).float().cpu()
-    for parameter in twin.parameters():
-        parameter.copy_(torch.randn(channels, generator=generator))
-    x = torch.randn(shape, generator=generator)
-    factors = torch.tensor(FACTORS)[torch.arange(channels) % len(FACTORS)]
+    draw = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
+    for parameter in norm.parameters():
+        parameter.copy_(draw(channels) * scale)
+    x = draw(shape)
+    factors = torch.tensor(FACTORS, device="cpu")[torch.arange(channels, device="cpu") % len(FACTORS)].float()
     program = Program("atom", channels, masker="tried")
-    for training in (True, False):
-        results = []
-        for tested in (torch.ones(channels), factors):
-            mask = ChannelMask(TaskContext(0, 1.0, None, hard=False, masks={"tried": tested}), program, soft=True)
-            tried = copy.deepcopy(twin).train(training)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                results.append(norm_with(tried, mask, lambda: tried(x.clone())))  # noqa: B023
-        expected = results[0] * factors.view([-1 if d == dim else 1 for d in range(rank)])
-        if not torch.equal(results[1], expected):
-            return False
-    return True
+    results = []
+    for tested in (torch.ones_like(factors), factors):
+        mask = ChannelMask(TaskContext(0, 1.0, None, hard=False, masks={"tried": tested}), program, True, dim - rank)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            results.append(norm_with(copy.deepcopy(norm), mask, x, lambda tried: _called(tried, x.clone())))
+    return results[0] * factors.view([-1 if d == dim else 1 for d in range(rank)]), results[1]
+
+
+def _called(norm: nn.Module, x: Tensor) -> Tensor:
+    before = dict(vars(norm))
+    y = norm(x)
+    kept = vars(norm).keys() == before.keys() and all(vars(norm)[name] is value for name, value in before.items())
+    return y if kept else torch.full_like(y, torch.nan)  # which a twin of one call would forget

@@ -229,6 +229,8 @@ class Mask(Gated):
         program, ids, words: as for all masks.
         soft: whether the soft factor is still to be multiplied in.
         fill: value at dead positions.
+
+    A call with ``hard_only`` applies binary masks only: soft ones are applied elsewhere.
     """
 
     def __init__(
@@ -237,8 +239,8 @@ class Mask(Gated):
         super().__init__(program, ids, words)
         self.soft, self.fill = soft, fill
 
-    def forward(self, x: Tensor, task: TaskContext | None) -> Tensor:
-        if task is None:
+    def forward(self, x: Tensor, task: TaskContext | None, hard_only: bool = False) -> Tensor:
+        if task is None or hard_only and not task.hard:
             return x
         soft = self.soft and not task.hard
         if self.fill or not by_bits(x):

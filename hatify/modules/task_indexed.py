@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,11 +43,11 @@ class TaskIndexed:
         if task is None and live is None:
             return super().forward(x, *args, **kwargs)
         chosen = self if task is None else task.copy_of(self, self.tasks.__getitem__)
-        if live is not None:
-            call = partial(live_norms.of_module, chosen, x, live)
-        else:
-            call = partial(chosen, x, *args, **kwargs)
-        return call() if mask is None else norm_with(chosen, mask, call)
+
+        def call(norm: nn.Module) -> Any:
+            return norm(x, *args, **kwargs) if live is None else live_norms.of_module(norm, x, live)
+
+        return call(chosen) if mask is None else norm_with(chosen, mask, x, call)
 
     def copies(self) -> list[nn.Module]:
         """The copies of all tasks, in order."""

@@ -1,21 +1,28 @@
-"""The graph that runs for a task: masks moved into the weights of the layers and norms before them, wherever the result is the same.
+"""The graph that runs for a task: masks moved into the weights of the layers and norms before them.
 
 It is made from the generated graph when a task is first called (a model that is being loaded, or is on the meta device, has no weights
-yet to try norms with), and nothing else reads it: what people see, what is stored and what is compiled is the generated one.
+yet to try norms with), and nothing else reads it: what people see, what is stored and what is compiled is the generated one. That one
+also runs where somebody has hooks on a module: he may look at a result that has no mask yet, or change it. Both give the same but for
+rounding, as long as no dead channel overflows: a mask in a weight multiplies what one behind it chooses.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from hatify.capture.regions import SWITCHES
 from hatify.gates import Program
 from hatify.modules import HATLayer, Mask, Masker, TaskIndexed
-from hatify.modules.carrying import ChannelMaskOf, norm_can_carry, torchs_own
+from hatify.modules.carrying import ChannelMaskOf, norm_can_carry, torchs_own, watched
+from hatify.modules.masking import Gated
 
 HOMOGENEOUS = (
     nn.ReLU,
@@ -38,9 +45,48 @@ MOVEMENT = {
     "reshape", "view", "permute", "transpose", "t", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "contiguous", "clone",
     "alias", "unbind", "split", "split_with_sizes", "chunk", "slice", "select", "narrow", "getitem", "roll", "flip",
 }  # fmt: skip
-"""Operators that give elements of one value in another order, or some of them."""
-LINEAR = {"mul": (0, 1), "div": (0,), "truediv": (0,), "matmul": (0, 1), "bmm": (0, 1), "scaled_dot_product_attention": (2,)}
-"""Operators that are linear in each of these arguments, the others fixed."""
+"""Operators that give elements of one value in another order, or some of them; ``detach`` would keep gradients from the mask."""
+ATTENTION = {"scaled_dot_product_attention": (2,)}
+LINEAR = {"mul": (0, 1), "div": (0,), "truediv": (0,), "matmul": (0, 1), "bmm": (0, 1)}
+"""Operators that are linear in each of these arguments, the others fixed. Behind the latter a zero may be -0."""
+PYTHON = {operator.mul: "mul", operator.truediv: "truediv", operator.getitem: "getitem", torch.reshape: "reshape"}
+"""Functions in generated code that are not operators of torch's dispatcher."""
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Code that carries masks, and what it was made by.
+
+    ``code`` is None where there is nothing to carry; ``modules`` are those that the graph calls, with where they are found.
+    """
+
+    code: Callable | None
+    modules: tuple[tuple[dict[str, Any], str, nn.Module, type], ...] = ()
+
+    def holds(self) -> bool:
+        """Whether every module is where it was, and computes as its class did."""
+        return all(
+            shelf.get(name) is module and type(module) is kind and "forward" not in vars(module)
+            for shelf, name, module, kind in self.modules
+        )
+
+    def usable(self) -> bool:
+        """Whether nobody has hooks on a module."""
+        return self.code is not None and not any(watched(module) for _, _, module, _ in self.modules)
+
+
+def modules_of(model: nn.Module, graph: fx.Graph) -> tuple[tuple[dict[str, Any], str, nn.Module, type], ...]:
+    """Every module that a graph calls, masks aside, and those that they are in: the shelf that it is on, its name there, its class."""
+    found: dict[str, tuple[dict[str, Any], str, nn.Module, type]] = {}
+    for node in graph.find_nodes(op="call_module"):
+        if isinstance(model.get_submodule(node.target), Gated):
+            continue
+        owner, path = model, ""
+        for name in node.target.split("."):
+            module, path = owner._modules[name], f"{path}.{name}"
+            found[path] = owner._modules, name, module, type(module)
+            owner = module
+    return tuple(found.values())
 
 
 def carrying(model: nn.Module, graph: fx.Graph, maskers: Mapping[str, Masker]) -> fx.Graph | None:
@@ -53,6 +99,7 @@ def carrying(model: nn.Module, graph: fx.Graph, maskers: Mapping[str, Masker]) -
     names = {id(masker): name for name, masker in maskers.items()}
     made = copy.deepcopy(graph)
     task = made.find_nodes(op="placeholder")[-1]
+    region = _regions(made)
     gone: set[fx.Node] = set()
     for node in made.find_nodes(op="call_module"):
         module = model.get_submodule(node.target)
@@ -62,43 +109,67 @@ def carrying(model: nn.Module, graph: fx.Graph, maskers: Mapping[str, Masker]) -
             behind, carried = _of_layer(model, node, module, names[id(module.masker)])
         else:
             continue
-        if carried is not None and not gone.intersection(behind):  # what one factor of a product carries, the other must not
-            with made.inserting_before(node):
-                node.update_kwarg("mask", made.call_function(carried, (task,)))
-            gone.update(behind)
+        # what one factor of a product carries, the other must not; nor is a mask moved to where other gradients are taken
+        if carried is None or any(mask in gone or region[mask] != region[node] for mask in behind):
+            continue
+        with made.inserting_before(node):
+            node.update_kwarg("mask", made.call_function(carried, (task,)))
+        gone.update(behind)
+        if carried.soft_only:
+            for mask in behind:
+                mask.update_kwarg("hard_only", True)
     for node in made.find_nodes(op="call_module"):
         mask = model.get_submodule(node.target)
-        if node not in gone and isinstance(mask, Mask) and not mask.fill and len(node.users) == 1:
-            reader = next(iter(node.users))
-            if reader.op == "call_module" and _places(reader, node) == [0] and _is_input(model.get_submodule(reader.target), mask):
-                with made.inserting_before(reader):
-                    reader.update_kwarg("inputs", made.call_function(ChannelMaskOf(mask.program, mask.soft), (task,)))
-                gone.add(node)
+        if node in gone or not isinstance(mask, Mask) or mask.fill or len(node.users) != 1:
+            continue
+        reader = next(iter(node.users))
+        carries = reader.op == "call_module" and _places(reader, node) == [0] and region[reader] == region[node]
+        if carries and _is_input(model.get_submodule(reader.target), mask):
+            dim = 1 - model.get_submodule(reader.target).weight.dim()
+            with made.inserting_before(reader):
+                reader.update_kwarg("inputs", made.call_function(ChannelMaskOf(mask.program, mask.soft, dim), (task,)))
+            gone.add(node)
     for mask in gone:
-        mask.replace_all_uses_with(mask.args[0])
-        made.erase_node(mask)
+        if "hard_only" not in mask.kwargs:
+            mask.replace_all_uses_with(mask.args[0])
+            made.erase_node(mask)
     return made if gone else None
+
+
+def _regions(graph: fx.Graph) -> dict[fx.Node, int]:
+    """How many switches of gradients or autocast stand before each node."""
+    found, switches = {}, 0
+    for node in graph.nodes:
+        switches += node.target in SWITCHES
+        found[node] = switches
+    return found
 
 
 def _of_norm(model: nn.Module, node: fx.Node, norm: TaskIndexed) -> tuple[list[fx.Node], ChannelMaskOf | None]:
     """The masks that a norm can carry, and in which form."""
-    behind = _masks_behind(model, node, _keeps_channels)
+    behind, _ = _masks_behind(model, node, _keeps_channels)
     mask = _one(model, behind)
     sizes = [] if mask is None else [size for size in mask.shape if size > 1]
-    carries = len(sizes) == 1 and norm_can_carry(norm.tasks[0], sizes[0], len(mask.shape), mask.shape.index(sizes[0]))
-    return behind, ChannelMaskOf(mask.program, mask.soft) if carries else None
+    if len(sizes) != 1:
+        return [], None
+    dim, rank = mask.shape.index(sizes[0]), len(mask.shape)
+    carries = norm_can_carry(norm.tasks[0], sizes[0], rank, dim)
+    return behind, ChannelMaskOf(mask.program, mask.soft, dim - rank) if carries else None
 
 
 def _of_layer(model: nn.Module, node: fx.Node, layer: HATLayer, masker: str) -> tuple[list[fx.Node], ChannelMaskOf | None]:
     """The masks that a layer can carry, and in which form."""
-    behind = _masks_behind(model, node, _keeps_factors)
-    program = _of_rows([model.get_submodule(m.target) for m in behind], masker, layer.weight.shape[0])
-    if program is not None:
-        return behind, ChannelMaskOf(program, soft=True)
-    behind = _masks_behind(model, node, _keeps_channels)
-    mask = _one(model, behind)
-    carries = mask is not None and mask.soft and _is_output(layer, mask)
-    return behind, ChannelMaskOf(mask.program, soft=True) if carries else None
+    weight = layer.weight
+    behind, passed = _masks_behind(model, node, _keeps_factors)
+    program = _of_rows([model.get_submodule(m.target) for m in behind], masker, weight.shape[0])
+    if program is None:
+        behind, passed = _masks_behind(model, node, _keeps_channels)
+        mask = _one(model, behind)
+        program = mask.program if mask is not None and mask.soft and _is_output(layer, mask) else None
+    inplace = any(getattr(model.get_submodule(n.target), "inplace", False) for n in passed if n.op == "call_module")
+    if program is None or inplace:  # a layer's masked result is kept for the backward pass
+        return [], None
+    return behind, ChannelMaskOf(program, True, 1 - weight.dim(), soft_only=any(_name(n) in LINEAR for n in passed))
 
 
 def _of_rows(masks: list[Mask], masker: str, rows: int) -> Program | None:
@@ -142,10 +213,13 @@ def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([torch.cat([part, part[-1:].expand(height - len(part), -1)]) for part in parts], dim=1)
 
 
-def _masks_behind(model: nn.Module, node: fx.Node, keeps: Callable[[nn.Module, fx.Node, fx.Node], bool]) -> list[fx.Node]:
-    """The masks that all uses of a result end in, with nothing between but what ``keeps``; none where some use does not."""
+def _masks_behind(
+    model: nn.Module, node: fx.Node, keeps: Callable[[nn.Module, fx.Node, fx.Node], bool]
+) -> tuple[list[fx.Node], set[fx.Node]]:
+    """The masks that all uses of a result end in, and what stands between, which is nothing but what ``keeps``; none where some use does
+    not."""
     found: dict[fx.Node, None] = {}
-    seen: set[fx.Node] = set()  # what two such values meet in would have the factor twice
+    passed: set[fx.Node] = set()  # what two such values meet in would have the factor twice
     values = [node]
     while values:
         value = values.pop()
@@ -153,16 +227,16 @@ def _masks_behind(model: nn.Module, node: fx.Node, keeps: Callable[[nn.Module, f
             module = model.get_submodule(user.target) if user.op == "call_module" else None
             if isinstance(module, Mask):
                 if module.fill:
-                    return []
+                    return [], passed
                 found[user] = None
-            elif user not in seen and keeps(model, user, value):
-                seen.add(user)
+            elif user not in passed and keeps(model, user, value):
+                passed.add(user)
                 values.append(user)
             else:
-                return []
+                return [], passed
         if not value.users:
-            return []
-    return list(found)
+            return [], passed
+    return list(found), passed
 
 
 def _keeps_channels(model: nn.Module, user: fx.Node, value: fx.Node) -> bool:
@@ -181,8 +255,9 @@ def _keeps_factors(model: nn.Module, user: fx.Node, value: fx.Node) -> bool:
     name, places = _name(user), _places(user, value)
     if name in MOVEMENT:
         return places == [0] and not any(isinstance(a, torch.dtype) for a in user.args)  # a view as another type moves nothing
-    settings = user.kwargs and name in ("mul", "div")  # how a quotient is rounded
-    return len(places) == 1 and places[0] in LINEAR.get(name, ()) and not settings
+    if name in LINEAR and user.kwargs:  # how a quotient is rounded
+        return False
+    return len(places) == 1 and places[0] in {**LINEAR, **ATTENTION}.get(name, ())
 
 
 def _places(user: fx.Node, value: fx.Node) -> list[int | None]:
@@ -193,10 +268,12 @@ def _places(user: fx.Node, value: fx.Node) -> list[int | None]:
 
 
 def _name(node: fx.Node) -> str:
-    """An operator's name without namespace and overload: ``relu``."""
+    """The name of one of torch's own operators, without namespace and overload: ``relu``; empty for anything else."""
     if node.op != "call_function":
         return ""
-    return getattr(node.target, "_opname", getattr(node.target, "__name__", ""))
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._opname if node.target.namespace == "aten" else ""
+    return PYTHON.get(node.target, "")
 
 
 def _one(model: nn.Module, masks: list[fx.Node]) -> Mask | None:
