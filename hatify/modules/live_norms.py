@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hatify.modules import live_pieces
 from hatify.modules.live_pieces import share_of
+from hatify.modules.masking import differentiated
 
 
 def layer_norm(
@@ -69,7 +70,8 @@ def _normalised(
     mask = live.to(wide.dtype)
     alike = all(v is None or v.dtype is x.dtype is wide.dtype for v in (weight, bias))
     inside = (weight, bias) if alike else (None, None)
-    out = _Normalised.apply(wide, mask, *inside, len(dims), eps, centred, live.dtype is torch.bool)[0].to(x.dtype)
+    run = _Normalised.apply if differentiated() else _Normalised.forward
+    out = run(wide, mask, *inside, len(dims), eps, centred, live.dtype is torch.bool)[0].to(x.dtype)
     return out if alike else _affine(out, weight, bias)
 
 
