@@ -35,6 +35,9 @@ class ChannelMask(NamedTuple):
     def onto(self, x: Tensor, dim: int | None = None) -> Tensor:
         """``x`` with the mask along ``dim``."""
         shape = self._shape(x, self.dim if dim is None else dim)
+        if x.dim() == 1 and self.soft:  # a vector is too short for what a function written in Python costs
+            mask = self.task.mask(self.program).to(x.dtype)
+            return torch.where(mask > 0, x * mask, 0.0)
         if not by_bits(x):
             return apply_mask(x, self.task.mask(self.program).view(shape), soft=self.soft)
         return masked_by(x, self.task, self.program, shape, self.soft)
