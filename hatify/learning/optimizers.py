@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,24 @@ from hatify.modules.shards import agreed, local
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     """All parameters of all groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+class Held(NamedTuple):
+    """What an optimizer holds."""
+
+    parameters: list[nn.Parameter]
+    ids: frozenset[int]
+
+
+_HELD: weakref.WeakKeyDictionary[Optimizer, Held] = weakref.WeakKeyDictionary()
+
+
+def held_by(optimizer: Optimizer) -> Held:
+    """Its parameters, and their ids, which are gathered again only where the parameters are others: the copies of many tasks are many."""
+    parameters, known = parameters_of(optimizer), _HELD.get(optimizer)
+    if known is None or len(parameters) != len(known.parameters) or not all(map(operator.is_, parameters, known.parameters)):
+        known = _HELD[optimizer] = Held(parameters, frozenset(map(id, parameters)))
+    return known
 
 
 def check_holds(optimizers: Iterable[Optimizer], needed: Mapping[str, nn.Parameter]) -> None:

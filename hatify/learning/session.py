@@ -25,7 +25,7 @@ from hatify.learning.free import FreeWeights
 from hatify.learning.hooks import guard_of
 from hatify.learning.masks import MaskSteps, kept_shares, longest_step, step_factor
 from hatify.learning.network import network_of
-from hatify.learning.optimizers import all_below, check_holds, forget_locked, parameters_of
+from hatify.learning.optimizers import all_below, check_holds, forget_locked, held_by
 from hatify.learning.regularizers import Capacity
 from hatify.learning.resuming import resume, state_of
 from hatify.learning.schedules import Schedule
@@ -334,8 +334,7 @@ class Learning:
     def stepped(self, optimizer: Optimizer) -> None:
         """Called by the guard after every optimizer step: the one that holds the task's masks moves the scale on."""
         embeddings = self._view.embeddings(self.task)
-        held = {id(p) for p in parameters_of(optimizer)}
-        if not embeddings or id(embeddings[0]) in held:
+        if not embeddings or id(embeddings[0]) in held_by(optimizer).ids:
             if self.mask_rate is None:
                 self._masks.after(step_factor(optimizer, embeddings, self.max_scale), longest_step(self.steps_per_epoch))
             else:

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from hatify.errors import NonFiniteError
 from hatify.learning.network import network_of
-from hatify.learning.optimizers import Backup, all_below, largest, parameters_of, state_tensors
+from hatify.learning.optimizers import Backup, all_below, held_by, largest, parameters_of, state_tensors
 from hatify.learning.protection import Locked
 from hatify.learning.reach import Reach
 from hatify.learning.still import Still
@@ -83,14 +83,14 @@ class Steps:
         The copies of other tasks have none. So a step costs the same however many tasks there are.
         """
         ids = self._ids()
-        given = [p for p in parameters_of(optimizer) if p.grad is not None and id(p) in ids]
-        held = {id(p) for p in parameters_of(optimizer)}
+        parameters, held = held_by(optimizer)
+        given = [p for p in parameters if p.grad is not None and id(p) in ids]
         shared = [p for _, p in self._shared_parameters() if id(p) in held]
         return list({id(p): p for p in (*shared, *self._given.pop(id(optimizer), ()), *given)}.values())
 
     def _entries(self, optimizer: Optimizer) -> list[Locked]:
         """What is protected of the shared parameters that the optimizer holds."""
-        held = {id(p) for p in parameters_of(optimizer)}
+        held = held_by(optimizer).ids
         return [entry for entry in self.guard.protection.shared if id(entry.tensor) in held]
 
     def _shared_parameters(self) -> list[tuple[str, nn.Parameter]]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 from torch.optim import optimizer as hooks
 
-from hatify.learning.optimizers import elementwise
+from hatify.learning.optimizers import elementwise, held_by
 from hatify.learning.protection import Locked
 from hatify.modules.shards import sharded
 
@@ -121,7 +121,9 @@ class Still:
         """Sees to it that the step leaves ``entries`` where they are, as far as it can; ``steps`` is from :meth:`begin`."""
         if optimizer in self._moved or not plain(optimizer):
             return
-        steady = {id(p) for group in optimizer.param_groups if _steady(group) for p in group["params"]}
+        groups = [group for group in optimizer.param_groups if _steady(group)]
+        whole = len(groups) == len(optimizer.param_groups)
+        steady = held_by(optimizer).ids if whole else {id(p) for group in groups for p in group["params"]}
         left: dict[Locked, bool] = {}
         for entry in entries:
             if id(entry.tensor) not in steady or not _can_be_left(entry):
