@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from hatify.zoo.records import CONVERTED, PROVED, VERDICTS
 from hatify.zoo.snapshots import LOW, directory, hat_share, read_all, read_names, reason
 
 NAME = "README.md"
+WIDTH = 160
+"""Characters of a reason; all of it is in the model's file."""
 _HEAD = """# What converts
 
 One file for each model: rungs, maskers, mask nodes, gates, fixed sizes, operators, what was proved, and a digest of the generated code.
@@ -76,13 +79,13 @@ def _section(source: str, snapshots: list[dict[str, Any]], names: dict[str, Any]
 
 
 def _of_names(source: str, names: dict[str, Any]) -> str:
-    """All names in a line, and those that do not convert."""
+    """All names in a line, those that do not convert by name."""
     counts = Counter(line["verdict"] for line in names.values())
     said = ", ".join(f"{counts[verdict]:,} {verdict}" for verdict in VERDICTS if counts[verdict])
     structures = sum("like" not in line for line in names.values())
     graphs = len({line["code"] for line in names.values() if "code" in line})
-    others = [f"`{name}` ({line['reason']})" for name, line in names.items() if line["verdict"] != CONVERTED]
-    rest = f"; {', '.join(others)}" if others else ""
+    others = [f"`{name}`" for name, line in names.items() if line["verdict"] != CONVERTED]
+    rest = f"; not converted, for reasons in that file: {', '.join(others)}" if others else ""
     shares = {name: line["hat"] for name, line in names.items() if "hat" in line}
     least = min(shares, key=shares.__getitem__, default=None)
     head = f"[All {len(names):,} names]({source}.json), without a proof: {said}"
@@ -119,6 +122,6 @@ def _row(lines: dict[str, Any]) -> str:
         "" if share is None else f"{100 * share:.1f} %",
         "" if tight is None else f"{tight:.3f}",
         sizes(lines),
-        reason(lines).replace("|", "\\|"),
+        textwrap.shorten(reason(lines), WIDTH, placeholder=" …").replace("|", "\\|"),
     ]
     return "| " + " | ".join(cells) + " |"
