@@ -97,7 +97,9 @@ def test_all_names_of_a_library_are_one_file(folder: Path, tmp_path: Path, monke
     assert snapshots.path_of("timm/Good").exists() and not snapshots.path_of("timm/Forgetful").exists()
     text = (folder / page.NAME).read_text()
     said = "[All 3 names](timm.json), without a proof: 2 converted, 1 refused; 3 structures, 2 different graphs; not converted, "
-    assert f"{said}for reasons in that file: `Undecided`" in text and "at least (`" in text and "Families with names under" not in text
+    assert (
+        f"{said}for reasons in that file: `Undecided`" in text and "at least (`" in text and "Families with names under" not in text
+    )
     assert text == page.contents()
 
 
