@@ -55,7 +55,7 @@ class Signature:
             CallError: ``forward`` does not take these arguments, or one holds a value that is not supported.
         """
         parameters = _parameters(forward)
-        bound = _bind(inspect.Signature(parameters), args, kwargs, known=None)
+        bound = _bind(parameters, args, kwargs, known=None)
         captured: dict[str, Structure] = {}
         tensors: list[Tensor] = []
         for parameter in parameters:
@@ -82,7 +82,10 @@ class Signature:
         Raises:
             CallError: an unknown, missing or surplus argument, another structure, or another constant.
         """
-        bound = _bind(self._taken, tuple(args), kwargs, known=self._captured)
+        taken = (
+            None if torch.compiler.is_compiling() else self._taken
+        )  # a compiler makes its own: it cannot follow one that is there
+        bound = _bind(self._parameters, tuple(args), kwargs, known=self._captured, signature=taken)
         tensors: list[Tensor] = []
         for parameter in self._parameters:
             name = parameter.name
@@ -169,14 +172,21 @@ def _parameters(forward: Callable[..., Any]) -> list[inspect.Parameter]:
     return [parameter.replace(annotation=parameter.empty) for parameter in parameters]
 
 
-def _bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], known: Any) -> dict[str, Any]:
-    """The arguments by parameter name, without defaults. ``known`` is None while capturing."""
-    parameters = signature.parameters.values()
+def _bind(
+    parameters: list[inspect.Parameter],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    known: Any,
+    signature: inspect.Signature | None = None,
+) -> dict[str, Any]:
+    """The arguments by parameter name, without defaults. ``known`` is None while capturing; ``signature`` is that of the parameters, where
+    there is one already."""
     names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for key in kwargs:
         if key not in names and not takes_any:
             raise refusal(key, f"the model takes no such argument{_near(key, names)}; it takes {', '.join(names)}")
+    signature = inspect.Signature(parameters) if signature is None else signature
     try:
         # Missing arguments of a later call are reported by `bind`, with what was captured.
         bound = signature.bind(*args, **kwargs) if known is None else signature.bind_partial(*args, **kwargs)
