@@ -115,11 +115,8 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
 
     def _carried(self, generated: fx.Graph) -> Carried:
         device = next((p.device.type for p in self.parameters()), "cpu")
-        with (
-            torch.inference_mode(False),
-            torch.autocast(device, enabled=False),
-            torch._C.DisableTorchFunction(),
-        ):  # whoever calls now
+        # whoever calls first, other calls come after
+        with torch.inference_mode(False), torch.autocast(device, enabled=False), torch._C.DisableTorchFunction():
             graph = carrying(self, generated, self.maskers)
             return Carried(None if graph is None else _compiled(graph, "carrying graph"), modules_of(self, generated))
 

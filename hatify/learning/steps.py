@@ -80,7 +80,7 @@ class Steps:
     def _moved(self, optimizer: Optimizer) -> list[nn.Parameter]:
         """Those of :meth:`_own` that a step may have moved: what tasks share, and what had a gradient before it, or has one after.
 
-        The copies of other tasks have none. So a step costs the same however many tasks there are.
+        The copies of other tasks have none: they cost no more than the look that finds that out.
         """
         ids = self._ids()
         parameters, held = held_by(optimizer)

@@ -21,8 +21,8 @@ from hatify.modules.payload import HATPayload, norm_of_payload
 class TaskIndexed:
     """Mixin of task-indexed modules: the module itself serves calls without a task, ``tasks[t]`` serves task ``t``.
 
-    So the original keys stay: ``bn1.weight`` without a task, ``bn1.tasks.3.weight`` for task 3. A call with a ``mask`` gives the result
-    with that mask on its channels.
+    So the original keys stay: ``bn1.weight`` without a task, ``bn1.tasks.3.weight`` for task 3. A call of a task with a
+    ``mask`` gives the result with that mask on its channels.
     """
 
     takes_payloads = True
