@@ -21,6 +21,7 @@ from hatify.capture.questions import noted_questions
 from hatify.capture.reading import read_program
 from hatify.capture.refusals import untraceable, writes_parameter
 from hatify.capture.regions import SWITCHES
+from hatify.capture.repeats import NotRepeatable
 from hatify.capture.selections import known_selections
 from hatify.capture.tree import called_paths, clear_calls, copy_tree, mark_functions, mark_leaves
 from hatify.errors import CaptureError
@@ -68,8 +69,13 @@ def export_mode(
         CaptureError: with the user's source line, where tracing stops.
     """
     through: set[str] = set()
+    repeats = True
     while True:
-        captured, written = _export_once(model, signature, inputs, training, stubs or {}, open_sizes, through)
+        try:
+            captured, written = _export_once(model, signature, inputs, training, stubs or {}, open_sizes, through, repeats)
+        except NotRepeatable:
+            repeats = False
+            continue
         if not written - through:
             return captured
         through |= written  # a leaf that gives its input back (dropout in eval mode), which is then written to
@@ -83,12 +89,13 @@ def _export_once(
     stubs: dict[str, Any],
     open_sizes: bool,
     through: set[str],
+    repeats: bool,
 ) -> tuple[Captured, set[str]]:
     """One capture, and the paths of leaves whose aliasing it lost although it matters."""
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     root = copy_tree(model)
     root.train(training) if training else root.eval()
-    leaves = mark_leaves(root, stubs, through)
+    leaves = mark_leaves(root, stubs, through, repeats)
     flat = _Flat(root, signature)
     try:
         with noted_questions() as asks, known_selections(root, model) as selections:
@@ -98,6 +105,8 @@ def _export_once(
         if written - through:
             return captured, written
         writes = make_functional(captured.graph, {n for n, _ in model.named_buffers(remove_duplicate=False)}, parameters)
+        if writes is None and repeats:
+            raise NotRepeatable("what writes through views is made functional by tracing alone")
         if writes is None:  # writes through views: PyTorch's own functionalisation
             with _quiet():
                 program = program.run_decompositions({})

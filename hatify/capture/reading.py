@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from torch.utils import _pytree as pytree
 from hatify.calling import Signature
 from hatify.capture.captured import Captured, FixedSize, ShapeGuard
 from hatify.capture.functional import copied
+from hatify.capture.names import scope_of, telling_name
 from hatify.capture.regions import enter_autocast, exit_autocast
+from hatify.capture.repeats import MARK, REPEAT, Copier
 from hatify.capture.tree import LEAF, FunctionCall, arguments, forget_call
 from hatify.modules.grouped import EQUIVALENT
 
@@ -67,11 +70,13 @@ def read_program(program: ExportedProgram, signature: Signature, structure: Any,
 
     env = _Env(read)
     env.update(first)
+    placeholders_of = {held[n.name].removeprefix("root."): n for n in program.graph.nodes if n.name in held}
+    copier = Copier(graph, lambda name: env[placeholders_of[name]])
     for node in program.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             continue
         if node.op == "call_function":
-            _copy_function(graph, env, node)
+            _copy_function(graph, env, node, copier)
         elif node.op == "output":
             results = node.args[0]
             buffers = spec.buffers_to_mutate
@@ -102,7 +107,13 @@ def _constant(program: ExportedProgram, name: str) -> Tensor:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _copy_function(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> None:
+def _copy_function(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node, copier: Copier) -> None:
+    if node.target is MARK:
+        copier.mark([partial(env.__getitem__, v) for v in node.args[0]], node.args[1])
+        return
+    if node.target is REPEAT:
+        env[node] = copier.repeat([partial(env.__getitem__, v) for v in node.args[0]], node.args[1])
+        return
     if node.target is LEAF:
         env[node] = _leaf_node(graph, env, node)
         return
@@ -110,21 +121,21 @@ def _copy_function(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> N
     if name in DROPPED:
         return
     if node.target is torch.ops.aten.copy.default:
-        env[node] = copied(graph, env[node.args[0]], env[node.args[1]], {"scope": _scope(node), "line": ""})
+        env[node] = copied(graph, env[node.args[0]], env[node.args[1]], {"scope": scope_of(node), "line": ""})
         return
     if str(node.target) in REGIONS:
-        env[node] = _region(graph, env, node)
+        env[node] = _region(graph, env, node, copier)
         return
     if node.target is operator.getitem and isinstance(env[node.args[0]], list):
         env[node] = env[node.args[0]][node.args[1]]
         return
     target = EQUIVALENT.get(str(node.target), node.target)
-    new = graph.create_node("call_function", target, *_mapped(env, node), name=_telling_name(node))
+    new = graph.create_node("call_function", target, *_mapped(env, node), name=telling_name(node.target, scope_of(node)))
     _note(new, node)
     env[node] = new
 
 
-def _region(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> list:
+def _region(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node, copier: Copier) -> list:
     """The user's own ``torch.no_grad()`` or ``torch.autocast()`` region, inlined between two switches that restore what was before."""
     settings = REGIONS[str(node.target)]
     given, body, operands = node.args[:settings], node.args[settings], iter(node.args[settings + 1 :])
@@ -139,7 +150,7 @@ def _region(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> list:
         if sub.op == "placeholder":
             inner[sub] = env[next(operands)]
         elif sub.op == "call_function":
-            _copy_function(graph, inner, sub)
+            _copy_function(graph, inner, sub, copier)
         elif sub.op == "output":
             results = [inner[r] for r in sub.args[0]]
         elif sub.op == "get_attr":
@@ -198,22 +209,9 @@ def _path_to(tree: Any, number: int) -> list:
     return []
 
 
-def _telling_name(node: fx.Node) -> str:
-    scope = _scope(node)
-    name = getattr(node.target, "__name__", str(node.target)).split(".")[0].lstrip("_") or "value"
-    return f"{scope.replace('.', '_')}_{name}" if scope else name
-
-
-def _scope(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    path = list(stack.values())[-1][0] if stack else ""
-    path = re.sub(r"@\d+$", "", path)
-    return "" if path.startswith("_") else path.removeprefix("root").removeprefix(".")
-
-
 def _note(new: fx.Node, old: fx.Node) -> None:
     new.meta["val"] = old.meta.get("val")
-    new.meta["scope"] = _scope(old)
+    new.meta["scope"] = scope_of(old)
     trace = old.meta.get("stack_trace") or ""
     places = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n\s*([^\n]*)', trace)
     own = [p for p in places if "/hatify/capture/" not in p[0] and "/torch/" not in p[0]]

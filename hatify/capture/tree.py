@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from hatify.capture.alike import again, likeness, looks
+from hatify.capture.alike import Traced, again, likeness, looks
+from hatify.capture.repeats import clear_repeats, mark_blocks, repeated_paths
 from hatify.gates.recurrent import Recurrent
 from hatify.registry import describe
 
@@ -86,10 +87,13 @@ def copy_tree(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def mark_leaves(root: nn.Module, stubs: dict[str, Any], through: Collection[str] = ()) -> dict[str, nn.Module]:
+def mark_leaves(
+    root: nn.Module, stubs: dict[str, Any], through: Collection[str] = (), repeats: bool = True
+) -> dict[str, nn.Module]:
     """Replaces the forward of every leaf in ``root`` (a copied tree) by a marker; returns the leaves by path.
 
-    A module of ``stubs`` gives its recorded output instead of being traced; leaves at the paths of ``through`` are traced into.
+    A module of ``stubs`` gives its recorded output instead of being traced; leaves at the paths of ``through`` are traced into. With
+    ``repeats``, blocks that are alike are traced once.
     """
     leaves: dict[str, nn.Module] = {}
     seen: set[int] = set()
@@ -109,6 +113,8 @@ def mark_leaves(root: nn.Module, stubs: dict[str, Any], through: Collection[str]
                 visit(child, f"{path}.")
 
     visit(root, "")
+    if repeats:
+        mark_blocks(root, leaves)
     return leaves
 
 
@@ -129,7 +135,7 @@ def mark_functions() -> Iterator[None]:
         torch.autograd.Function.apply = _APPLY
 
 
-class _Marker:
+class _Marker(Traced):
     """The forward of a leaf while tracing: one operator in the graph. ``twin`` is the leaf with tensors that the exporter leaves alone."""
 
     def __init__(self, path: str, twin: nn.Module | FunctionCall) -> None:
@@ -165,14 +171,15 @@ def forget_call(key: str) -> LeafCall:
 
 
 def called_paths() -> set[str]:
-    """The paths of the leaves that have been called."""
-    return {call.path for call in _CALLS.values()}
+    """The paths of the leaves that have been called, and of the blocks that stand for another's trace."""
+    return {call.path for call in _CALLS.values()} | repeated_paths()
 
 
 def clear_calls() -> None:
     """Drops the records (they hold modules)."""
     _CALLS.clear()
     _RESULTS.clear()
+    clear_repeats()
 
 
 @torch.library.register_fake("hatify::leaf", lib=_LIBRARY)

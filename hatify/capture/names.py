@@ -1,0 +1,22 @@
+"""What nodes are called: by the module that they are in and the operator that they are."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import fx
+
+
+def scope_of(node: fx.Node) -> str:
+    """The path of the module that an exported node was traced in; "" for the model's own code."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    path = re.sub(r"@\d+$", "", path)
+    return "" if path.startswith("_") else path.removeprefix("root").removeprefix(".")
+
+
+def telling_name(operator: Any, scope: str) -> str:
+    """The name of a call of an operator."""
+    name = getattr(operator, "__name__", str(operator)).split(".")[0].lstrip("_") or "value"
+    return f"{scope.replace('.', '_')}_{name}" if scope else name

@@ -1,0 +1,290 @@
+"""Blocks that are called with the like of what another one got: traced once, then copied.
+
+A deep network is one block over and over. A block is traced between two marks; where another one is alike (its classes, attributes,
+shapes and values of buffers, and what it is given), one operator stands for all of it while tracing, and the graph that is read from the
+trace has a copy of the first block there, with the other one's weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import operator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+from hatify.capture.alike import Traced, again, likeness, looks
+from hatify.capture.names import telling_name
+from hatify.gates.layers import Elementwise
+from hatify.registry import describe
+
+_LIBRARY = torch.library.Library("hatify", "FRAGMENT")
+_LIBRARY.define("mark(Tensor[] values, str key) -> ()")
+_LIBRARY.define("repeat(Tensor[] inputs, str key) -> Tensor[]")
+MARK = torch.ops.hatify.mark.default
+"""Where a block begins, with its inputs, or ends, with its results."""
+REPEAT = torch.ops.hatify.repeat.default
+"""A block that is not traced."""
+fx.node.has_side_effect(MARK)
+
+_NUMBERS = itertools.count()
+_TRACED: dict[Hashable, _Result] = {}
+_REPEATS: dict[str, tuple[str, _Result]] = {}
+
+
+class NotRepeatable(Exception):
+    """A block reads what is neither its own nor given to it: every block has to be traced by itself."""
+
+
+@dataclass
+class _Result:
+    """What a block gave: the number of its marks, its path, its results' structure, what else than tensors is among them, and how the
+    tensors look and whether they ask for gradients."""
+
+    number: str
+    path: str
+    spec: Any
+    flat: list[Any]
+    tensors: list[tuple[Any, ...]]
+    gradients: list[bool]
+
+
+def mark_blocks(root: nn.Module, leaves: Mapping[str, nn.Module]) -> None:
+    """Lets every block of a copied tree, whose leaves are marked, be traced only if none before was alike.
+
+    A block that holds what has other names too, or that has hooks inside, is always traced.
+    """
+    shared = {key for key, count in Counter(map(id, _named(root))).items() if count > 1}
+    marked = {id(leaf) for leaf in leaves.values()}
+    whole = {id(m) for leaf in leaves.values() for m in leaf.modules()}
+    elementwise = {id(leaf) for leaf in leaves.values() if isinstance(describe(leaf), Elementwise)}
+    blocks: list[_Block] = []
+    for path, block in root.named_modules():
+        if not path or id(block) in whole:
+            continue
+        if sum(id(m) in marked for m in block.modules()) < 2:
+            continue  # as soon traced as compared
+        inside = [m for m in block.modules() if id(m) not in whole]
+        replaced = any("forward" in vars(m) and not isinstance(vars(m)["forward"], Traced) for m in inside)
+        values = {id(m): _values(m) for m in inside if any(b is not None for b in m._buffers.values())}
+        if replaced or None in values.values() or any(map(_hooked, inside[1:])) or any(id(t) in shared for t in _held(block)):
+            continue
+        blocks.append(_Block(path, block, values, elementwise))
+    keys = [block.alike([], []) for block in blocks]
+    like_it = Counter(keys)
+    for block, key in zip(blocks, keys):
+        if key is not None:
+            block.called = like_it[key] > 1
+            block.block.__dict__["forward"] = block
+
+
+def _named(root: nn.Module) -> Iterator[Tensor]:
+    for _, tensor in (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)):
+        yield tensor
+
+
+def repeated_paths() -> set[str]:
+    """The paths of the blocks that stand for another's trace."""
+    return {path for path, _ in _REPEATS.values()}
+
+
+def clear_repeats() -> None:
+    """Drops the records (they hold fake tensors' sizes)."""
+    _TRACED.clear()
+    _REPEATS.clear()
+
+
+class _Block(Traced):
+    """The forward of a block while tracing. The first call of one that is like no other is not looked at closely."""
+
+    def __init__(self, path: str, block: nn.Module, values: dict[int, Hashable], elementwise: set[int]) -> None:
+        self.path, self.block, self.own = path, block, block.forward
+        self.values, self.elementwise = values, elementwise
+        self.called = False
+
+    def alike(self, tensors: Sequence[Tensor], others: Sequence[Any]) -> Hashable | None:
+        return likeness(self.block, tensors, others, self.values, self.elementwise)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [a for a in flat if isinstance(a, Tensor)]
+        others = [*(Tensor if isinstance(a, Tensor) else a for a in flat), repr(spec)]
+        mode = detect_fake_mode(tensors)
+        again, self.called = self.called, True
+        key = self.alike(tensors, others) if again and mode is not None else None
+        if key is None:
+            return self.own(*args, **kwargs)
+        known = _TRACED.get((mode, key))
+        if known is not None:
+            return self._repeat(known, tensors)
+        number = str(next(_NUMBERS))
+        before = _state(mode, self.block, tensors)
+        torch.ops.hatify.mark(tensors, number)
+        out = self.own(*args, **kwargs)
+        result, given = self._result(number, tensors, out)
+        if result is not None and _state(mode, self.block, tensors) == before and self.alike(tensors, others) == key:
+            torch.ops.hatify.mark(given, number)
+            _TRACED[mode, key] = result
+        return out
+
+    def _result(self, number: str, given: Sequence[Tensor], out: Any) -> tuple[_Result | None, list[Tensor]]:
+        """What can be repeated of a result: tensors that ask for gradients where the operator's do, or more often."""
+        flat, spec = pytree.tree_flatten(out)
+        tensors = [t for t in flat if isinstance(t, Tensor)]
+        gradients = [t.requires_grad for t in tensors]
+        plain = all(isinstance(v, Tensor | torch.SymInt | bool | int | float | str | type(None)) for v in flat)
+        if not tensors or not plain or any(t.requires_grad for t in given) and not all(gradients):
+            return None, tensors
+        others = [Tensor if isinstance(v, Tensor) else v for v in flat]
+        return _Result(number, self.path, spec, others, [looks(t) for t in tensors], gradients), tensors
+
+    def _repeat(self, known: _Result, tensors: list[Tensor]) -> Any:
+        key = f"{self.path}#{next(_NUMBERS)}"
+        _REPEATS[key] = self.path, known
+        results = [
+            t.requires_grad_() if grad and not t.requires_grad else t
+            for t, grad in zip(torch.ops.hatify.repeat(tensors, key), known.gradients)
+        ]
+        given = iter(results)
+        return pytree.tree_unflatten([next(given) if v is Tensor else v for v in known.flat], known.spec)
+
+
+def _state(mode: Any, block: nn.Module, tensors: Sequence[Tensor]) -> Hashable:
+    """What must be as it was after a block has run: memory that it was given or holds is not written to, and no size depends on data."""
+    unknown = mode.shape_env.unbacked_symint_counter if mode.shape_env is not None else 0
+    with torch._C.DisableTorchFunction():
+        return unknown, tuple((id(t), t._version) for t in (*tensors, *_held(block)))
+
+
+def _held(block: nn.Module) -> list[Tensor]:
+    return [t for m in block.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks"))
+
+
+def _values(module: nn.Module) -> Hashable | None:
+    """The values of a module's own buffers, which may decide what a trace takes for known; None where they cannot be read."""
+    digest = hashlib.sha256()
+    for name, buffer in module._buffers.items():
+        if buffer is None:
+            continue
+        if buffer.layout is not torch.strided:
+            return None
+        digest.update(repr((name, tuple(buffer.shape), buffer.dtype)).encode())
+        if buffer.device.type != "meta" and not isinstance(buffer, FakeTensor) and buffer.numel():  # others have none
+            digest.update(buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.library.register_fake("hatify::mark", lib=_LIBRARY)
+def _mark_on_fakes(values: list[Tensor], key: str) -> None:
+    return None
+
+
+@torch.library.register_fake("hatify::repeat", lib=_LIBRARY)
+def _repeat_on_fakes(inputs: list[Tensor], key: str) -> list[Tensor]:
+    return [again(look) for look in _REPEATS[key][1].tensors]
+
+
+Read = Callable[[], fx.Node]
+"""Gives a node of the new graph; a parameter or buffer is read where it is first needed."""
+
+
+@dataclass
+class _Template:
+    """A block of the graph that is being read: what it is given, the node before it, its nodes in order, what it gives."""
+
+    given: list[Read]
+    before: fx.Node
+    nodes: list[fx.Node] = field(default_factory=list)
+    results: list[Read] = field(default_factory=list)
+
+
+class Copier:
+    """Puts copies of blocks into the graph that is read from a trace.
+
+    Args:
+        graph: the new graph.
+        held: gives the node that reads a parameter or buffer, by name.
+    """
+
+    def __init__(self, graph: fx.Graph, held: Callable[[str], fx.Node]) -> None:
+        self.graph, self.held = graph, held
+        self.templates: dict[str, _Template] = {}
+
+    def mark(self, values: list[Read], number: str) -> None:
+        """A mark has been read: the first of a number begins a block, the second ends it."""
+        last = next(iter(reversed(self.graph.nodes)))
+        template = self.templates.setdefault(number, _Template(values, last))
+        if template.given is values:
+            return
+        node = template.before
+        while node is not last:
+            node = node.next
+            template.nodes.append(node)
+        template.results = values
+
+    def repeat(self, inputs: list[Read], key: str) -> list[fx.Node]:
+        """Copies the block that a repetition stands for; returns the nodes of its results.
+
+        Raises:
+            NotRepeatable: the block read something from elsewhere.
+        """
+        path, known = _REPEATS[key]
+        template = self.templates[known.number]
+        given = {read(): place for place, read in enumerate(template.given)}
+        copies: dict[fx.Node, fx.Node] = {}
+
+        def moved(name: str) -> str:
+            own = name == known.path or name.startswith(f"{known.path}.")
+            return f"{path}{name[len(known.path) :]}" if own else name
+
+        def copy_of(node: fx.Node) -> fx.Node:
+            if node not in copies:
+                if node in given:
+                    copies[node] = inputs[given[node]]()
+                elif node.op == "get_attr":
+                    target = moved(node.target)
+                    copies[node] = node if target == node.target else self.held(target)
+                elif isinstance(node.meta.get("val"), torch.SymInt):
+                    copies[node] = node  # sizes are equal
+                else:
+                    raise NotRepeatable(f"{known.path} reads {node}")
+            return copies[node]
+
+        for node in template.nodes:
+            if node.op == "get_attr" or node in given or isinstance(node.meta.get("val"), torch.SymInt):
+                continue  # where it is needed
+            copies[node] = self._copy(node, moved, copy_of)
+        return [copy_of(read()) for read in template.results]
+
+    def _copy(self, node: fx.Node, moved: Callable[[str], str], copy_of: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        target = moved(node.target) if node.op == "call_module" else node.target
+        args, kwargs = fx.map_arg((node.args, node.kwargs), copy_of)
+        scope = moved(node.meta.get("scope", ""))
+        new = self.graph.create_node(node.op, target, args, kwargs, name=_name(node, target, scope))
+        new.meta = {**node.meta, "scope": scope}
+        if "aliases" in new.meta:
+            new.meta["aliases"] = [copy_of(alias) for alias in node.meta["aliases"]]
+        return new
+
+
+def _name(node: fx.Node, target: Any, scope: str) -> str | None:
+    """As the node would have been called where it is; None for a name that fx gives."""
+    if node.op == "call_module":
+        return target.replace(".", "_")
+    if isinstance(target, torch._ops.OpOverload) or (
+        target is operator.getitem and isinstance(node.args[0].target, torch._ops.OpOverload)
+    ):
+        return telling_name(target, scope)
+    return None
