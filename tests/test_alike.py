@@ -56,6 +56,24 @@ def test_layers_that_are_alike_are_run_once_and_the_graph_is_the_same(runs, monk
     ]  # in each mode; what the first is given asks for no gradient
 
 
+class Settings:
+    """As the layers of a model share them."""
+
+    def __init__(self, size: int, **more) -> None:
+        self.size, self.more = size, more
+
+
+def test_objects_are_compared_by_their_attributes():
+    def key(settings):
+        return alike.likeness(Widened(2, how=settings), [torch.zeros(2, 4)], [])
+
+    assert key(Settings(1, names=["a"])) == key(Settings(1, names=["a"])) is not None
+    assert len({key(Settings(1)), key(Settings(2)), key(Settings(1, names=[])), key(Settings(True))}) == 4
+    within = Settings(1)
+    within.more["itself"] = within
+    assert key(within) is None and key(Settings(torch.zeros(1))) is None and key(Settings(nn.ReLU())) is None
+
+
 class Widened(nn.Module):
     """What it gives depends on an attribute alone."""
 
@@ -101,7 +119,7 @@ def test_autocast_and_inputs_that_share_memory_make_calls_unlike():
 
 def test_what_cannot_be_compared_is_always_run(runs):
     class Box:
-        pass
+        __slots__ = ("hidden",)
 
     calls = []
     assert alike.likeness(Widened(2, how=Box()), [torch.zeros(2, 4)], []) is None

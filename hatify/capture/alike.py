@@ -121,7 +121,7 @@ class _Reader:
             return value.node.expr
         if isinstance(value, FunctionType) and value.__closure__:
             raise _Incomparable  # it may remember
-        if isinstance(value, enum.Enum) or isinstance(value, _CONSTANTS + _OBJECTS):
+        if isinstance(value, (enum.Enum, *_CONSTANTS, *_OBJECTS)):
             return type(value), value
         if isinstance(value, list | tuple):
             return type(value), tuple(map(self, value))
