@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from hatify.capture.alike import Traced, again, likeness, looks
 from hatify.capture.repeats import clear_repeats, mark_blocks, repeated_paths
+from hatify.gates.layers import ChannelNorm, Elementwise, MixingNorm
 from hatify.gates.recurrent import Recurrent
 from hatify.registry import describe
 
@@ -207,8 +208,11 @@ def _run_on_fakes(call: LeafCall, mode: Any, inputs: list[Tensor], sizes: list[i
     meaning = describe(call.twin)
     if isinstance(meaning, Recurrent) and not meaning.cell and not torch.is_autocast_enabled(inputs[0].device.type):
         return _noted_results(call, _recurrent_results(call.twin, meaning, inputs[0]), inputs)
-    named = [*call.twin.named_parameters(remove_duplicate=False), *call.twin.named_buffers(remove_duplicate=False)]
-    state = {n: t if isinstance(t, FakeTensor) else mode.from_tensor(t, static_shapes=True) for n, t in named}
+    if isinstance(meaning, Elementwise | ChannelNorm | MixingNorm):
+        kept = _kept_sizes(call, inputs, sizes)
+        if kept is not None:
+            return kept
+    state = {n: t if isinstance(t, FakeTensor) else mode.from_tensor(t, static_shapes=True) for n, t in _named_tensors(call.twin)}
     args, kwargs = arguments(call, list(inputs), list(sizes))
     if hasattr(call.twin, "_flat_weights_names"):  # recurrent layers read their weights from a list of their own
         call.twin.__dict__["_flat_weights"] = [state.get(n) for n in call.twin._flat_weights_names]
@@ -221,6 +225,35 @@ def _run_on_fakes(call: LeafCall, mode: Any, inputs: list[Tensor], sizes: list[i
         if out is None:
             raise
     return _noted_results(call, out, inputs)
+
+
+def _kept_sizes(call: LeafCall, inputs: list[Tensor], sizes: list[int]) -> list[Tensor] | None:
+    """The result of a layer that keeps sizes, or None where it cannot be told so: the layer runs on fake tensors of the example's sizes,
+    since torch's reasoning about open sizes takes many times as long for an activation or a norm."""
+    x, held = inputs[0], [*call.twin.parameters(), *call.twin.buffers()]
+    hints = [s.node.hint if isinstance(s, torch.SymInt) else s for s in (*x.shape, *x.stride())]
+    if len(inputs) > 1 or sizes or None in hints or any(isinstance(t, FakeTensor) for t in held):
+        return None
+    shape, stride = tuple(hints[: x.dim()]), tuple(hints[x.dim() :])
+    with _disable_current_modes(), torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        example = torch.empty_strided(shape, stride, dtype=x.dtype, device=x.device)
+        state = {n: mode.from_tensor(t, static_shapes=True) for n, t in _named_tensors(call.twin)}
+        args, kwargs = arguments(call, [example], [])
+        out = torch.func.functional_call(call.twin, state, args, kwargs)
+        if not isinstance(out, Tensor) or out.shape != shape:
+            return None
+        same, contiguous, dtype = out.stride() == stride, out.is_contiguous(), out.dtype
+        alias = out.untyped_storage()._cdata == example.untyped_storage()._cdata
+    if alias:
+        return _noted_results(call, x, inputs)
+    if not same and not contiguous:
+        return None
+    stride = x.stride() if same else x.new_empty(x.shape).stride()
+    return _noted_results(call, torch.empty_strided(x.shape, stride, dtype=dtype, device=x.device), inputs)
+
+
+def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
 
 
 def _recurrent_results(twin: nn.RNNBase, meaning: Recurrent, x: Tensor) -> Any:
