@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from graph_text import text
 from torch import Tensor, nn
 
 import hatify
 from hatify.capture import capture, repeats, tree
-from hatify.capture.captured import Captured
 from hatify.verification import VerificationError
 
 
@@ -19,19 +19,6 @@ def copied(monkeypatch):
     repeat = repeats._Block._repeat
     monkeypatch.setattr(repeats._Block, "_repeat", lambda block, *rest: seen.append(block.path) or repeat(block, *rest))
     return seen
-
-
-def text(captured: Captured | None) -> list[str]:
-    """A graph with all that its nodes know."""
-    nodes = [] if captured is None else captured.graph.nodes
-    names = ("scope", "line", "aliases", "out")
-    return [f"{n.format_node()} {n.name} {[n.meta.get(name) for name in names]} {looks(n.meta.get('val'))}" for n in nodes]
-
-
-def looks(value) -> str:
-    if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {value.stride()} {value.dtype}"
-    return str([looks(v) for v in value]) if isinstance(value, list | tuple) else str(value)
 
 
 def traced_alone(model: nn.Module, *args: Tensor) -> list[list[str]]:

@@ -12,7 +12,8 @@ from hatify.errors import CaptureError
 
 def untraceable(error: Exception, model: nn.Module, root: nn.Module, called: Collection[str] = ()) -> CaptureError:
     """The user's own line out of an exporter's error. ``called`` are the paths of the leaves that had been called by then."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "/hatify/" not in f.filename]
+    own = ("/torch/", "/hatify/", "<string>")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(part in f.filename for part in own)]
     line = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}" if frames else type(model).__name__
     reason = str(error).strip().splitlines()
     first = next((text for text in reason if text.strip()), type(error).__name__)

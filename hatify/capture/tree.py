@@ -228,8 +228,11 @@ def _run_on_fakes(call: LeafCall, mode: Any, inputs: list[Tensor], sizes: list[i
 
 
 def _kept_sizes(call: LeafCall, inputs: list[Tensor], sizes: list[int]) -> list[Tensor] | None:
-    """The result of a layer that keeps sizes, or None where it cannot be told so: the layer runs on fake tensors of the example's sizes,
-    since torch's reasoning about open sizes takes many times as long for an activation or a norm."""
+    """The result of a layer that keeps sizes, or None where it cannot be told so.
+
+    The layer runs on fake tensors of the example's sizes: torch's reasoning about open ones takes many times as long for an activation or
+    a norm. What is learned is the result's dtype, order of dimensions and memory.
+    """
     x, held = inputs[0], [*call.twin.parameters(), *call.twin.buffers()]
     hints = [s.node.hint if isinstance(s, torch.SymInt) else s for s in (*x.shape, *x.stride())]
     if len(inputs) > 1 or sizes or None in hints or any(isinstance(t, FakeTensor) for t in held):
@@ -239,7 +242,10 @@ def _kept_sizes(call: LeafCall, inputs: list[Tensor], sizes: list[int]) -> list[
         example = torch.empty_strided(shape, stride, dtype=x.dtype, device=x.device)
         state = {n: mode.from_tensor(t, static_shapes=True) for n, t in _named_tensors(call.twin)}
         args, kwargs = arguments(call, [example], [])
-        out = torch.func.functional_call(call.twin, state, args, kwargs)
+        try:
+            out = torch.func.functional_call(call.twin, state, args, kwargs)
+        except Exception:  # it looks into its data, or is given what it does not take: the run on open sizes says which
+            return None
         if not isinstance(out, Tensor) or out.shape != shape:
             return None
         same, contiguous, dtype = out.stride() == stride, out.is_contiguous(), out.dtype
