@@ -133,6 +133,34 @@ def test_names_of_one_structure_are_written_once(tmp_path: Path) -> None:
     assert "| nets | 2 | `low` | 71.4 % | raw parameter (24) |" in text
 
 
+def test_a_name_that_did_not_run_keeps_its_line_or_says_so(tmp_path: Path) -> None:
+    names = {"a": "nets", "b": "nets", "c": "others", "d": "nets"}
+    snapshots.write_names("timm", [_record("a", "s"), _record("d", "s")], tmp_path)
+    snapshots.write_names("timm", [_record("b", "t", code="ef"), _record("a", "s", code="cd")], tmp_path, names)
+    lines = snapshots.read_names("timm", tmp_path)
+    assert list(lines) == list(names) and lines["c"] == {"family": "others", "verdict": "not run"}
+    assert [lines[name].get("code") for name in names] == ["cd", "ef", None, "cd"] and lines["d"]["like"] == "a"
+    text = page.render([LINES], {"timm": lines})
+    assert "[All 4 names](timm.json), without a proof: 3 converted, 1 not run; 2 structures, 2 different graphs." in text
+
+
+def test_a_budget_ends_a_sweep_and_the_next_one_begins_with_what_is_left(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [zoo_networks.entry(name) for name in ("Good", "Forgetful", "Undecided")]
+    monkeypatch.setattr(catalogue, "entries", lambda source=None: iter(found))
+    monkeypatch.setattr(catalogue, "representatives", lambda source=None: found[:1])
+    args = ("--convert-only", "--update", "--source", "timm", "--records", str(tmp_path / "records"))
+    _run("run", "Good", *args)
+    _run("run", "--all", "--budget", "0", *args)
+    verdicts = {name: line["verdict"] for name, line in snapshots.read_names("timm").items()}
+    assert verdicts == {"Good": "converted", "Forgetful": "not run", "Undecided": "not run"}
+    assert [e.name for e in catalogue.unlisted_first(found)] == ["Forgetful", "Undecided", "Good"]
+    _run("run", "--all", "--budget", "10", *args)
+    verdicts = {name: line["verdict"] for name, line in snapshots.read_names("timm").items()}
+    assert verdicts == {"Good": "converted", "Forgetful": "converted", "Undecided": "refused"}
+
+
 def test_what_had_no_time_keeps_its_snapshot(folder: Path) -> None:
     late = Record("timm/net_a", "nets", "failed", reason={"what": "not done after 1 seconds"})
     new = replace(late, key="timm/net_c")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 from enum import StrEnum
@@ -63,6 +64,10 @@ def run(
     update: Annotated[bool, typer.Option("--update", help="Write the snapshots, with --all also the list of names.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Run again what has a result of the same code.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for each model.", metavar="SECONDS")] = 1800,
+    budget: Annotated[
+        float | None,
+        typer.Option(min=0, help="Minutes after which no model is begun. \\[default: none]", metavar="MINUTES", show_default=False),
+    ] = None,
     memory: Annotated[
         float | None,
         typer.Option(
@@ -78,7 +83,8 @@ def run(
     """Convert and prove models: parity in eval and train mode and without gradients, at three batch sizes, zero drift, state-dict keys.
 
     Each model has a process of its own, with random weights; nothing is downloaded. A sweep that is interrupted goes on where it was; what
-    has a result of the same code is not run again. Exit code 1 if anything fails; a refusal with its reason is no failure.
+    has a result of the same code is not run again. With a budget, names that the list has no result for come first. Exit code 1 if
+    anything fails; a refusal with its reason is no failure.
     """
     if convert_only and tightness:
         raise typer.BadParameter("tightness is part of the proof", param_hint="--convert-only")
@@ -90,7 +96,7 @@ def run(
 
             check_writable()
         with quiet(debug), contextlib.redirect_stdout(sys.stderr):
-            found = _sweep(pattern, source, every, asked, directory, jobs, timeout, memory, force)
+            found = _sweep(pattern, source, every, asked, directory, jobs, timeout, memory, force, budget)
         written = _update(found, every and pattern is None) if update else []
         if as_json:
             typer.echo(json.dumps([record.to_dict() for record in found], indent=2))
@@ -112,15 +118,18 @@ def _sweep(
     timeout: float,
     memory: float | None,
     force: bool,
+    budget: float | None,
 ) -> list[Any]:
-    from ..zoo.catalogue import select
+    from ..zoo.catalogue import select, unlisted_first
     from ..zoo.records import default_directory
     from ..zoo.sweep import Limits, sweep
     from .render_zoo import Bar
 
     entries = select(pattern, source, every)
     share = 0 if asked == "conversion" else _share(jobs)  # weights that nobody writes are counted, although they take no memory
-    limits = Limits(timeout, share if memory is None else int(memory * 2**30))
+    limits = Limits(timeout, share if memory is None else int(memory * 2**30), math.inf if budget is None else 60 * budget)
+    if budget is not None:
+        entries = unlisted_first(entries)
     try:
         with Bar(len(entries)) as bar:
             return sweep(entries, asked, directory or default_directory(), jobs=jobs, limits=limits, watcher=bar, force=force)
@@ -138,7 +147,7 @@ def _share(jobs: int) -> int:
 
 
 def _update(found: list[Any], whole: bool) -> list[Path]:
-    """Snapshots of what ran; of a whole library those of its representatives, and all names in one file.
+    """Snapshots of what ran; of a whole library those of its representatives, and all names in one file, with those that did not run.
 
     What ended for want of time or memory says nothing about the rules: the snapshot that there is stays.
     """
@@ -150,7 +159,7 @@ def _update(found: list[Any], whole: bool) -> list[Path]:
     written: list[Path] = []
     for source in dict.fromkeys(record.source for record in found):
         of_source = [record for record in found if record.source == source]
-        written.append(snapshots.write_names(source, of_source))
+        written.append(snapshots.write_names(source, of_source, names={e.name: e.family for e in catalogue.entries(source)}))
         chosen = {entry.key for entry in catalogue.select(source=source)} - stays
         written += [snapshots.write(snapshots.snapshot_of(record)) for record in of_source if record.key in chosen]
     return [*written, page.write()]

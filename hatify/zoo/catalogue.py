@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from hatify.errors import UnknownModelError
 from hatify.zoo import from_timm, from_torchvision, from_transformers
 from hatify.zoo.entry import Entry
-from hatify.zoo.snapshots import read_all
+from hatify.zoo.snapshots import NOT_RUN, read_all, read_names
 
 SOURCES = ("timm", "torchvision", "transformers")
 _ENTRIES = {"timm": from_timm.entries, "torchvision": from_torchvision.entries, "transformers": from_transformers.entries}
@@ -33,6 +33,16 @@ def entries(source: str | None = None) -> Iterator[Entry]:
     """Every model of the installed libraries, or of one."""
     for library in installed(source):
         yield from _ENTRIES[library]()
+
+
+def unlisted_first(models: Sequence[Entry]) -> list[Entry]:
+    """The same models, those before that no sweep of all names has reached."""
+    listed = {source: read_names(source) for source in SOURCES}
+
+    def reached(entry: Entry) -> bool:
+        return listed[entry.source].get(entry.name, {}).get("verdict", NOT_RUN) != NOT_RUN
+
+    return sorted(models, key=reached)
 
 
 def representatives(source: str | None = None) -> list[Entry]:

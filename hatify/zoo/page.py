@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hatify.zoo.records import CONVERTED, PROVED, VERDICTS
-from hatify.zoo.snapshots import LOW, directory, hat_share, read_all, read_names, reason
+from hatify.zoo.snapshots import LOW, NOT_RUN, directory, hat_share, read_all, read_names, reason
 
 NAME = "README.md"
 WIDTH = 160
@@ -81,10 +81,10 @@ def _section(source: str, snapshots: list[dict[str, Any]], names: dict[str, Any]
 def _of_names(source: str, names: dict[str, Any]) -> str:
     """All names in a line, those that do not convert by name."""
     counts = Counter(line["verdict"] for line in names.values())
-    said = ", ".join(f"{counts[verdict]:,} {verdict}" for verdict in VERDICTS if counts[verdict])
-    structures = sum("like" not in line for line in names.values())
+    said = ", ".join(f"{counts[verdict]:,} {verdict}" for verdict in (*VERDICTS, NOT_RUN) if counts[verdict])
+    structures = sum("like" not in line and line["verdict"] != NOT_RUN for line in names.values())
     graphs = len({line["code"] for line in names.values() if "code" in line})
-    others = [f"`{name}`" for name, line in names.items() if line["verdict"] != CONVERTED]
+    others = [f"`{name}`" for name, line in names.items() if line["verdict"] not in (CONVERTED, NOT_RUN)]
     rest = f"; not converted, for reasons in that file: {', '.join(others)}" if others else ""
     shares = {name: line["hat"] for name, line in names.items() if "hat" in line}
     least = min(shares, key=shares.__getitem__, default=None)

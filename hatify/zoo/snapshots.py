@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,34 +111,48 @@ def _with_what_holds(lines: dict[str, Any], known: dict[str, Any]) -> dict[str, 
     return lines
 
 
-def write_names(source: str, found: list[Record], folder: Path | None = None) -> Path:
+def write_names(source: str, found: list[Record], folder: Path | None = None, names: Mapping[str, str] | None = None) -> Path:
     """All names of a library in one file, a line each: verdict, share on the HAT rungs, maskers, mask nodes, digest of the code.
 
-    A name of the same structure as one before it says only that, and by which name.
+    A name of the same structure as one before it says only that, and by which name. What was not found now keeps the line that it has;
+    without one it says that it was not run.
+
+    Args:
+        names: every name of the library with its family, in order; by default those that were found.
     """
     first: dict[str, Record] = {}
-    lines = []
+    lines: dict[str, dict[str, Any]] = {}
     for record in found:
         like = record if record.structure is None else first.setdefault(record.structure, record)
         same = like is not record and (like.verdict, like.snapshot) == (record.verdict, record.snapshot)
-        line = {"like": like.name} if same else _name_line(snapshot_of(record))
-        lines.append(f"  {json.dumps(record.name)}: {json.dumps(line)}")
+        lines[record.name] = {"like": like.name} if same else _name_line(snapshot_of(record))
+    known = _name_lines(source, folder)
+    for name, family in (names or {}).items():
+        lines.setdefault(name, known.get(name, {"family": family, "verdict": NOT_RUN}))
+    order = list(names) if names is not None else list(lines)
     path = names_path(source, folder)
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    written = (f"  {json.dumps(name)}: {json.dumps(lines[name])}" for name in order)
+    path.write_text("{\n" + ",\n".join(written) + "\n}\n", encoding="utf-8")
     return path
 
 
 def read_names(source: str, folder: Path | None = None) -> dict[str, dict[str, Any]]:
     """What :func:`write_names` wrote, by name, with all that a name shares with another one; empty where it did not."""
-    path = names_path(source, folder)
-    lines = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    lines = _name_lines(source, folder)
     return {name: {**lines[line["like"]], **line} if "like" in line else line for name, line in lines.items()}
+
+
+def _name_lines(source: str, folder: Path | None) -> dict[str, dict[str, Any]]:
+    path = names_path(source, folder)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def names_path(source: str, folder: Path | None = None) -> Path:
     return (folder or directory()) / f"{source}.json"
 
 
+NOT_RUN = "not run"
+"""The verdict of a name that no sweep has reached yet."""
 LOW = 0.95
 """A share on the HAT rungs under which the reason is kept with the name."""
 

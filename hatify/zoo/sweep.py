@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import sys
@@ -24,10 +25,11 @@ _TAIL = 2000  # characters of what a crashed process said last
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one model: seconds, and bytes of memory (0 for none)."""
+    """Of one model: seconds, and bytes of memory (0 for none); of the whole sweep: the seconds after which no model is begun."""
 
     seconds: float = 1800.0
     memory: int = 0
+    budget: float = math.inf
 
 
 class Watcher:
@@ -56,7 +58,7 @@ def sweep(
         asked: one of ``proving.QUESTIONS``.
         directory: where records are kept. One that is interrupted goes on there.
         jobs: processes at once; torch's threads are shared out among them.
-        limits: of each model.
+        limits: of each model and of all. A sweep whose budget is spent returns what it has.
         watcher: told about each model.
         force: run again what still holds.
     """
@@ -70,11 +72,11 @@ def sweep(
             watcher.ended(known, False)
         else:
             todo.append(entry)
-    threads = _threads() // max(jobs, 1) or 1
+    threads, end = _threads() // max(jobs, 1) or 1, time.monotonic() + limits.budget
     running: list[_Worker] = []
     try:
-        while todo or running:
-            while todo and len(running) < jobs:
+        while running or (todo and time.monotonic() < end):
+            while todo and len(running) < jobs and time.monotonic() < end:
                 entry = todo.pop(0)
                 watcher.began(entry)
                 running.append(_Worker(entry, asked, limits, threads, directory))
@@ -90,7 +92,7 @@ def sweep(
     finally:
         for worker in running:  # interrupted: nothing is recorded of these
             worker.stop()
-    return [done[entry.key] for entry in entries]
+    return [done[entry.key] for entry in entries if entry.key in done]
 
 
 def _threads() -> int:
