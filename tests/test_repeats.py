@@ -114,6 +114,55 @@ def test_a_block_that_is_called_again_is_traced_twice_at_most(copied):
     assert copied == 2 * ["layers.0", "layers.0"]
 
 
+class Regions(nn.Module):
+    """Part of it without gradients, part in another type, part cast into a value that was there before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        with torch.no_grad():
+            fixed = self.a(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = self.b(x)
+        room = torch.zeros_like(x)
+        room.copy_(rough)
+        return self.c(fixed + room) + x.mean(), x
+
+
+def test_regions_inside_a_block_are_copied_with_it(copied):
+    model = Stack(Regions(), Regions(), Regions())
+    assert traced(model, X) == traced_alone(model, X)
+    assert copied == 2 * ["layers.1", "layers.2"]
+    assert hatify.convert(model, tasks=2, example_inputs=X).verification.ok
+
+
+class Pairing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, y):
+        return self.a(x) + self.b(y)
+
+
+class Paired(Stack):
+    """The first pair is one value twice, the second is two that look the same."""
+
+    def forward(self, x):
+        x = self.embed(x)
+        y = self.layers[0](x, x)
+        z = self.layers[1](x, y)
+        return self.head(self.layers[2](y, z).mean(1))
+
+
+def test_one_value_given_twice_is_not_two(copied):
+    model = Paired(Pairing(), Pairing(), Pairing())
+    assert traced(model, X) == traced_alone(model, X)
+    assert copied == 2 * ["layers.2"]
+
+
 class Stage(nn.Sequential):
     def __init__(self, stride: int = 1) -> None:
         super().__init__(nn.Conv2d(4, 4, 3, stride, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))

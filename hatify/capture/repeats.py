@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import operator
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,7 +59,7 @@ class _Result:
 def mark_blocks(root: nn.Module, leaves: Mapping[str, nn.Module]) -> None:
     """Lets every block of a copied tree, whose leaves are marked, be traced only if none before was alike.
 
-    A block that holds what has other names too, or that has hooks inside, is always traced.
+    A block that holds what has other names too is always traced.
     """
     shared = {key for key, count in Counter(map(id, _named(root))).items() if count > 1}
     marked = {id(leaf) for leaf in leaves.values()}
@@ -75,7 +74,7 @@ def mark_blocks(root: nn.Module, leaves: Mapping[str, nn.Module]) -> None:
         inside = [m for m in block.modules() if id(m) not in whole]
         replaced = any("forward" in vars(m) and not isinstance(vars(m)["forward"], Traced) for m in inside)
         values = {id(m): _values(m) for m in inside if any(b is not None for b in m._buffers.values())}
-        if replaced or None in values.values() or any(map(_hooked, inside[1:])) or any(id(t) in shared for t in _held(block)):
+        if replaced or None in values.values() or any(id(t) in shared for t in _held(block)):
             continue
         blocks.append(_Block(path, block, values, elementwise))
     keys = [block.alike([], []) for block in blocks]
@@ -118,8 +117,8 @@ class _Block(Traced):
         tensors = [a for a in flat if isinstance(a, Tensor)]
         others = [*(Tensor if isinstance(a, Tensor) else a for a in flat), repr(spec)]
         mode = detect_fake_mode(tensors)
-        again, self.called = self.called, True
-        key = self.alike(tensors, others) if again and mode is not None else None
+        looked_at, self.called = self.called, True
+        key = self.alike(tensors, others) if looked_at and mode is not None else None
         if key is None:
             return self.own(*args, **kwargs)
         known = _TRACED.get((mode, key))
@@ -166,10 +165,6 @@ def _state(mode: Any, block: nn.Module, tensors: Sequence[Tensor]) -> Hashable:
 
 def _held(block: nn.Module) -> list[Tensor]:
     return [t for m in block.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-
-
-def _hooked(module: nn.Module) -> bool:
-    return any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks"))
 
 
 def _values(module: nn.Module) -> Hashable | None:
@@ -242,7 +237,10 @@ class Copier:
         """
         path, known = _REPEATS[key]
         template = self.templates[known.number]
-        given = {read(): place for place, read in enumerate(template.given)}
+        given: dict[fx.Node, Read] = {}
+        for own, other in zip(template.given, inputs):
+            if given.setdefault(own(), other) is not other and given[own()]() is not other():
+                raise NotRepeatable(f"{known.path} is given {own()} twice, {path} is not")
         copies: dict[fx.Node, fx.Node] = {}
 
         def moved(name: str) -> str:
@@ -252,7 +250,7 @@ class Copier:
         def copy_of(node: fx.Node) -> fx.Node:
             if node not in copies:
                 if node in given:
-                    copies[node] = inputs[given[node]]()
+                    copies[node] = given[node]()
                 elif node.op == "get_attr":
                     target = moved(node.target)
                     copies[node] = node if target == node.target else self.held(target)
@@ -272,19 +270,14 @@ class Copier:
         target = moved(node.target) if node.op == "call_module" else node.target
         args, kwargs = fx.map_arg((node.args, node.kwargs), copy_of)
         scope = moved(node.meta.get("scope", ""))
-        new = self.graph.create_node(node.op, target, args, kwargs, name=_name(node, target, scope))
-        new.meta = {**node.meta, "scope": scope}
+        told = node.name.startswith(_name(node, node.target, node.meta.get("scope", "")))
+        new = self.graph.create_node(node.op, target, args, kwargs, name=_name(node, target, scope) if told else None)
+        new.meta = {**node.meta, **({"scope": scope} if "scope" in node.meta else {})}
         if "aliases" in new.meta:
             new.meta["aliases"] = [copy_of(alias) for alias in node.meta["aliases"]]
         return new
 
 
-def _name(node: fx.Node, target: Any, scope: str) -> str | None:
-    """As the node would have been called where it is; None for a name that fx gives."""
-    if node.op == "call_module":
-        return target.replace(".", "_")
-    if isinstance(target, torch._ops.OpOverload) or (
-        target is operator.getitem and isinstance(node.args[0].target, torch._ops.OpOverload)
-    ):
-        return telling_name(target, scope)
-    return None
+def _name(node: fx.Node, target: Any, scope: str) -> str:
+    """What a node is called that has a telling name; others have one that fx gives."""
+    return target.replace(".", "_") if node.op == "call_module" else telling_name(target, scope)
