@@ -12,6 +12,7 @@ a product of two clean operands has no mask of its own, and 0 · inf is NaN.
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -156,6 +157,9 @@ class _Needs:
         indices = [v for v in call.values() if is_index(call, v)]
         if pads_with_value(call) or any(v.known is None for v in indices) or value in indices:
             return value.ids
+        views = _views(call, value)
+        if views is not None:
+            return _needs_of_views(value, views, [need for _, need in results])
         count = torch.Size(value.shape).numel()
         places = torch.arange(1, count + 1, dtype=torch.float64).reshape(value.shape)  # 0: from nowhere, or from another operand
         moved = move_tensor(call, lambda v: v.known if v in indices else places if v is value else places.new_zeros(v.shape))
@@ -180,6 +184,72 @@ def _made(value: Value) -> tuple[Value, list[Tensor]]:
         value = value.data.value
         masks.append(value.ids)
     return value, masks
+
+
+def _views(call: Call, value: Value) -> list[Tensor] | None:
+    """The results of a movement as views of a contiguous operand that has no memory, each element in one place at most: their strides
+    say where the elements came from. None for other movements."""
+    if call.values() != [value]:
+        return None
+    operand = torch.empty(value.shape, device="meta")
+    moved = move_tensor(call, lambda v: operand)
+    views = list(moved) if call.name in MULTIPLE else [moved]
+    storage = operand.untyped_storage()._cdata
+    return views if all(v.untyped_storage()._cdata == storage and _apart(v) for v in views) else None
+
+
+def _needs_of_views(value: Value, views: list[Tensor], needs: list[Tensor]) -> Tensor:
+    """What is needed of an operand, from what is needed of views of it; what none of them shows counts as live.
+
+    A dimension that every view has whole, and along which neither gates nor needs differ, is looked at in one place: tokens are many.
+    """
+    strides = torch.empty(value.shape, device="meta").stride()
+    alike = [
+        (stride, size, dim)
+        for dim, (stride, size) in enumerate(zip(strides, value.shape))
+        if value.ids.shape[dim] == 1 < size and all(_shows_all(v, need, stride, size) for v, need in zip(views, needs))
+    ]
+    found = value.full()
+    for _, _, dim in alike:
+        found = found.narrow(dim, 0, 1)
+    found = found.clone(memory_format=torch.contiguous_format)
+
+    def place(position: int) -> int:
+        """Where in ``found`` a position of the operand is."""
+        return sum(position // own % size * new for own, size, new in zip(strides, value.shape, found.stride()))
+
+    for view, need in zip(views, needs):
+        part = need.expand(view.shape)
+        for dim in range(view.dim()):
+            if any(_is_inside(view, dim, stride, size) for stride, size, _ in alike):
+                part = part.narrow(dim, 0, 1)
+        found.as_strided(part.shape, [place(step) for step in view.stride()], place(view.storage_offset())).copy_(part)
+    return compress(found, adopt=False)[0]
+
+
+def _shows_all(view: Tensor, need: Tensor, stride: int, size: int) -> bool:
+    """Whether a view has all of an operand's dimension of that stride and size, apart from others, and needs it alike everywhere."""
+    touching = [
+        d for d, (n, step) in enumerate(zip(view.shape, view.stride())) if n > 1 and stride < step * n and step < stride * size
+    ]
+    whole = all(_is_inside(view, d, stride, size) and view.stride(d) % stride == 0 and need.shape[d] == 1 for d in touching)
+    return whole and prod(view.shape[d] for d in touching) == size
+
+
+def _is_inside(view: Tensor, dim: int, stride: int, size: int) -> bool:
+    """Whether a view's dimension stays inside the operand's dimension of that stride and size."""
+    return view.shape[dim] > 1 and stride <= view.stride(dim) and view.stride(dim) * view.shape[dim] <= stride * size
+
+
+def _apart(view: Tensor) -> bool:
+    """Whether no two elements of a view are in one place."""
+    reach = 0
+    for stride, size in sorted(zip(view.stride(), view.shape)):
+        if size > 1:
+            if stride <= reach:
+                return False
+            reach += (size - 1) * stride
+    return True
 
 
 def _placed_back(need: Tensor, shape: tuple[int, ...], value: Value) -> Tensor:

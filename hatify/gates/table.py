@@ -35,6 +35,7 @@ class GateTable:
         self._ids: dict[tuple, int] = {key: i for i, key in enumerate(self.keys)}
         self._pairs: dict[str, dict[int, int]] = {"or": {}, "and": {}}  # by the pair as one number, see _pair_number
         self._atoms: dict[int, frozenset] = {}  # of expressions that somebody has asked about
+        self._nested: list[bool] = [False, False]  # whether a member may be an AND in an OR, an OR in an AND
         self._most: list[int] = [0, 0]  # upper bounds of the number of an expression's atoms, past all limits at most
         self._most_tensor = torch.zeros(2, dtype=torch.int64)
 
@@ -148,8 +149,9 @@ class GateTable:
             return b
         if first != op and second != op:  # two members, neither in the other
             return self._intern((op, frozenset((a, b))), (a, b))
-        members = members_a | members_b
-        kept = frozenset(m for m in members if not (self.keys[m][0] == other and self.keys[m][1] & members))
+        members = kept = members_a | members_b
+        if first == other or second == other or self._nested[a] or self._nested[b]:
+            kept = frozenset(m for m in members if not (self.keys[m][0] == other and self.keys[m][1] & members))
         if len(kept) == 1:
             return next(iter(kept))
         if members_a == kept:  # absorption may have eaten one side
@@ -174,7 +176,12 @@ class GateTable:
             self.keys.append(key)
             self.parts.append(parts)
             self._most.append(1 if parts is None else min(self._most[parts[0]] + self._most[parts[1]], MAX_ATOMS + 1))
+            self._nested.append(parts is not None and any(self._nests(key[0], part) for part in parts))
         return found
+
+    def _nests(self, op: str, part: int) -> bool:
+        kind = self.keys[part][0]
+        return self._nested[part] if kind == op else kind in KINDS[3:]
 
     def stored(self, maskers: list[str]) -> Tensor:
         """All expressions as numbers, int32 of shape ``(expressions, 3)``: what it is (an index of ``KINDS``) and, for an atom, the
@@ -239,7 +246,7 @@ class StoredTable(GateTable):
         return self._entries if maskers == self._maskers and "keys" not in self.__dict__ else super().stored(maskers)
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("keys", "parts", "_ids", "_pairs", "_atoms", "_most", "_most_tensor"):
+        if name not in ("keys", "parts", "_ids", "_pairs", "_atoms", "_nested", "_most", "_most_tensor"):
             raise AttributeError(name)
         super().__init__()
         for kind, a, b in self._entries[2:].tolist():
