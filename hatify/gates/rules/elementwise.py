@@ -133,7 +133,7 @@ def _zero_at_zero(call: Call, shift: int) -> bool:
     args, kwargs = call.map(lambda v: torch.zeros(_probe_shape(v), dtype=v.dtype) if v.known is None else v.known)
     args, kwargs = pytree.tree_map(lambda a: type(a).__base__(a + shift) if is_open(a) else a, (args, kwargs))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         out = call.func(*args, **kwargs)
     out = out[0] if isinstance(out, tuple | list) else out
     return bool((out == 0).all())
