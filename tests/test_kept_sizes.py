@@ -82,6 +82,19 @@ def test_the_graph_is_that_of_open_sizes(kind, kept, monkeypatch):
     assert quick == graphs(model, x)
 
 
+def test_a_size_of_one_is_left_to_torch(kept, monkeypatch):
+    """Where the example has one row only, the operators after a norm fix it; with a size left open they would reason about channels."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 8, 8), Turned(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)))
+    )
+    model.append(nn.Sequential(nn.Flatten(2), nn.Linear(1, 1), nn.Flatten(), nn.Linear(8, 2)))
+    x = torch.randn(2, 3, 8, 8)
+    assert hatify.convert(model, tasks=2, example_inputs=x).verification.ok
+    quick = graphs(model, x)
+    monkeypatch.setattr(tree, "_kept_sizes", lambda *rest: None)
+    assert quick == graphs(model, x)
+
+
 def test_open_sizes_stay_open(kept):
     model = MODELS["norms and activations"]()
     hat = hatify.convert(model, tasks=2, example_inputs=torch.randn(2, 3, 9, 11))

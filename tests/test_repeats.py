@@ -114,6 +114,24 @@ def test_a_block_that_is_called_again_is_traced_twice_at_most(copied):
     assert copied == 2 * ["layers.0", "layers.0"]
 
 
+def test_paths_that_are_no_identifiers_name_nodes_all_the_same():
+    blocks = {f"block-{number}": nn.Sequential(Stage(), Stage()) for number in range(4)}
+    model = nn.Sequential()
+    for path, block in blocks.items():
+        model.add_module(path, Residual(block))
+    x = torch.randn(2, 4, 9, 9)
+    assert traced(model, x) == traced_alone(model, x)
+
+
+class Residual(nn.Module):
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x):
+        return x + self.inside(x)
+
+
 class Regions(nn.Module):
     """Part of it without gradients, part in another type, part cast into a value that was there before."""
 

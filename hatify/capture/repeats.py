@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -270,7 +271,7 @@ class Copier:
         target = moved(node.target) if node.op == "call_module" else node.target
         args, kwargs = fx.map_arg((node.args, node.kwargs), copy_of)
         scope = moved(node.meta.get("scope", ""))
-        told = node.name.startswith(_name(node, node.target, node.meta.get("scope", "")))
+        told = node.name.startswith(re.sub(r"\W+", "_", _name(node, node.target, node.meta.get("scope", ""))))  # as fx spells it
         new = self.graph.create_node(node.op, target, args, kwargs, name=_name(node, target, scope) if told else None)
         new.meta = {**node.meta, **({"scope": scope} if "scope" in node.meta else {})}
         if "aliases" in new.meta:

@@ -235,7 +235,10 @@ def _kept_sizes(call: LeafCall, inputs: list[Tensor], sizes: list[int]) -> list[
     """
     x, held = inputs[0], [*call.twin.parameters(), *call.twin.buffers()]
     hints = [s.node.hint if isinstance(s, torch.SymInt) else s for s in (*x.shape, *x.stride())]
-    if len(inputs) > 1 or sizes or None in hints or any(isinstance(t, FakeTensor) for t in held):
+    special = any(
+        isinstance(s, torch.SymInt) and s.node.hint in (None, 0, 1) for s in (*x.shape, *x.stride())
+    )  # no size like others
+    if len(inputs) > 1 or sizes or special or any(isinstance(t, FakeTensor) for t in held):
         return None
     shape, stride = tuple(hints[: x.dim()]), tuple(hints[x.dim() :])
     with _disable_current_modes(), torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True) as mode:
