@@ -216,16 +216,23 @@ class Analyst:
             outcomes.append(rule(self, replace(call, args=tuple(args), kwargs=dict(kwargs))))
         return outcomes[0] if _same_gates(*outcomes) else unknown(self, call)
 
-    def settled(self, node: fx.Node, outcome: Outcome, call: Call) -> Any:
-        """Results of a node as its rule decided, widened or made conservative where gates cannot be kept."""
+    def settled(self, node: fx.Node, outcome: Outcome, call: Call, weighted: bool = False) -> Any:
+        """Results of a node as its rule decided, widened or made conservative where gates cannot be kept.
+
+        A ``weighted`` call has gates of its own, which its operands' masks cannot stand for: they are applied to its results at once.
+        """
         val = node.meta["val"]
         outs = outcome.out if isinstance(outcome.out, list) else [outcome.out]
         vals = tensors_of(val)
-        if any(g.ids is not None and varies_where_open(g.ids, v) for g, v in zip(outs, vals)):
+        lost = any(g.ids is not None and varies_where_open(g.ids, v) for g, v in zip(outs, vals))
+        if lost and not weighted:
             outcome = unknown(self, call)
             outs = [outcome.out]
         self.analysis.steps[node] = Step(outcome.args, outcome.kwargs, None, live=outcome.live if self.live else None)
-        return self.results(node, val, outs)
+        results = self.results(node, val, outs)
+        if lost and weighted:
+            results = pytree.tree_map(lambda v: clean(self, v).top(), results, is_leaf=lambda v: isinstance(v, Value))
+        return results
 
     def results(self, node: fx.Node, val: Any, outs: list[Gates] | None) -> Any:
         """A node's results as values; TOP where ``outs`` is None or does not fit."""

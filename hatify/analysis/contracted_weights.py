@@ -107,7 +107,7 @@ def contracted_weight(run: Analyst, node: fx.Node, call: Call, found: Contractio
         reason = "weights normalised before use" if coupled else "used by function"
         run.analysis.parameters[part.name] = LayerPlan(part.name, "hat", ROW_LOCKED if coupled else HAT, reason, masker, size)
     args, kwargs = call.map(lambda v: x if v is found.x else v)
-    return run.settled(node, Outcome(args, kwargs, gates), call)
+    return run.settled(node, Outcome(args, kwargs, gates), call, weighted=True)
 
 
 def _placed(ids: Tensor, letters: str, target: str) -> Tensor:

@@ -98,7 +98,7 @@ def _weighted_layer(run: Analyst, node: fx.Node, path: str, leaf: nn.Module, mea
     masker = None if atoms is None else run.tied.get(path, path)
     run.plan(LayerPlan(path, role, ROW_LOCKED if grouped else HAT, reason, masker, outputs))
     args, kwargs = call.map(lambda v: outcome.x if v is x else clean(run, v))
-    return run.settled(node, Outcome(args, kwargs, outcome.out), call)
+    return run.settled(node, Outcome(args, kwargs, outcome.out), call, weighted=True)
 
 
 def _recurrent_layer(run: Analyst, node: fx.Node, path: str, leaf: nn.Module, meaning: Recurrent, call: Call) -> Any:
@@ -108,7 +108,7 @@ def _recurrent_layer(run: Analyst, node: fx.Node, path: str, leaf: nn.Module, me
     shapes = {n: tuple(p.shape) for n, p in leaf.named_parameters(remove_duplicate=False)}
     _record(run, leaf, path, recurrent_uses(meaning, atoms, outcome.cols, shapes), None)
     run.plan(LayerPlan(path, "recurrent", HAT, channels=meaning.hidden))
-    return _restructured(node, run.settled(node, Outcome(outcome.args, {}, outcome.out), call))
+    return _restructured(node, run.settled(node, Outcome(outcome.args, {}, outcome.out), call, weighted=True))
 
 
 def _record(run: Analyst, leaf: nn.Module, path: str, uses: Iterable[Use], node: fx.Node | None) -> None:

@@ -55,7 +55,7 @@ def weight_call(run: Analyst, node: fx.Node, call: Call, found: WeightedCall) ->
         role, rung = "shared-head" if shared else "hat", ROW_LOCKED if coupled else HAT
         run.analysis.parameters[part.name] = LayerPlan(part.name, role, rung, reason, masker, found.outputs)
     args, kwargs = call.map(lambda v: outcome.x if v is found.x else v)
-    return run.settled(node, Outcome(args, kwargs, outcome.out), call)
+    return run.settled(node, Outcome(args, kwargs, outcome.out), call, weighted=True)
 
 
 def _record(run: Analyst, use: Use, source: Value, found: WeightedCall, node: fx.Node) -> None:
