@@ -104,4 +104,4 @@ class ArtifactWarning(UserWarning):
 
 def without_place(text: str) -> str:
     """Source lines in ``text`` without the folder that their library is installed in, which differs from machine to machine."""
-    return re.sub(r"\S*site-packages/", "", text)
+    return re.sub(r"[^\s()]*site-packages/", "", text)

@@ -35,3 +35,9 @@ def test_every_error_is_a_hatify_error_and_survives_copy_and_pickle(name):
     for again in (copy.copy(error), copy.deepcopy(error), pickle.loads(pickle.dumps(error))):
         assert type(again) is cls
         assert str(again) == str(error)
+
+
+def test_a_place_loses_the_folder_of_its_library_and_no_bracket():
+    told = "in f (/home/a b/venv/lib/python3.11/site-packages/lib/model.py:3 in forward)"
+    assert errors.without_place("cannot be traced (/v/lib/site-packages/lib/model.py:3)") == "cannot be traced (lib/model.py:3)"
+    assert errors.without_place(told).endswith("lib/model.py:3 in forward)") and "site-packages" not in errors.without_place(told)

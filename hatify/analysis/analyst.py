@@ -15,7 +15,7 @@ from hatify.analysis.functional import is_parameter, weighted_call
 from hatify.analysis.heads import Heads, operator_name
 from hatify.analysis.leaf_calls import leaf_call
 from hatify.analysis.needs import narrow_uses
-from hatify.analysis.operators import FINITE, FRESH, RANDOM, SWITCHES
+from hatify.analysis.operators import FINITE, FRESH, RANDOM, SWITCHES, ZEROS
 from hatify.analysis.origins import CASTS, MOVES, result_origins
 from hatify.analysis.plan import TASK_INDEXED, Analysis, LayerPlan, Masked, Ratio, Size, Step
 from hatify.analysis.raw_parameters import surely_indexed
@@ -28,6 +28,7 @@ from hatify.errors import ConversionError
 from hatify.gates import State, Use, Value
 from hatify.gates.rules import RULES, Call, Gates, Outcome, unknown
 from hatify.gates.rules.base import clean
+from hatify.gates.rules.movement import pads_with_value
 from hatify.gates.table import TOP
 from hatify.gates.value import Origin, Part, constants, ones
 from hatify.registry import describe
@@ -277,8 +278,9 @@ class Analyst:
         if any(o is None for o in origins) or call.name in NORMS and "by_mode" in node.meta:
             self.other_use.update(n for v in values if v.origin is not None for n in v.origin.names)
         kept = call.name in FINITE and all(v.finite for v in values)
+        zero = call.name in ZEROS or bool(values) and all(v.zero for v in values) and _keeps_zeros(call)
         results = [
-            self._value(node, constants(v.dim()), val=v, known=k, origin=o, finite=kept if k is None else all_finite(k))
+            self._value(node, constants(v.dim()), val=v, known=k, origin=o, finite=kept if k is None else all_finite(k), zero=zero)
             for v, k, o in zip(tensors_of(val), actual, origins)
         ]
         return results[0] if isinstance(val, Tensor) else results
@@ -340,6 +342,11 @@ class Analyst:
             self.analysis.use(Use(name, top, top, shape, grouped=True, site="used outside its layer"))
             self.analysis.notes.append(f"{name} is used outside its layer too: locked as a whole once a task is finished")
         self.analysis.class_heads = {name for name, free in self.roles.countable.items() if free and name not in self.roles.shared}
+
+
+def _keeps_zeros(call: Call) -> bool:
+    """Whether nothing but elements of the operands, and zeros, are in the results."""
+    return call.name in CASTS or call.name in MOVES and not pads_with_value(call)
 
 
 def _same_gates(a: Outcome, b: Outcome) -> bool:

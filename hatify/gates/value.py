@@ -29,7 +29,8 @@ class Value:
 
     ``ids`` has the rank of ``shape`` and broadcasts to it. ``data`` is the interpreter's own handle. ``known`` is the
     actual tensor where it is a constant of the model (index tables).
-    ``finite`` is False for a constant that may hold infinities. ``origin`` says from which elements of raw
+    ``finite`` is False for a constant that may hold infinities, ``zero`` is True for one that is zero everywhere, at every size.
+    ``origin`` says from which elements of raw
     parameters each element is computed (see :class:`Origin`), as long as that can be told.
     """
 
@@ -41,6 +42,7 @@ class Value:
     known: Tensor | None = None
     origin: Origin | None = None
     finite: bool = True
+    zero: bool = False
 
     @property
     def rank(self) -> int:

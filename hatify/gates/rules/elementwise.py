@@ -24,7 +24,7 @@ from hatify.gates.rules.base import (
     unknown,
 )
 from hatify.gates.table import CONST
-from hatify.gates.value import State, Value
+from hatify.gates.value import State, Value, constants
 
 UNARY = [
     "relu",
@@ -228,9 +228,12 @@ def masked_fill(run: Interpreter, call: Call) -> Outcome:
 
 
 def product(run: Interpreter, call: Call) -> Outcome:
-    """Gating: gates AND. A product by CONST or TOP passes the other's gates."""
+    """Gating: gates AND. A product by CONST or TOP passes the other's gates; one by zero is zero, of whatever gate it meets."""
     if len(call.values()) == 1:
         return unary(run, call)
+    if any(v.zero for v in call.values()):  # the first state of a recurrence; masked all the same, for 0 · inf is NaN
+        call = clean_call(run, call)
+        return Outcome(call.args, call.kwargs, Gates(constants(max(v.rank for v in call.values()))))
     call, state = one_state(run, call)
     return Outcome(call.args, call.kwargs, Gates(_joined(run, "and", call.values()), state))
 
