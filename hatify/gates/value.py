@@ -28,9 +28,8 @@ class Value:
     """A tensor as the rules see it.
 
     ``ids`` has the rank of ``shape`` and broadcasts to it. ``data`` is the interpreter's own handle. ``known`` is the
-    actual tensor where it is a constant of the model (index tables).
-    ``finite`` is False for a constant that may hold infinities, ``zero`` is True for one that is zero everywhere, at every size.
-    ``origin`` says from which elements of raw
+    actual tensor where it is a constant of the model (index tables). ``finite`` is False for a constant that may hold
+    infinities, ``zero`` is True for one that is zero everywhere, at every size. ``origin`` says from which elements of raw
     parameters each element is computed (see :class:`Origin`), as long as that can be told.
     """
 
