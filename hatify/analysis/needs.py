@@ -11,6 +11,7 @@ a product of two clean operands has no mask of its own, and 0 · inf is NaN.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
@@ -21,11 +22,12 @@ from torch.utils import _pytree as pytree
 
 from hatify.analysis.heads import operator_name
 from hatify.analysis.plan import Masked, Step
+from hatify.analysis.sizes import concrete, is_open_size, same_size, tensors_of
 from hatify.gates import State, Use, Value
 from hatify.gates.layers import ChannelNorm, Elementwise, channel_dim
 from hatify.gates.rules import Call
-from hatify.gates.rules.elementwise import ADDITIVE, PARTIAL, PRODUCT, QUOTIENT, UNARY
-from hatify.gates.rules.movement import MULTIPLE, NAMES, is_index, move_tensor, pads_with_value
+from hatify.gates.rules.elementwise import ADDITIVE, PARTIAL, PRODUCT, QUOTIENT, TYPES_ONLY, UNARY
+from hatify.gates.rules.movement import MULTIPLE, NAMES, REGROUPING, is_index, move_tensor, open_places, pads_with_value
 from hatify.gates.table import TOP
 from hatify.gates.value import compress
 from hatify.registry import describe
@@ -130,9 +132,12 @@ class _Needs:
             made = _made(results[0][1])[0]
             if name in JOINING and made.state is State.CLEAN and sum(v.gated for v in call.values()) > 1:
                 return value.ids
+            if name in TYPES_ONLY and value is not call.values()[0]:
+                return value.ids
             return _placed_back(self.found[user, None], made.shape, value)
         if name in NAMES:
-            return self._moved_back(call, [(_made(r)[0].shape, self.found[user, i]) for i, r in results], value)
+            need = self._moved_back(call, [(_made(r)[0].shape, self.found[user, i]) for i, r in results], value)
+            return value.ids if any(need.shape[dim] > 1 for dim in _moving(user, call, value)) else need
         return value.ids
 
     def _is_narrower(self, node: fx.Node, index: int | None, result: Value) -> bool:
@@ -184,6 +189,35 @@ def _made(value: Value) -> tuple[Value, list[Tensor]]:
         value = value.data.value
         masks.append(value.ids)
     return value, masks
+
+
+def _moving(user: fx.Node, call: Call, value: Value) -> list[int]:
+    """The dimensions along which another call, with other sizes, moves other elements."""
+    before, after = _made(value)[0].data.meta["val"].shape, tensors_of(user.meta["val"])[0].shape
+    open_dims = [dim for dim, size in enumerate(before) if is_open_size(size)]
+    return [*open_dims, *open_places(call), *(_regrouped(before, after) if call.name in REGROUPING else ())]
+
+
+def _regrouped(before: Sequence, after: Sequence) -> list[int]:
+    """The dimensions that a reshape takes apart or puts together with one whose size is open: what was next to what depends on it."""
+    found, left, right = [], list(enumerate(before)), list(after)
+    while left or right:
+        dims, sizes, others = [], [], []
+        while True:  # the smallest groups of the same size, at any size
+            here, there = prod(sizes), prod(others)
+            if sizes and others and same_size(here, there):
+                break
+            if left and (not right or concrete(here) <= concrete(there)):
+                dim, size = left.pop(0)
+                dims.append(dim)
+                sizes.append(size)
+            elif right:
+                others.append(right.pop(0))
+            else:
+                break
+        if any(is_open_size(size) for size in (*sizes, *others)):
+            found += dims
+    return found
 
 
 def _views(call: Call, value: Value) -> list[Tensor] | None:

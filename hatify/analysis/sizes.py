@@ -14,7 +14,18 @@ def varies_where_open(ids: Tensor, val: Any) -> bool:
     """Whether gates vary along a dimension whose size is open."""
     if ids.dim() != val.dim():
         return False
-    return any(n > 1 and isinstance(s, torch.SymInt) and bool(s.node.expr.free_symbols) for n, s in zip(ids.shape, val.shape))
+    return any(n > 1 and is_open_size(s) for n, s in zip(ids.shape, val.shape))
+
+
+def is_open_size(size: Any) -> bool:
+    """Whether a size differs from call to call."""
+    return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are the same in every call."""
+    a, b = (size.node.expr if isinstance(size, torch.SymInt) else size for size in (a, b))
+    return bool(a == b)
 
 
 def concrete(size: Any) -> Any:

@@ -124,14 +124,19 @@ PLACED = {"roll", "select", "slice", "narrow", "pad", "constant_pad_nd", "select
 """Movements whose arguments are places, not shapes."""
 
 
+def open_places(call: Call) -> list[int]:
+    """The dimensions along which elements move by numbers that depend on open sizes."""
+    if call.name not in PLACED | MULTIPLE or not any(is_open(a) for a in pytree.tree_leaves((call.args, call.kwargs))):
+        return []
+    subject = call.values()[0]
+    positions = {"select": 1, "slice": 1, "narrow": 1, **dict.fromkeys(SPLITS, 2)}
+    dim = call.argument(positions[call.name], "dim", 0) if call.name in positions else None
+    return [dim % subject.rank] if isinstance(dim, int) else list(range(subject.rank))
+
+
 def _places_are_open(call: Call) -> bool:
     """Whether elements move by numbers that depend on open sizes, along dimensions where gates differ."""
-    if call.name not in PLACED or not any(is_open(a) for a in pytree.tree_leaves((call.args, call.kwargs))):
-        return False
-    subject = call.values()[0]
-    dim = call.argument(1, "dim", 0) if call.name in ("select", "slice", "narrow") else None
-    touched = [dim % subject.rank] if isinstance(dim, int) else range(subject.rank)
-    return any(subject.varies(d) for d in touched)
+    return any(call.values()[0].varies(dim) for dim in open_places(call))
 
 
 def move_tensor(call: Call, pick) -> list[Tensor] | Tensor:
@@ -144,7 +149,9 @@ def move_tensor(call: Call, pick) -> list[Tensor] | Tensor:
 
 
 VIEWS = {"view", "_unsafe_view", "_reshape_alias"}
-MULTIPLE = {"unbind", "split", "split_with_sizes", "chunk", "tensor_split", "hsplit", "vsplit"}
+REGROUPING = {*VIEWS, "reshape", "flatten", "unflatten", "view_as", "reshape_as"}
+SPLITS = {"split", "split_with_sizes", "chunk", "tensor_split"}
+MULTIPLE = {"unbind", *SPLITS, "hsplit", "vsplit"}
 
 
 def pads_with_value(call: Call) -> bool:
