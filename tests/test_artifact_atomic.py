@@ -288,6 +288,23 @@ def test_two_that_save_and_are_killed_leave_one_whole_directory_and_loads_find_o
     hatify.load(marked)
 
 
+@forks
+def test_a_directory_that_comes_and_goes_is_never_taken_for_a_file(tmp_path):
+    """Another process may move it away between two questions to the system."""
+    there, away = tmp_path / "saved", tmp_path / "away"
+    there.mkdir()
+    pid = os.fork()
+    if not pid:
+        while True:
+            there.rename(away)
+            away.rename(there)
+    try:
+        for _ in range(20_000):
+            assert check_target(there, overwrite=True) == there
+    finally:
+        killed(pid)
+
+
 def test_a_full_disk_leaves_the_old_directory(small, tmp_path, monkeypatch):
     target = hatify.save(small, tmp_path / "saved")
     before = {p.name: p.read_bytes() for p in target.iterdir()}

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import sys
 import time
 import uuid
@@ -36,8 +37,9 @@ def check_target(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
             nobody can mean (the working directory, the home directory, what contains them).
     """
     target = Path(os.path.realpath(path))
-    if target.exists():
-        if not target.is_dir():
+    mode = _mode(target)
+    if mode is not None:
+        if not stat.S_ISDIR(mode):
             raise ArtifactError(f"{path} is a file", where=str(target), fix="give the name of a directory")
         if not overwrite:
             raise ArtifactError(
@@ -118,9 +120,10 @@ def check_file(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
         ArtifactError: something is there and ``overwrite`` is false, or its directory does not exist or takes no files.
     """
     target = Path(os.path.realpath(path))
-    if target.is_dir():
+    mode = _mode(target)
+    if mode is not None and stat.S_ISDIR(mode):
         raise ArtifactError(f"{path} is a directory", where=str(target), fix="give the name of a file")
-    if target.exists() and not overwrite:
+    if mode is not None and not overwrite:
         raise ArtifactError(f"{path} exists", where=str(target), why="it is not replaced unless asked for", fix="--force")
     if not target.parent.is_dir() or not os.access(target.parent, os.W_OK | os.X_OK):
         why = "permission denied" if target.parent.is_dir() else "there is no such directory"
@@ -148,6 +151,14 @@ def new_file(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[
         raise _unwritten(path, target, error, swapped) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _mode(path: Path) -> int | None:
+    """What is there (``st_mode``), or None where nothing can be seen. Asked once: another process may replace it between two questions."""
+    try:
+        return path.stat().st_mode
+    except OSError:
+        return None
 
 
 def _unwritten(path: str | os.PathLike[str], target: Path, error: OSError, swapped: bool) -> ArtifactError:
