@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import hatify
 from hatify import HATModel
+from hatify.analysis import places
 from hatify.verification import prove_by_gradients
 
 
@@ -51,12 +52,86 @@ class Attention(nn.Module):
         return self.head(F.silu(self.out(x.transpose(1, 2).reshape(batch, tokens, width))).mean(1))
 
 
+class Rotary(nn.Module):
+    """Queries and keys turned by their place before they meet: a sum of two units, clean when it reaches the scores.
+
+    ``prefix`` tokens in front are not turned, nor is what is behind the first ``turned`` numbers of a head.
+    """
+
+    def __init__(self, prefix: int = 0, turned: int = 8) -> None:
+        super().__init__()
+        self.prefix, self.turned = prefix, turned
+        self.embed, self.qkv, self.out, self.head = nn.Linear(6, 16), nn.Linear(16, 48), nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def rotated(self, x: Tensor) -> Tensor:
+        front, x = x[:, :, : self.prefix], x[:, :, self.prefix :]
+        x, rest = x[..., : self.turned], x[..., self.turned :]
+        angle = torch.arange(x.shape[2], dtype=x.dtype)[:, None] * torch.linspace(1.0, 0.1, self.turned // 2).repeat(2)
+        first, second = x.chunk(2, -1)
+        x = x * angle.cos() + torch.cat([-second, first], -1) * angle.sin()
+        x = x if self.turned == 8 else torch.cat([x, rest], -1)
+        return torch.cat([front, x], 2) if self.prefix else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).reshape(batch, tokens, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(self.rotated(q), self.rotated(k), v)
+        return self.head(F.silu(self.out(x.transpose(1, 2).reshape(batch, tokens, width))).mean(1))
+
+
+class CleanProduct(nn.Module):
+    """A sum, which is masked on its way, times a gate that is not masked yet: each is zero where it is dead itself only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.gate = nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(6, 16)
+        self.down, self.head = nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.silu(self.down((self.a(x) + self.b(x)) * F.silu(self.gate(x)))))
+
+
+class Factored(nn.Module):
+    """Attention whose keys meet the values first: a query counts where its key does, and a key where its query does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.out, self.head = nn.Linear(6, 16), nn.Linear(16, 48), nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).reshape(batch, tokens, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        x = q @ (k.softmax(2).transpose(-2, -1) @ v)
+        return self.head(F.silu(self.out(x.transpose(1, 2).reshape(batch, tokens, width))).mean(1))
+
+
+class Pooled(nn.Module):
+    """A gate for each channel of an image, pooled in two ways: where its partner is dead, nobody reads what was pooled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.gate, self.small = nn.Conv2d(3, 16, 3), nn.Conv2d(3, 16, 3), nn.Conv2d(3, 16, 3)
+        self.down, self.head = nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate(x).mean((2, 3), keepdim=True) * F.avg_pool2d(self.small(x), 2)
+        return self.head(F.silu(self.down((F.avg_pool2d(self.a(x), 2) * gate).sum((2, 3)))))
+
+
 NETWORKS = {
     "gated": (lambda: Gated(), (5, 6), ["up.weight", "gate.weight", "up.bias"]),
     "gated, one layer": (lambda: Gated(fused=True), (5, 6), ["up.weight", "up.bias"]),
     "fused attention": (lambda: Attention("fused"), (3, 5, 6), ["qkv.weight", "qkv.bias"]),
     "einsum": (lambda: Attention("einsum"), (3, 5, 6), ["qkv.weight"]),
     "matmul": (lambda: Attention("matmul"), (3, 5, 6), ["qkv.weight"]),
+    "rotary": (lambda: Rotary(), (3, 5, 6), ["qkv.weight", "qkv.bias"]),
+    "rotary behind a prefix": (lambda: Rotary(prefix=2), (3, 5, 6), ["qkv.weight", "qkv.bias"]),
+    "rotary on a part": (lambda: Rotary(turned=4), (3, 5, 6), ["qkv.weight", "qkv.bias"]),
+    "keys meet values first": (lambda: Factored(), (3, 5, 6), ["qkv.weight", "qkv.bias"]),
+    "pooled": (lambda: Pooled(), (3, 3, 6, 6), ["a.weight", "gate.weight", "small.weight"]),
+    "clean product": (lambda: CleanProduct(), (5, 6), ["a.weight", "b.weight", "gate.weight"]),
 }
 
 
@@ -232,3 +307,65 @@ def test_rows_that_no_input_names_and_saturated_functions_hide_no_lock() -> None
     proof = prove_by_gradients(hat)
     assert proof.leak == 0.0 and proof.by_parameter["table"] == 1.0
     assert proof.by_parameter["q.weight"] == proof.by_parameter["k.weight"] == 1.0
+
+
+class Ends(nn.Module):
+    """The first tokens are gated by one layer and the last ones by another; which token is both depends on how many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.rest = nn.Linear(6, 16), nn.Linear(6, 16)
+        self.left, self.right = nn.Linear(6, 16), nn.Linear(6, 16)
+        self.down, self.head = nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = torch.cat([self.front(x[:, :2]), self.rest(x)], 1)
+        left, right = F.silu(self.left(x[:, :1])), F.silu(self.right(x[:, :1]))
+        return self.head(F.silu(self.down(torch.cat([tokens[:, :3] * left, tokens[:, -3:] * right], 1))).mean(1))
+
+
+def _numbers_differ_at(tokens: int) -> bool:
+    """Whether narrower masks give other numbers on so many tokens; eight are the example."""
+    found = []
+    for locking in ("exact", "paper"):
+        torch.manual_seed(0)
+        hat = converted(Ends(), torch.randn(3, 8, 6), locking=locking)
+        with torch.no_grad():
+            for masker in hat.maskers.values():
+                masker.embeddings[0].fill_(1.0)
+            hat.maskers["left"].embeddings[0][:8] = -1.0  # of the first tokens the half is gated away, of the last ones nothing
+        finish(hat, 0)
+        found.append(outputs(hat, (torch.randn(3, tokens, 6),), task=0))
+    return not same(*found)
+
+
+def test_a_place_counts_wherever_it_may_be_at_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not _numbers_differ_at(8) and not _numbers_differ_at(2)
+    monkeypatch.setattr(places, "is_open_size", lambda size: False)  # the control: places as the example has them
+    monkeypatch.setattr(places, "open_places", lambda call: [])
+    assert not _numbers_differ_at(8) and _numbers_differ_at(2)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_narrower_masks_give_the_same_numbers(name: str) -> None:
+    hat, x, _ = _network(name)
+    paper = _network(name, locking="paper")[0]
+    for one in (hat, paper):
+        draw_masks(one)
+        finish(one, 0)
+    assert same(outputs(hat, (x,), task=0), outputs(paper, (x,), task=0))
+
+
+@pytest.mark.parametrize("tokens", [3, 5, 9])
+def test_a_prefix_is_free_of_the_rest_at_every_size(tokens: int) -> None:
+    hat, _, narrowed = _network("rotary behind a prefix")
+    paper = _network("rotary behind a prefix", locking="paper")[0]
+    draw_masks(hat)
+    draw_masks(paper)
+    finish(hat, 0)
+    x = torch.randn(3, tokens, 6)
+    before, locks, live = outputs(hat, (x,), task=0), hat.locks([0]), paper.locks([0])
+    with torch.no_grad():
+        for parameter in narrowed:
+            hat.get_parameter(parameter)[live[parameter] & ~locks[parameter]] = float("nan")
+    assert same(outputs(hat, (x,), task=0), before)

@@ -7,10 +7,11 @@ import random
 import pytest
 import torch
 
-from hatify.analysis import needs
-from hatify.gates import Value
+from hatify.analysis import places
+from hatify.gates import GateTable, Value
 from hatify.gates.rules import Call
 from hatify.gates.rules.movement import MULTIPLE, move_tensor
+from hatify.gates.table import CONST
 
 aten = torch.ops.aten
 SHAPE = (2, 6, 4, 9)
@@ -68,11 +69,11 @@ def test_strides_say_what_places_say(kind, monkeypatch):
         value = Value(SHAPE, drawn(SHAPE, chance))
         call = call_of(kind, value)
         results = results_of(call, chance)
-        assert needs._views(call, value) is not None
-        quick = needs._Needs._moved_back(None, call, results, value)
+        assert places._views(call, value) is not None
+        quick = places.moved_back(GateTable(), call, results, value, SHAPE, [shape for shape, _ in results])
         with monkeypatch.context() as patch:
-            patch.setattr(needs, "_views", lambda *rest: None)
-            slow = needs._Needs._moved_back(None, call, results, value)
+            patch.setattr(places, "_views", lambda *rest: None)
+            slow = places.moved_back(GateTable(), call, results, value, SHAPE, [shape for shape, _ in results])
         assert torch.equal(quick.expand(SHAPE), slow.expand(SHAPE))
         assert quick.shape == slow.shape
 
@@ -80,7 +81,7 @@ def test_strides_say_what_places_say(kind, monkeypatch):
 @pytest.mark.parametrize("kind", OTHERS)
 def test_movements_that_are_no_views_go_by_places(kind):
     value = Value(SHAPE, drawn(SHAPE, random.Random(0)))
-    assert needs._views(call_of(kind, value), value) is None
+    assert places._views(call_of(kind, value), value) is None
 
 
 def test_a_dimension_that_only_some_views_have_is_looked_at_everywhere(monkeypatch):
@@ -88,8 +89,8 @@ def test_a_dimension_that_only_some_views_have_is_looked_at_everywhere(monkeypat
     value = Value(SHAPE, torch.full((1, 1, 1, 1), 2))
     call = call_of("select", value)
     results = [((2, 6, 9), torch.full((1, 1, 1), 3))]
-    quick = needs._Needs._moved_back(None, call, results, value)
-    assert quick.expand(SHAPE)[:, :, 1].eq(3).all() and quick.expand(SHAPE)[:, :, 0].eq(2).all()
-    monkeypatch.setattr(needs, "_shows_all", lambda *rest: True)
+    quick = places.moved_back(GateTable(), call, results, value, SHAPE, [shape for shape, _ in results])
+    assert quick.expand(SHAPE)[:, :, 1].eq(3).all() and quick.expand(SHAPE)[:, :, 0].eq(CONST).all()
+    monkeypatch.setattr(places, "_shows_all", lambda *rest: True)
     with pytest.raises(RuntimeError, match="out of bounds"):
-        needs._Needs._moved_back(None, call, results, value)
+        places.moved_back(GateTable(), call, results, value, SHAPE, [shape for shape, _ in results])

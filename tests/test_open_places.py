@@ -11,7 +11,7 @@ from tasks import converted, draw_masks, finish, outputs, same
 from torch import Tensor, nn
 
 import hatify
-from hatify.analysis import needs
+from hatify.analysis import places
 
 
 class TwoHalves(nn.Module):
@@ -81,8 +81,8 @@ def _drifts(make: Callable[[], nn.Module], draw: Callable[[int], tuple[Tensor, .
 def test_locks_hold_wherever_a_place_may_be(make, draw, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     example, other = sizes
     assert not _drifts(make, draw, example, example) and not _drifts(make, draw, example, other)
-    monkeypatch.setattr(needs, "open_places", lambda call: [])  # the control: places as the example has them
-    monkeypatch.setattr(needs, "_regrouped", lambda *sizes: [])
+    monkeypatch.setattr(places, "open_places", lambda call: [])  # the control: places as the example has them
+    monkeypatch.setattr(places, "_regrouped", lambda *sizes: [])
     assert not _drifts(make, draw, example, example) and _drifts(make, draw, example, other)
 
 

@@ -14,7 +14,7 @@ from hatify.analysis.coupling import DERIVABLE, NORMS
 from hatify.analysis.functional import is_parameter, weighted_call
 from hatify.analysis.heads import Heads, operator_name
 from hatify.analysis.leaf_calls import leaf_call
-from hatify.analysis.needs import narrow_uses
+from hatify.analysis.needs import narrow_to_needs
 from hatify.analysis.operators import FINITE, FRESH, RANDOM, SWITCHES, ZEROS
 from hatify.analysis.origins import CASTS, MOVES, result_origins
 from hatify.analysis.plan import TASK_INDEXED, Analysis, LayerPlan, Masked, Ratio, Size, Step
@@ -27,9 +27,9 @@ from hatify.capture.captured import ByMode
 from hatify.errors import ConversionError
 from hatify.gates import State, Use, Value
 from hatify.gates.rules import RULES, Call, Gates, Outcome, unknown
-from hatify.gates.rules.base import clean
-from hatify.gates.rules.movement import pads_with_value
-from hatify.gates.table import TOP
+from hatify.gates.rules.base import clean, clean_call
+from hatify.gates.rules.movement import JOINS, pads_with_value
+from hatify.gates.table import CONST, TOP
 from hatify.gates.value import Origin, Part, constants, ones
 from hatify.registry import describe
 
@@ -62,7 +62,7 @@ def analyse(
             found = ties(analysis, analyst.untied, tied) if residuals == "tied" else tied
             if found == tied:
                 if locking == "exact":
-                    narrow_uses(analyst)
+                    narrow_to_needs(analyst)
                 analyst.finish(head_weights)
                 return analysis
             tied = found
@@ -227,13 +227,24 @@ class Analyst:
         vals = tensors_of(val)
         lost = any(g.ids is not None and varies_where_open(g.ids, v) for g, v in zip(outs, vals))
         if lost and not weighted:
-            outcome = unknown(self, call)
+            outcome = self._joined_along_open(call, outs[0].ids, vals[0]) or unknown(self, call)
             outs = [outcome.out]
         self.analysis.steps[node] = Step(outcome.args, outcome.kwargs, None, live=outcome.live if self.live else None)
         results = self.results(node, val, outs)
         if lost and weighted:
             results = pytree.tree_map(lambda v: clean(self, v).top(), results, is_leaf=lambda v: isinstance(v, Value))
         return results
+
+    def _joined_along_open(self, call: Call, ids: Tensor, val: Tensor) -> Outcome | None:
+        """Tensors of different gates behind each other along an open dimension: materialised, and live where any of them is (rotated
+        tokens behind others that are not). None for other calls, and where a constant is among them, which is not zero."""
+        if call.name not in JOINS or bool((ids == CONST).any()):
+            return None
+        ids = self.table.or_along(ids, call.argument(1, "dim", 0) % val.dim())
+        if varies_where_open(ids, val) or self.table.too_large(ids):
+            return None
+        call = clean_call(self, call)
+        return Outcome(call.args, call.kwargs, Gates(ids))
 
     def results(self, node: fx.Node, val: Any, outs: list[Gates] | None) -> Any:
         """A node's results as values; TOP where ``outs`` is None or does not fit."""

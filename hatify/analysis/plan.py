@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from torch import fx
+from torch import Tensor, fx
 
 from hatify.gates import GateTable, Use, Value
 
@@ -86,6 +86,11 @@ class Analysis:
     values: dict[fx.Node, Any] = field(default_factory=dict)
     class_heads: set[str] = field(default_factory=set)
     written_by: dict[Use, list[fx.Node | None]] = field(default_factory=dict)
+    narrower: dict[Masked, Tensor] = field(default_factory=dict)
+
+    def mask_ids(self, masked: Masked) -> Tensor:
+        """The gates that a mask node applies: those of its value, or fewer where a reader needs no more."""
+        return self.narrower.get(masked, masked.value.ids)
 
     def use(self, use: Use, node: fx.Node | None = None) -> None:
         """Records one more use of a parameter; a use seen before (a layer called twice alike) counts once.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -122,6 +123,27 @@ class GateTable:
         if len(distinct) > MAX_ATOMS_MIXED or sum(len(self.atoms_in(i)) for i in distinct) > MAX_ATOMS:
             return self.common(distinct)
         return self.join_all("or", distinct)
+
+    def or_along(self, ids: Tensor, dim: int) -> Tensor:
+        """The OR along a dimension, which becomes size 1, or an upper bound where it would have too many atoms: see :meth:`common`."""
+        return self._along(ids, dim, self._or_or_common)
+
+    def common_along(self, ids: Tensor, dim: int) -> Tensor:
+        """An upper bound of the OR along a dimension, which becomes size 1: see :meth:`common`."""
+        return self._along(ids, dim, self.common)
+
+    def _along(self, ids: Tensor, dim: int, join: Callable[[list[int]], int]) -> Tensor:
+        """Each line along a dimension as one expression; lines of the same expressions are joined once."""
+        if ids.shape[dim] == 1:
+            return ids
+        lines = ids.movedim(dim, -1)
+        distinct, where = torch.unique(lines.reshape(-1, lines.shape[-1]), dim=0, return_inverse=True)
+        joined = torch.tensor([join(sorted(set(line))) for line in distinct.tolist()])
+        return joined[where].reshape(lines.shape[:-1]).unsqueeze(dim)
+
+    def _or_or_common(self, ids: list[int]) -> int:
+        own = [i for i in ids if i != CONST]
+        return self.join_all("or", own) if sum(self._most[i] for i in own) <= MAX_ATOMS else self.common(own)
 
     def too_large(self, ids: Tensor) -> bool:
         """Whether some expression of ``ids`` has grown past the size at which it has to widen."""

@@ -26,7 +26,7 @@ _BY_RULE = {
     elementwise.product: "elementwise", elementwise.quotient: "elementwise", elementwise.power: "elementwise",
     elementwise.masked_fill: "elementwise", elementwise.divides: "elementwise", elementwise.prelu: "prelu",
     movement.movement: "movement", reductions.reduce: "reduction", reductions.along: "mixing", reductions.spatial: "spatial",
-    contractions.matmul: "contraction", contractions.einsum: "contraction", contractions.attention: "attention",
+    contractions.contracted: "contraction", contractions.attention: "attention",
     norms.layer_norm: "mixing", norms.group_norm: "mixing",
 }  # fmt: skip
 _COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "isnan", "isinf", "bitwise_not"}

@@ -215,7 +215,8 @@ class _Rewriter:
         if isinstance(handle, fx.Node):
             return self.new[handle]
         base = self._node(handle.value.data)
-        ids = handle.value.ids  # a factor may be masked with its partner's gates in one place and with its own in another
+        # a factor may be masked with its partner's gates in one place and with its own in another
+        ids = self.analysis.mask_ids(handle)
         key = (base, handle.soft, handle.fill, ids.shape, ids.numpy().tobytes())
         if key not in self.masks:
             path = self.surgery.add_mask(base.name, ids, handle.soft, handle.fill)

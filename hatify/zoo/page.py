@@ -23,9 +23,8 @@ which each task has of its own; *tightness* is the share of locked weights that 
 task feels (an unlocked weight that it feels would be a leak, and no proof); *open* means that other image sizes or lengths are taken.
 
 Where slack was found: heads that are folded into the batch before they are compared (DeBERTa), so that their gates are not told apart;
-queries and keys whose channels rotary embeddings mix; and, no fault of a lock, experts that no token of the example chose (Mixtral).
-Mamba's locks are wider than needed for three reasons of the rules: the zeros that a scan starts from take its gates from it, asking for
-the size of a projection counts as reading all of it, and a product of a masked and a pending value masks each by its own gates only.
+and, no fault of a lock, experts that no token of the example chose (Mixtral). Mamba's locks are wider than needed for two reasons of the
+rules: the zeros that a scan starts from take its gates from it, and asking for the size of a projection counts as reading all of it.
 """
 
 

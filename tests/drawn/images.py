@@ -226,8 +226,10 @@ def halves(net, x, y, number):
 
 @step(4)
 def unequal_parts(net, x, y, number):
+    if channels(x) < 3:
+        return []
     first = 1 + number % (channels(x) - 1)
-    return list(x.split([first, channels(x) - first], 1)) if channels(x) > 2 else []
+    return list(x.split([first, channels(x) - first], 1))
 
 
 @step(4)

@@ -84,6 +84,39 @@ def cross_attention(net, x, y, number):
 
 
 @step(3)
+def rotary_attention(net, x, y, number):
+    """Queries and keys turned by their place, but for the first token if ``number`` is odd."""
+    q, k, v = net.layer("qkv", lambda: nn.Linear(channels(x), 24))(x).reshape(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+    angles = torch.arange(x.shape[1])[:, None] * torch.tensor([1.0, 0.3]).repeat(2)
+
+    def turned(t):
+        first, rest = t.split([number % 2, t.shape[2] - number % 2], 2)
+        there = angles[number % 2 :]
+        a, b = rest.chunk(2, -1)
+        return torch.cat([first, rest * there.cos() + torch.cat([-b, a], -1) * there.sin()], 2)
+
+    return [F.scaled_dot_product_attention(turned(q), turned(k), v).transpose(1, 2).reshape(*x.shape[:2], 8)]
+
+
+@step(3, two=True)
+def linear_attention(net, x, y, number):
+    """A sum over tokens of keys times values, read by queries."""
+    q = net.layer("q", lambda: nn.Linear(channels(x), 6))(x).relu()
+    k, v = net.layer("kv", lambda: nn.Linear(channels(y), 12))(y).chunk(2, -1)
+    out = q @ (k.relu().transpose(1, 2) @ v)
+    return [out / (q.sum(-1, keepdim=True) + 1.0) if number % 2 else out]
+
+
+@step(3, two=True)
+def product_of_sums(net, x, y, number):
+    """Two factors that are sums: masked before they meet. ``number`` says whether one of them is read once more."""
+    size = width(number)
+    a = net.layer("a", lambda: nn.Linear(channels(x), size))(x) + net.layer("b", lambda: nn.Linear(channels(y), size))(y)
+    c = net.layer("c", lambda: nn.Linear(channels(x), size))(x) + net.layer("d", lambda: nn.Linear(channels(y), size))(y)
+    return [a * F.silu(c), *((a,) if number % 3 == 0 else (c,) if number % 3 == 1 else ())]
+
+
+@step(3)
 def torch_attention(net, x, y, number):
     if channels(x) % 2:
         return []

@@ -152,6 +152,23 @@ def test_a_large_or_keeps_what_all_have_in_common() -> None:
     assert table.common([*ids, TOP]) == TOP
 
 
+@given(st.lists(st.lists(st.one_of(gated, st.just(("const",))), min_size=3, max_size=3), min_size=1, max_size=6))
+def test_along_a_dimension_each_line_is_joined(rows) -> None:
+    table = GateTable()
+    ids = torch.tensor([[build(table, t) for t in row] for row in rows])
+    assert torch.equal(table.or_along(ids, 1), torch.tensor([[table.join_all("or", row)] for row in ids.tolist()]))
+    assert torch.equal(table.or_along(ids, 0), torch.tensor([[table.join_all("or", column) for column in ids.T.tolist()]]))
+    assert torch.equal(table.common_along(ids, 1), torch.tensor([[table.common(row)] for row in ids.tolist()]))
+
+
+def test_along_a_dimension_too_many_atoms_leave_what_all_have_in_common() -> None:
+    table = GateTable()
+    shared, many = table.atoms("a", 2)[:, None], table.atoms("b", MAX_ATOMS)
+    ids = torch.cat([table.combine("and", shared, many), torch.full((2, 1), CONST)], 1)  # a position that nobody reads says nothing
+    assert torch.equal(table.or_along(ids, 1), shared)
+    assert table.or_along(many[None], 1).item() == table.join_all("or", many.tolist())
+
+
 def test_size_limits_depend_on_how_many_dimensions_vary() -> None:
     table = GateTable()
     wide = table.join_all("or", table.atoms("a", MAX_ATOMS + 1).tolist())

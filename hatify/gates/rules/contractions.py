@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def contract(run: Interpreter, call: Call, operands: list[tuple[Value, str]], ou
     for value, letters in operands:
         summed = [d for d, letter in enumerate(letters) if letter not in out]
         if value.gated and any(value.varies(d) for d in summed):
-            replaced[id(value)] = value = clean(run, _with_partners(run.table, value, letters, operands))
+            replaced[id(value)] = value = clean(run, _pending_with_partners(run.table, value, letters, operands))
         passing.append((value, common_along(run.table, value.ids, summed), letters))
     states = {value.state for value, ids, _ in passing if bool((ids > TOP).any())}
     state = states.pop() if len(states) == 1 else State.CLEAN
@@ -78,40 +78,103 @@ def contract(run: Interpreter, call: Call, operands: list[tuple[Value, str]], ou
     return Outcome(args, kwargs, Gates(ids, state))
 
 
-def _with_partners(table: GateTable, value: Value, letters: str, operands: list[tuple[Value, str]]) -> Value:
-    """A pending operand with the gates of those that it is multiplied by and summed with, where these have the same dimensions.
+def _pending_with_partners(table: GateTable, value: Value, letters: str, operands: list[tuple[Value, str]]) -> Value:
+    """A pending operand with the gates of those that it is multiplied by and summed with, see :func:`with_partners`."""
+    return replace(value, ids=with_partners(table, value, letters, operands)) if value.state is State.PENDING else value
+
+
+def with_partners(table: GateTable, value: Value, letters: str, operands: list[tuple[Value, str]]) -> Tensor:
+    """The gates of an operand and of those that it is multiplied by and summed with: of dimensions that it lacks, what is common to them.
 
     A product counts where both factors are live. Were each masked by its own gates alone, a task would hold on to a query that meets a
     dead key.
     """
     ids = value.ids
     for other, spelled in operands:
-        apart = any(other.varies(d) for d, letter in enumerate(spelled) if letter not in letters)
-        if other is value or not other.gated or value.state is not State.PENDING or apart:
+        if other is value or not other.gated:
             continue
-        kept = [letter for letter in letters if letter in spelled]
-        moved = other.ids.permute(*[spelled.index(c) for c in kept], *[d for d, c in enumerate(spelled) if c not in kept]).reshape(
-            [other.ids.shape[spelled.index(c)] for c in kept]
-        )
-        sizes = dict(zip(kept, moved.shape))
-        joint = table.combine("and", ids, moved.reshape([sizes.get(c, 1) for c in letters]))
-        fits = all(n in (1, size) for n, size in zip(joint.shape, value.shape))
-        ids = joint if fits and not table.too_large(joint) else ids
-    return replace(value, ids=ids)
+        partner = other.ids
+        for dim in (d for d, letter in enumerate(spelled) if letter not in letters):
+            partner = table.common_along(partner, dim)
+        sizes = dict(zip(spelled, partner.shape))
+        partner = partner.permute(sorted(range(partner.dim()), key=lambda d: letters.find(spelled[d])))
+        partner = partner.reshape([sizes.get(letter, 1) for letter in letters])
+        if all(n in (1, size) for n, size in zip(partner.shape, value.shape)):  # else grouped heads, say
+            joint = table.combine("and", ids, partner)
+            ids = ids if table.too_large(joint) else joint
+    return ids
 
 
 LETTERS = "abcdefghijlopqrstuvwxyz"
 
 
-def matmul(run: Interpreter, call: Call) -> Outcome:
-    """``A @ B`` with batch dimensions (mm, bmm, matmul)."""
+@dataclass(frozen=True)
+class Contraction:
+    """A product that is summed over: its operands with one letter per dimension, and the result's letters.
+
+    ``factors`` are those operands whose numbers are multiplied with each other: all but an attention's values, which meet a softmax of
+    what the others give, and that is zero nowhere.
+    """
+
+    operands: list[tuple[Value, str]]
+    out: str
+    factors: list[tuple[Value, str]]
+
+
+def contraction_of(call: Call) -> Contraction | None:
+    """The letters of a matrix product, einsum or attention; None for calls that have none."""
+    spell = SPELLED.get(call.name)
+    return None if spell is None else spell(call)
+
+
+def _matmul_letters(call: Call) -> Contraction | None:
     a, b = call.args[0], call.args[1]
     if a.rank < 2 or b.rank < 2:
-        return unknown(run, call)
+        return None
     batch = LETTERS[: max(a.rank, b.rank) - 2]
     left = batch[len(batch) - (a.rank - 2) :] + "mk"
     right = batch[len(batch) - (b.rank - 2) :] + "kn"
-    return contract(run, call, [(a, left), (b, right)], batch + "mn")
+    operands = [(a, left), (b, right)]
+    return Contraction(operands, batch + "mn", operands)
+
+
+def _linear_letters(call: Call) -> Contraction | None:
+    x, weight = call.args[0], call.args[1]
+    if weight.rank != 2 or x.rank < 1:
+        return None
+    batch = LETTERS[: x.rank - 1]
+    operands = [(x, batch + "k"), (weight, "nk")]
+    return Contraction(operands, batch + "n", operands)
+
+
+def _einsum_letters(call: Call) -> Contraction | None:
+    equation = call.args[0].replace(" ", "")
+    if "." in equation:
+        return None
+    if "->" not in equation:
+        letters = equation.replace(",", "")
+        equation += "->" + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    inputs, out = equation.split("->")
+    sides = inputs.split(",")
+    if any(len(set(side)) != len(side) for side in sides):
+        return None
+    operands = list(zip(call.values(), sides))
+    return Contraction(operands, out, operands)
+
+
+def _attention_letters(call: Call) -> Contraction | None:
+    q, k, v = call.args[:3]
+    if v.rank != q.rank or k.rank != q.rank:
+        return None
+    batch = LETTERS[: q.rank - 2]
+    factors = [(q, batch + "mk"), (k, batch + "nk")]
+    return Contraction([*factors, (v, batch + "nv")], batch + "mv", factors)
+
+
+def contracted(run: Interpreter, call: Call) -> Outcome:
+    """``A @ B`` with batch dimensions (mm, bmm, matmul), and ``einsum`` with explicit letters."""
+    found = contraction_of(call)
+    return unknown(run, call) if found is None else contract(run, call, found.operands, found.out)
 
 
 def matrix_add(run: Interpreter, call: Call) -> Outcome:
@@ -121,31 +184,13 @@ def matrix_add(run: Interpreter, call: Call) -> Outcome:
 
 def linear(run: Interpreter, call: Call) -> Outcome:
     """``x @ W.T (+ b)`` where W is no parameter of a HAT layer."""
-    x, weight = call.args[0], call.args[1]
     bias = call.argument(2, "bias")
-    if weight.rank != 2 or x.rank < 1 or (bias is not None and not bias.constant):
+    if contraction_of(call) is None or (bias is not None and not bias.constant):
         return unknown(run, call)
-    batch = LETTERS[: x.rank - 1]
-    outcome = contract(run, call, [(x, batch + "k"), (weight, "nk")], batch + "n")
+    outcome = contracted(run, call)
     if bias is not None and outcome.out.state is State.CLEAN and bool((outcome.out.ids > TOP).any()):
         return Outcome(outcome.args, outcome.kwargs, Gates(outcome.out.ids, State.DIRTY))
     return outcome
-
-
-def einsum(run: Interpreter, call: Call) -> Outcome:
-    """``einsum`` with explicit letters."""
-    equation = call.args[0].replace(" ", "")
-    operands = call.values()
-    if "." in equation:
-        return unknown(run, call)
-    if "->" not in equation:
-        letters = equation.replace(",", "")
-        equation += "->" + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-    inputs, out = equation.split("->")
-    sides = inputs.split(",")
-    if any(len(set(side)) != len(side) for side in sides):
-        return unknown(run, call)
-    return contract(run, call, list(zip(operands, sides)), out)
 
 
 def attention(run: Interpreter, call: Call) -> Outcome:
@@ -154,18 +199,30 @@ def attention(run: Interpreter, call: Call) -> Outcome:
     q, k, v = call.args[:3]
     heads = v.rank - 3
     grouped = call.kwargs.get("enable_gqa", False) and heads >= 0 and v.varies(heads)
-    if grouped or v.varies(v.rank - 2) or v.rank != q.rank:
+    found = contraction_of(call)
+    if grouped or v.varies(v.rank - 2) or found is None:
         return unknown(run, call)
-    letters = LETTERS[: q.rank - 2]
-    sides = [(q, letters + "mk"), (k, letters + "nk")]
-    joint = {id(x): clean(run, _with_partners(run.table, x, spelled, sides)) for x, spelled in sides if x is not v and q is not k}
+    joint = {
+        id(x): clean(run, _pending_with_partners(run.table, x, spelled, found.factors))
+        for x, spelled in found.factors
+        if x is not v and q is not k
+    }
     args, kwargs = call.map(lambda a: a if a is v and a is not q and a is not k else joint.get(id(a)) or clean(run, a))
     return Outcome(args, kwargs, Gates(v.ids, args[2].state if v.gated else State.CLEAN))
 
 
+SPELLED: dict[str, Callable[[Call], Contraction | None]] = {
+    "matmul": _matmul_letters,
+    "bmm": _matmul_letters,
+    "mm": _matmul_letters,
+    "linear": _linear_letters,
+    "einsum": _einsum_letters,
+    "scaled_dot_product_attention": _attention_letters,
+}
+
+
 def register(rules: RuleTable) -> None:
-    rules.add(["matmul", "bmm", "mm"], matmul)
+    rules.add(["matmul", "bmm", "mm", "einsum"], contracted)
     rules.add(["addmm", "baddbmm", "addbmm"], matrix_add)
     rules.add(["linear"], linear)
-    rules.add(["einsum"], einsum)
     rules.add(["scaled_dot_product_attention"], attention)

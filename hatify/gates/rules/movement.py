@@ -149,6 +149,7 @@ def move_tensor(call: Call, pick) -> list[Tensor] | Tensor:
 
 
 VIEWS = {"view", "_unsafe_view", "_reshape_alias"}
+JOINS = {"cat", "concat", "concatenate"}
 REGROUPING = {*VIEWS, "reshape", "flatten", "unflatten", "view_as", "reshape_as"}
 SPLITS = {"split", "split_with_sizes", "chunk", "tensor_split"}
 MULTIPLE = {"unbind", *SPLITS, "hsplit", "vsplit"}

@@ -49,6 +49,13 @@ def dims_of(call: Call, rank: int) -> list[int]:
     return [d % max(rank, 1) for d in (dims if isinstance(dims, list | tuple) else [dims])]
 
 
+def dims_along(call: Call, rank: int) -> list[int]:
+    """The dimensions along which a call of one of ``REDUCE``, ``ALONG`` or ``POOLS`` brings elements together."""
+    if call.name in POOLS:
+        return list(range(rank - POOLS[call.name], rank))
+    return [call.argument(1, "dim") % rank] if call.name in ALONG else dims_of(call, rank)
+
+
 def reduce(run: Interpreter, call: Call) -> Outcome:
     """A reduction: TOP, from a materialised operand, where gates vary along a reduced dimension."""
     value = call.values()[0]
