@@ -96,7 +96,8 @@ class TaskContexts:
             seen: set[Any] = set()
             for module in self.modules():
                 if isinstance(module, Gated):
-                    module.program.collect(read, seen)
+                    for program in module.programs:
+                        program.collect(read, seen)
                 elif isinstance(module, HATRecurrent):
                     read.update(f"{module.masker_path}.{name}" for name in module.maskers)
             found = self.__dict__["_made_bank"] = Bank({n: m for n, m in self.maskers.items() if n in read})

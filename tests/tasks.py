@@ -81,3 +81,10 @@ def total(out: Any) -> Tensor:
     tensors = [t for t in flatten(out)[0] if t.requires_grad]
     generator = torch.Generator().manual_seed(0)
     return sum((t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in tensors)
+
+
+def in_training(hat: HATModel, *inputs: Tensor, task: int = 1) -> list[Tensor]:
+    """What a task that is being learned gives, and the gradients of its mask embeddings."""
+    out = hat.train()(*inputs, task=task, mask_scale=3.0)
+    embeddings = [masker.embeddings[task] for masker in maskers(hat)]
+    return [*flatten(out)[0], *torch.autograd.grad(total(out), embeddings, materialize_grads=True)]

@@ -409,7 +409,7 @@ def test_more_tasks_are_stored_too(tied, tmp_path):
     assert torch.equal(again.eval()(x, y, task=4), hat.eval()(x, y, task=4)) and again.config.num_tasks == 6
 
 
-# Formats 1 to 3
+# Formats 1 to 4
 
 
 class Old(nn.Module):
@@ -430,7 +430,7 @@ STORED = Path(__file__).parent / "artifacts"
 FIRST = STORED / "format1"
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 def test_a_directory_of_an_older_format_is_read_without_help_and_written_in_the_present_one(tmp_path, version):
     outputs = load_file(STORED / f"format{version}_outputs.safetensors")
     path = STORED / f"format{version}"

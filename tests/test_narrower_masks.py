@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tasks import converted, draw_masks, finish, outputs, same
+from tasks import converted, draw_masks, finish, in_training, outputs, same, uncarried
 from torch import Tensor, fx, nn
 
+import hatify
 from hatify import HATModel
 from hatify.analysis import places
 from hatify.analysis.heads import operator_name
 from hatify.analysis.needs import _Needs
 from hatify.gates.rules import contractions
 from hatify.gates.rules.contractions import Contraction
+from hatify.modules import Mask
 
 
 class Product(nn.Module):
@@ -223,3 +226,30 @@ def test_values_are_no_factors_of_scores(name: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(contractions.SPELLED, "scaled_dot_product_attention", wrong)
     x = torch.randn(shape)
     assert _differ(make, (x,), (x,))
+
+
+@pytest.mark.parametrize("name", ["returned", "divisor"])
+def test_soft_masks_are_those_of_the_value_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A partner's soft factor is in the partner: were it multiplied in here as well, it would count twice."""
+    make, shape = NETWORKS[name]
+    x = torch.randn(shape)
+    narrow, wide = next(_pairs(make, (x,)))
+    expected = in_training(uncarried(wide), x)
+    assert same(in_training(uncarried(narrow), x), expected)
+    for found, value in zip(in_training(narrow, x), expected):
+        assert torch.allclose(found, value, 1e-4, 1e-5)
+    monkeypatch.setattr(Mask, "gates", lambda self, hard: self)  # the control: the least of both
+    assert not same(in_training(uncarried(narrow), x), expected)
+
+
+@pytest.mark.parametrize("name", ["returned", "divisor"])
+def test_a_directory_holds_both_kinds_of_gates(name: str, tmp_path: Path) -> None:
+    make, shape = NETWORKS[name]
+    x = torch.randn(shape)
+    hat, _ = next(_pairs(make, (x,)))
+    loaded = hatify.load(hatify.save(hat, tmp_path / "saved"))
+    assert [m.extra_repr() for m in loaded.modules() if isinstance(m, Mask)] == [
+        m.extra_repr() for m in hat.modules() if isinstance(m, Mask)
+    ]
+    assert same(outputs(loaded, (x,), task=0), outputs(hat, (x,), task=0))
+    assert same(in_training(loaded, x), in_training(hat, x))

@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from controls import assert_checks_can_fail
-from tasks import converted, draw_masks, finish, outputs, same
+from tasks import converted, draw_masks, finish, in_training, outputs, same, uncarried
 from torch import Tensor, nn
 
 import hatify
 from hatify import HATModel
 from hatify.analysis import places
+from hatify.modules import Mask
 from hatify.verification import prove_by_gradients
 
 
@@ -354,6 +355,20 @@ def test_narrower_masks_give_the_same_numbers(name: str) -> None:
         draw_masks(one)
         finish(one, 0)
     assert same(outputs(hat, (x,), task=0), outputs(paper, (x,), task=0))
+
+
+@pytest.mark.parametrize("name", ["rotary", "rotary behind a prefix", "rotary on a part", "clean product"])
+def test_soft_masks_are_no_narrower(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The soft factor of a partner is in the partner; carried in weights, they are the same but for rounding."""
+    hat, x, _ = _network(name)
+    paper = _network(name, locking="paper")[0]
+    for one in (hat, paper):
+        draw_masks(one)
+    expected = in_training(uncarried(paper), x)
+    assert same(in_training(uncarried(hat), x), expected)
+    assert all(torch.allclose(a, b, 1e-4, 1e-5) for a, b in zip(in_training(hat, x), expected))
+    monkeypatch.setattr(Mask, "gates", lambda self, hard: self)  # the control: the least of both
+    assert not same(in_training(uncarried(hat), x), expected)
 
 
 @pytest.mark.parametrize("tokens", [3, 5, 9])

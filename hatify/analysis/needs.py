@@ -3,7 +3,8 @@
 A unit of a gated layer counts only where its partner is live too: in ``up(x) * silu(gate(x))`` the product is masked by both, and so is
 what a query and a key have in common. Where the partner is dead no output depends on the unit, whatever number stands there, so a task
 does not need the weights that write it. :func:`narrow_to_needs` replaces «the output is live» by «the output is needed» in the locks, and
-«live» by «counts» in masks. Masks of zeros and ones give the numbers that they gave before; a soft one becomes the least of both.
+«live» by «counts» in binary masks, which give the numbers that they gave before. Soft ones stay the value's own: the soft factors of its
+partners are in theirs.
 
 Two things are followed backwards, both positions of a value, never more than are live:
 

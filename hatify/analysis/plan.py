@@ -89,7 +89,7 @@ class Analysis:
     narrower: dict[Masked, Tensor] = field(default_factory=dict)
 
     def mask_ids(self, masked: Masked) -> Tensor:
-        """The gates that a mask node applies: those of its value, or fewer where a reader needs no more."""
+        """The gates that a mask node applies once masks are binary: those of its value, or fewer where a reader needs no more."""
         return self.narrower.get(masked, masked.value.ids)
 
     def use(self, use: Use, node: fx.Node | None = None) -> None:

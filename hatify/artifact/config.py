@@ -18,7 +18,7 @@ from .fields import Fields, read_json
 __all__ = ["FORMAT", "VERSION", "read_config", "seal"]
 
 FORMAT = "hatify"
-VERSION = 4
+VERSION = 5
 
 FIELDS = ("format", "format_version", "hatify_version", "torch_version", "model", "source", "settings", "training", "active_task",
           "example_inputs", "weights", "files", "sha256")  # fmt: skip

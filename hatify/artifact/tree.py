@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError
 from ..modules import HATConfig, HATLayer, HATRecurrent, LiveMask, Mask, Masker, TaskIndexed, TaskIndexedParameter, hat_class
+from ..modules.masking import Gated
 from ..modules.recurrent import RECURRENT
 from ..modules.task_indexed import task_indexed_class
 from ..rewrite.scope import Scope
@@ -115,7 +116,8 @@ class TreeWriter:
 
     def _described(self, module: nn.Module, path: str) -> dict[str, Any]:
         if isinstance(module, Mask):
-            return {"kind": "mask", "ids": self.ids.add(module.ids), "soft": module.soft, "fill": float(module.fill)}
+            own = {} if module.own is None else {"own": self.ids.add(module.own.ids)}
+            return {"kind": "mask", "ids": self.ids.add(module.ids), **own, "soft": module.soft, "fill": float(module.fill)}
         if isinstance(module, LiveMask):
             return {"kind": "live-mask", "ids": self.ids.add(module.ids)}
         if isinstance(module, Masker):
@@ -219,7 +221,7 @@ class TreeReader:
         top: Collection[str] = ("scope",),
     ) -> None:
         self.training, self.config, self.layers, self.ids, self._expected = training, config, layers, ids, inventory.expected
-        self.masks: list[Mask | LiveMask] = []
+        self.masks: list[Gated] = []
         self._by_path: dict[str, nn.Module] = {}
         self._places: dict[str, list[tuple[dict, str]]] = {}
         self._stated: dict[str, Masker | Status] = {}
@@ -354,8 +356,11 @@ class TreeReader:
 
     def _mask(self, entry: Fields) -> nn.Module:
         ids = self.ids.get(entry.at("ids"))
-        made = Mask(None, ids, entry.get("soft", bool), float(entry.get("fill", float)), None)
-        self.masks.append(made)
+        own = Gated(None, self.ids.get(entry.at("own")), None) if entry.has("own") else None
+        if own is not None and own.shape != tuple(ids.shape):
+            raise entry.at("own").wrong(str(list(own.shape)), f"gates of the shape {list(ids.shape)}")
+        made = Mask(None, ids, entry.get("soft", bool), float(entry.get("fill", float)), None, own)
+        self.masks += [made] if own is None else [made, own]
         return made
 
     def _live_mask(self, entry: Fields) -> nn.Module:
@@ -413,7 +418,7 @@ _MAKERS: dict[str, tuple[Callable[[TreeReader, Fields], nn.Module], tuple[str, .
     "dict": (TreeReader._dict, ()),
     "parameters": (TreeReader._parameters, ()),
     "masker": (TreeReader._masker, ("channels", "state")),
-    "mask": (TreeReader._mask, ("ids", "soft", "fill")),
+    "mask": (TreeReader._mask, ("ids", "own", "soft", "fill")),
     "live-mask": (TreeReader._live_mask, ("ids",)),
     "status": (TreeReader._status, ("state",)),
     "task-parameter": (TreeReader._task_parameter, ("buffer",)),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hatify.gates import Program
 from hatify.modules.context import TaskContext
-from hatify.modules.masking import apply_mask, bits_of, by_bits, differentiated, masked_by
+from hatify.modules.masking import Programs, apply_mask, bits_of, by_bits, differentiated, masked_by
 from hatify.modules.shards import sharded
 
 
@@ -67,7 +67,7 @@ class ChannelMaskOf:
     """A function for a graph: gives a context's channel mask.
 
     Args:
-        program: of one element per channel.
+        programs: of one element per channel.
         soft: whether the soft factor is multiplied in, where there is one.
         dim: the channels' dimension.
         soft_only: give none in passes with binary masks.
@@ -75,13 +75,13 @@ class ChannelMaskOf:
 
     __name__ = "channel_mask"
 
-    def __init__(self, program: Program, soft: bool, dim: int, soft_only: bool = False) -> None:
-        self.program, self.soft, self.dim, self.soft_only = program, soft, dim, soft_only
+    def __init__(self, programs: Programs, soft: bool, dim: int, soft_only: bool = False) -> None:
+        self.programs, self.soft, self.dim, self.soft_only = programs, soft, dim, soft_only
 
     def __call__(self, task: TaskContext) -> ChannelMask | None:
         if self.soft_only and task.hard:
             return None
-        return ChannelMask(task, self.program, self.soft and not task.hard, self.dim)
+        return ChannelMask(task, self.programs.of(task.hard), self.soft and not task.hard, self.dim)
 
 
 def norm_with(norm: nn.Module, mask: ChannelMask, x: Tensor, call: Callable[[nn.Module], Any]) -> Any:

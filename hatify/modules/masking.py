@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor, nn
@@ -186,6 +186,16 @@ def masked_by(x: Tensor, task: TaskContext, program: Program, shape: tuple[int, 
     return scaled(x, task.derived(program, shape, x.dtype, lambda mask: mask.to(x.dtype)), bits) if soft else kept(x, bits)
 
 
+class Programs(NamedTuple):
+    """How a mask is made ``soft``, and how once masks are ``binary``."""
+
+    soft: Program
+    binary: Program
+
+    def of(self, hard: bool) -> Program:
+        return self.binary if hard else self.soft
+
+
 class Gated(nn.Module):
     """What masks share: the gates of one value, and the program that makes its mask.
 
@@ -210,6 +220,11 @@ class Gated(nn.Module):
             self._program = _made(self._program)
         return self._program
 
+    @property
+    def programs(self) -> Programs:
+        """The programs that it may run."""
+        return Programs(self.program, self.program)
+
     def __deepcopy__(self, memo: dict) -> Gated:
         copied = self.__class__.__new__(self.__class__)
         nn.Module.__init__(copied)
@@ -229,27 +244,44 @@ class Mask(Gated):
         program, ids, words: as for all masks.
         soft: whether the soft factor is still to be multiplied in.
         fill: value at dead positions.
+        own: the value's own gates, in the shape of ``ids``, where ``ids`` are fewer: those that a reader needs. Binary masks are made
+            of ``ids``, soft ones of the value's own: the soft factors of its partners are in theirs.
 
     A call with ``hard_only`` applies binary masks only: soft ones are applied elsewhere.
     """
 
     def __init__(
-        self, program: Program | Callable[[], Program], ids: Tensor, soft: bool, fill: float, words: Callable[[], str]
+        self,
+        program: Program | Callable[[], Program],
+        ids: Tensor,
+        soft: bool,
+        fill: float,
+        words: Callable[[], str],
+        own: Gated | None = None,
     ) -> None:
         super().__init__(program, ids, words)
         self.soft, self.fill = soft, fill
+        self.__dict__["own"] = own  # no child: what is stored and shown is this mask
+
+    @property
+    def programs(self) -> Programs:
+        return Programs(self.program if self.own is None else self.own.program, self.program)
+
+    def gates(self, hard: bool) -> Gated:
+        """What it applies while masks are soft, and what once they are binary."""
+        return self if hard or self.own is None else self.own
 
     def forward(self, x: Tensor, task: TaskContext | None, hard_only: bool = False) -> Tensor:
         if task is None or hard_only and not task.hard:
             return x
-        soft = self.soft and not task.hard
+        soft, program = self.soft and not task.hard, self.gates(task.hard).program
         if self.fill or not by_bits(x):
-            return apply_mask(x, task.mask(self.program).reshape(self.shape), soft=soft, fill=self.fill)
-        return masked_by(x, task, self.program, self.shape, soft)
+            return apply_mask(x, task.mask(program).reshape(self.shape), soft=soft, fill=self.fill)
+        return masked_by(x, task, program, self.shape, soft)
 
     def extra_repr(self) -> str:
         how = "fill with 1" if self.fill else "apply" if self.soft else "zero"
-        return f"{how}: {self.words()}"
+        return f"{how}: {self.words()}" + (f", {self.own.words()} while soft" if self.own else "")
 
 
 def _binary(mask: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from hatify.capture.regions import SWITCHES
 from hatify.gates import Program
 from hatify.modules import HATLayer, Mask, Masker, TaskIndexed
 from hatify.modules.carrying import ChannelMaskOf, norm_can_carry, torchs_own, watched
-from hatify.modules.masking import Gated
+from hatify.modules.masking import Gated, Programs
 
 HOMOGENEOUS = (
     nn.ReLU,
@@ -127,7 +127,7 @@ def carrying(model: nn.Module, graph: fx.Graph, maskers: Mapping[str, Masker]) -
         if carries and _is_input(model.get_submodule(reader.target), mask):
             dim = 1 - model.get_submodule(reader.target).weight.dim()
             with made.inserting_before(reader):
-                reader.update_kwarg("inputs", made.call_function(ChannelMaskOf(mask.program, mask.soft, dim), (task,)))
+                reader.update_kwarg("inputs", made.call_function(ChannelMaskOf(mask.programs, mask.soft, dim), (task,)))
             gone.add(node)
     for mask in gone:
         if "hard_only" not in mask.kwargs:
@@ -154,32 +154,38 @@ def _of_norm(model: nn.Module, node: fx.Node, norm: TaskIndexed) -> tuple[list[f
         return [], None
     dim, rank = mask.shape.index(sizes[0]), len(mask.shape)
     carries = norm_can_carry(norm.tasks[0], sizes[0], rank, dim)
-    return behind, ChannelMaskOf(mask.program, mask.soft, dim - rank) if carries else None
+    return behind, ChannelMaskOf(mask.programs, mask.soft, dim - rank) if carries else None
 
 
 def _of_layer(model: nn.Module, node: fx.Node, layer: HATLayer, masker: str) -> tuple[list[fx.Node], ChannelMaskOf | None]:
     """The masks that a layer can carry, and in which form."""
     weight = layer.weight
     behind, passed = _masks_behind(model, node, _keeps_factors)
-    program = _of_rows([model.get_submodule(m.target) for m in behind], masker, weight.shape[0])
-    if program is None:
+    programs = _of_rows([model.get_submodule(m.target) for m in behind], masker, weight.shape[0])
+    if programs is None:
         behind, passed = _masks_behind(model, node, _keeps_channels)
         mask = _one(model, behind)
-        program = mask.program if mask is not None and mask.soft and _is_output(layer, mask) else None
+        programs = mask.programs if mask is not None and mask.soft and _is_output(layer, mask) else None
     inplace = any(getattr(model.get_submodule(n.target), "inplace", False) for n in passed if n.op == "call_module")
-    if program is None or inplace:  # a layer's masked result is kept for the backward pass
+    if programs is None or inplace:  # a layer's masked result is kept for the backward pass
         return [], None
-    return behind, ChannelMaskOf(program, True, 1 - weight.dim(), soft_only=any(_name(n) in LINEAR for n in passed))
+    return behind, ChannelMaskOf(programs, True, 1 - weight.dim(), soft_only=any(_name(n) in LINEAR for n in passed))
 
 
-def _of_rows(masks: list[Mask], masker: str, rows: int) -> Program | None:
+def _of_rows(masks: list[Mask], masker: str, rows: int) -> Programs | None:
+    """What masks have in common, soft and binary, that a layer's rows can be multiplied with."""
+    if not masks or not all(m.soft for m in masks):
+        return None
+    soft, binary = (_common([m.gates(hard) for m in masks], masker, rows) for hard in (False, True))
+    return None if soft is None or binary is None else Programs(soft, binary)
+
+
+def _common(masks: list[Gated], masker: str, rows: int) -> Program | None:
     """What a layer's rows are to be multiplied with, so that their elements, wherever they went, have been multiplied by these masks.
 
     An element that a row gave has that row's own gate among its gates. So where all gates in which a row is named are one and the same,
     that is what the row is masked with.
     """
-    if not masks or not all(m.soft for m in masks):
-        return None
     gates = torch.cat([m.ids.reshape(-1) for m in masks])
     gate_of, place = torch.full((rows + 1,), -1), torch.full((rows + 1,), -1)  # one more, for what names no row
     for named in _stacked([_named(m.program, masker, rows) for m in masks]):
@@ -279,8 +285,12 @@ def _name(node: fx.Node) -> str:
 def _one(model: nn.Module, masks: list[fx.Node]) -> Mask | None:
     """The one mask that all of them are, if they are one."""
     modules = [model.get_submodule(m.target) for m in masks]
-    alike = all(torch.equal(m.ids, modules[0].ids) and m.soft == modules[0].soft for m in modules)
+    alike = all(m.soft == modules[0].soft and _same_gates(m, modules[0]) for m in modules)
     return modules[0] if modules and alike else None
+
+
+def _same_gates(a: Mask, b: Mask) -> bool:
+    return all(torch.equal(a.gates(hard).ids, b.gates(hard).ids) for hard in (False, True))
 
 
 def _is_output(layer: HATLayer, mask: Mask) -> bool:

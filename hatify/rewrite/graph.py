@@ -216,10 +216,10 @@ class _Rewriter:
             return self.new[handle]
         base = self._node(handle.value.data)
         # a factor may be masked with its partner's gates in one place and with its own in another
-        ids = self.analysis.mask_ids(handle)
-        key = (base, handle.soft, handle.fill, ids.shape, ids.numpy().tobytes())
+        ids, own = self.analysis.mask_ids(handle), handle.value.ids
+        key = (base, handle.soft, handle.fill, *((gates.shape, gates.numpy().tobytes()) for gates in (ids, own)))
         if key not in self.masks:
-            path = self.surgery.add_mask(base.name, ids, handle.soft, handle.fill)
+            path = self.surgery.add_mask(base.name, ids, own, handle.soft, handle.fill)
             name = f"{base.name}_{'masked' if not handle.fill else 'safe'}"
             self.masks[key] = self.graph.create_node("call_module", path, (base, self.task), name=name)
             self.masks[key].meta.update(base.meta)

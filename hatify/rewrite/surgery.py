@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from hatify.analysis import Analysis, LayerPlan
@@ -15,6 +16,7 @@ from hatify.errors import ConversionError
 from hatify.gates import Program, compile_gates
 from hatify.modules import HATConfig, HATLayer, LiveMask, Mask, Masker, TaskIndexed, TaskIndexedParameter, hat_class
 from hatify.modules.masker import BEGUN, FINISHED, task_states, tasks_in
+from hatify.modules.masking import Gated
 from hatify.modules.recurrent import add_maskers
 from hatify.modules.task_indexed import make_task_indexed
 from hatify.registry import describe
@@ -122,10 +124,11 @@ class Surgery:
         """The gate program of a value's ids."""
         return self._program(ids)
 
-    def add_mask(self, name: str, ids: Tensor, soft: bool, fill: float) -> str:
-        """A mask node's module; returns its path."""
-        words = partial(self.analysis.table.describe, ids)
-        return self._add_to("masks", name, Mask(self.program(ids), ids, soft, fill, words))
+    def add_mask(self, name: str, ids: Tensor, own: Tensor, soft: bool, fill: float) -> str:
+        """A mask node's module, ``own`` the gates of its value; returns its path."""
+        narrower = None if torch.equal(ids, own) else Gated(self.program(own), own, partial(self.analysis.table.describe, own))
+        mask = Mask(self.program(ids), ids, soft, fill, partial(self.analysis.table.describe, ids), narrower)
+        return self._add_to("masks", name, mask)
 
     def add_live(self, name: str, ids: Tensor) -> str:
         """A live mask for a norm; returns its path."""
