@@ -409,6 +409,57 @@ def test_more_tasks_are_stored_too(tied, tmp_path):
     assert torch.equal(again.eval()(x, y, task=4), hat.eval()(x, y, task=4)) and again.config.num_tasks == 6
 
 
+class Twice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second, self.head = self.first, nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x))) + 1))
+
+
+def test_a_layer_under_two_names_comes_back(tmp_path):
+    hat = hatify.convert(Twice(), tasks=2, example_inputs=torch.randn(3, 4), verify=False)
+    again = hatify.load(hatify.save(hat, tmp_path / "saved"))
+    equal_states(hat, again)
+    x = torch.randn(5, 4)
+    assert torch.equal(again.eval()(x, task=1), hat.eval()(x, task=1))
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_spectral_norm_trains_before_and_after(tmp_path, norm):
+    """Its power iteration is outside of the gradients, and writes over what it reads."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), norm(nn.Linear(6, 6)), nn.ReLU(), nn.Linear(6, 2)).train()
+    x = torch.randn(3, 4)
+    hat = hatify.convert(model, tasks=2, example_inputs=x)
+    assert hat.verification.gradients == 0.0
+    again = hatify.load(hatify.save(hat, tmp_path / "saved"))
+    for task in (None, 0):
+        found = []
+        for one in (hat, again):
+            one.train().zero_grad()
+            one(x, task=task).square().sum().backward()
+            found.append([p.grad for p in one.parameters() if p.grad is not None])
+        assert len(found[0]) == len(found[1]) > 0 and all(map(torch.equal, *found))
+    equal_states(hat, again)
+
+
+def test_a_task_that_was_being_learned_is_not_active_without_its_session(tmp_path):
+    hat = hatify.convert(nn.Linear(4, 2), tasks=2, example_inputs=torch.randn(3, 4), verify=False)
+    run = hat.begin_task(task=1, optimizer=torch.optim.SGD(hat.parameters(), 0.1), steps_per_epoch=3)
+    again = hatify.load(hatify.save(hat, tmp_path / "saved"))
+    assert hat.active_task == 1 and again.active_task is None
+    resumed = again.begin_task(task=1, optimizer=torch.optim.SGD(again.parameters(), 0.1), steps_per_epoch=3)
+    resumed.load_state_dict(run.state_dict())
+    hat.finish_task()
+    again.finish_task()
+    assert hat.active_task is again.active_task is None
+
+
 # Formats 1 to 4
 
 

@@ -358,3 +358,41 @@ def test_a_table_that_is_a_layers_weight_too() -> None:
     fill_masks(hat, 1.0)
     torch.testing.assert_close(hat(tokens, task=0), hat(tokens))
     assert [measure_drift(hat, seed=s)[0] for s in range(3)] == [0.0] * 3
+
+
+class Dashed(nn.Module):
+    """A name that is a word of Python below one that is no identifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"a-b": nn.ModuleDict({"class": nn.Linear(4, 4)})})
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.parts["a-b"]["class"](x)))
+
+
+def test_a_word_of_python_below_a_name_that_is_no_identifier() -> None:
+    hat = hatify.convert(Dashed(), 2, example_inputs=torch.randn(3, 4))
+    assert hat.verification.ok and 'getattr(self.parts, "a-b")["class"](x)' in hat.code
+
+
+class WritesOut(nn.Module):
+    """An operator that writes its result over a buffer, without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        if self.training:
+            with torch.no_grad():
+                torch.div(x.sum(0), x.shape[0], out=self.mean)
+        return self.head(torch.relu(x - self.mean.clone()))
+
+
+def test_out_is_a_write_and_stays_outside_of_the_gradients() -> None:
+    hat = hatify.convert(WritesOut().train(), 2, example_inputs=torch.randn(3, 4))
+    assert hat.verification.parity_train == 0.0 and hat.verification.gradients == 0.0 and hat.verification.ok

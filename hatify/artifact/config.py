@@ -69,6 +69,8 @@ def read_config(path: Path) -> Fields:
         )
     if version > 1:
         fields.only(*FIELDS)
+        for name in ("hatify_version", "torch_version", "model"):
+            fields.get(name, str)
         if fields.get("sha256", str) != _digest(fields.data):
             raise ArtifactError(
                 "the configuration is not what was written",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from ..facts import Facts, Sizes
 from ..gates import compile_gates
 from ..inspection import Row, rows_of
 from ..model import HATModel
-from ..modules import HATConfig, TaskIndexedParameter
+from ..modules import HATConfig, Masker, TaskIndexedParameter
 from ..report import ConversionReport
 from ..verification import VerificationReport
 from .expressions import guard_from, guard_to
-from .fields import Fields
+from .fields import Fields, typed
 from .gates import TABLE, Ids, StoredIds, table_from, uses_from, uses_to
 from .graphs import graph_from, graph_to
 from .layers import LayerReader, LayerWriter
@@ -234,8 +235,16 @@ class Rebuilt:
             paths[name] = part.get("path", str)
             analysis.sizes[name] = part.at("channels").count(1)
             masker = self.tree.module(paths[name])
-            if getattr(masker, "channels", None) != analysis.sizes[name]:
-                raise part.wrong(repr(paths[name][:100]), f"a masker of {analysis.sizes[name]} channels")
+            held = (
+                masker._modules.get("embeddings")
+                if isinstance(masker, Masker) and masker.channels == analysis.sizes[name]
+                else None
+            )
+            embeddings = [] if held is None else [*held._parameters.values()]
+            if len(embeddings) != config.num_tasks or any(tuple(e.shape) != (masker.channels,) for e in embeddings):
+                raise part.wrong(
+                    repr(paths[name][:100]), f"a masker of {analysis.sizes[name]} channels and {config.num_tasks} tasks"
+                )
         analysis.table = table_from(gates[TABLE], [*paths], analysis.sizes, gates_file)
         analysis.uses = uses_from(fields.at("uses"), ids, self.tree.numel)
         _plans_from(fields.at("plans"), analysis)
@@ -277,7 +286,10 @@ class Rebuilt:
             selections={
                 part.data: self._selection(part, n, gates, gates_file) for n, part in enumerate(fields.at("selections").items())
             },
-            asks={mode == "train": part.is_a(list) for mode, part in fields.at("asks").only("train", "eval").pairs()},
+            asks={
+                mode == "train": [place.is_a(str) for place in part.items()]
+                for mode, part in fields.at("asks").only("train", "eval").pairs()
+            },
             stand_in=None if own is None else self._own_code(own, own_tree, classes, original),
         )
         self.model = self._made()
@@ -329,9 +341,9 @@ class Rebuilt:
         hat = HATModel(self.tree.root, self.graphs["eval"], self.graphs.get("train"), self.facts)
         report, proof = self.fields.at("report"), self.fields.at("verification")
         if report.data is not None:
-            hat.report = report.decoded(lambda d: ConversionReport(**d), "a report")
+            hat.report = report.decoded(partial(typed, ConversionReport), "a report")
         if proof.data is not None:
-            hat.verification = proof.decoded(lambda d: VerificationReport(**d), "a proof")
+            hat.verification = proof.decoded(partial(typed, VerificationReport), "a proof")
         return hat
 
     def fill(self, key: str, tensor: Tensor) -> None:

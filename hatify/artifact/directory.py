@@ -150,7 +150,7 @@ def write_model(directory: Path, hat: HATModel, described: Any, dtype: torch.dty
         "source": None if hat.source is None else hat.source.to_json(),
         "settings": hat.settings,
         "training": hat.training,
-        "active_task": hat.active_task,
+        "active_task": hat.active_task if hat._guard.session is None else hat._guard.session.active_before,
         "example_inputs": [{"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for t in inputs.values()],
         "weights": weights,
         "files": files,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import sympy
+from sympy.core.relational import Relational
+from sympy.logic.boolalg import BooleanAtom, BooleanFunction
 from torch.utils._sympy import functions
 
 from ..capture.captured import ShapeGuard
@@ -64,7 +66,7 @@ def guard_from(fields: Fields, ranks: list[int]) -> ShapeGuard:
     symbols = {name: sympy.Symbol(name, integer=True, positive=True) for name in places}
     left = [LARGEST]
 
-    def build(data: Any, power: bool = False) -> Any:
+    def build(data: Any, power: bool = False, in_power: bool = False) -> Any:
         left[0] -= 1
         if left[0] < 0:
             raise ValueError(f"more than {LARGEST} parts")
@@ -73,8 +75,8 @@ def guard_from(fields: Fields, ranks: list[int]) -> ShapeGuard:
         if type(data) is str:
             return symbols[data]
         if type(data) is int:
-            if power and not -4 <= data <= 4:
-                raise ValueError(f"the power {data}")
+            if not -(2**63) <= data < 2**63 or power and not -4 <= data <= 4:
+                raise ValueError(f"the {'power' if power else 'number'} {str(data)[:20]}")
             return sympy.Integer(data)
         if type(data) is float:
             return sympy.Float(data)
@@ -88,7 +90,11 @@ def guard_from(fields: Fields, ranks: list[int]) -> ShapeGuard:
         if power:
             raise ValueError("a computed power")
         is_power = name in ("sympy.Pow", "torch.FloatPow", "torch.PowByNatural")
-        return FUNCTIONS[name](*(build(p, is_power and i == 1) for i, p in enumerate(parts)))
+        if is_power and in_power:
+            raise ValueError("a power of a power")
+        return FUNCTIONS[name](*(build(p, is_power and i == 1, is_power or in_power) for i, p in enumerate(parts)))
 
     expression = fields.at("condition").decoded(build, "a condition on sizes")
+    if not isinstance(expression, Relational | BooleanAtom | BooleanFunction):
+        raise fields.at("condition").wrong(str(expression)[:60], "a condition on sizes")
     return ShapeGuard(fields.get("text", str), fields.get("line", str), expression, places)

@@ -6,6 +6,9 @@ import json
 import math
 import re
 import stat
+import types
+import typing
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ LARGEST = 1 << 28
 DEEPEST = 64
 
 _MISSING = object()
-NAME = re.compile(r"[^\x00-\x1f\x7f\"'\\.{}();=]{1,200}")
+NAME = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff\"'\\.{}();=]{1,200}")
 """A module or parameter name: no dot, and nothing that could end a string or a line of generated code."""
 PATH = re.compile(rf"{NAME.pattern}(?:\.{NAME.pattern})*")
 """Such names joined by dots."""
@@ -71,8 +74,8 @@ def parse(text: bytes, where: str) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)[:100]!r} is there twice")
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise ValueError(f"the key {twice[:100]!r} is there twice")
         return found
 
     def constant(text: str) -> Any:
@@ -85,6 +88,32 @@ def parse(text: bytes, where: str) -> Any:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ArtifactError("a file is not the JSON that was written", where=where, why=why, fix="save again") from error
     return value
+
+
+def typed(cls: type, values: dict[str, Any]) -> Any:
+    """A dataclass of plain values, each of the type that its field is annotated with.
+
+    Raises:
+        TypeError: one is of another type, or there is no such field.
+    """
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        if not _fits(value, hints.get(name)):
+            raise TypeError(f"{name} is no {getattr(hints.get(name), '__name__', hints.get(name))}")
+    return cls(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if kind in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if kind is list:
+        return type(value) is list and all(_fits(v, inner[0]) for v in value)
+    if kind is dict:
+        return type(value) is dict and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    return type(value) in ((int, float) if hint is float else (hint,))
 
 
 def _check_values(value: Any) -> None:
@@ -268,7 +297,16 @@ class Fields:
             return read(self.data)
         except ArtifactError:
             raise
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError, RecursionError) as error:
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            IndexError,
+            AttributeError,
+            ArithmeticError,
+            RuntimeError,
+            RecursionError,
+        ) as error:
             raise self.wrong(_shown(self.data), f"{what} ({error})") from error
 
     def wrong(self, found: str, expected: str) -> ArtifactError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import unicodedata
 from typing import Any
 
 from torch import fx, nn
@@ -90,7 +91,11 @@ def graph_from(fields: Fields, root: nn.Module) -> fx.Graph:
         kwargs: dict[str, Any] = {}
         if entry.has("kwargs"):
             kwargs = entry.at("kwargs").decoded(lambda k: constant_from({"dict": k}, known), "keywords")
+            if not all(_is_argument(word) for word in kwargs):
+                raise entry.at("kwargs").wrong(str([*kwargs])[:60], "names of arguments")
         target = _target(entry, op, args, kwargs, root, name)
+        if op == "placeholder" and any(n.op == op and n.target == target for n in graph.nodes):
+            raise entry.at("target").wrong(repr(target[:60]), "an argument of its own")
         node = graph.create_node(op, target, args, kwargs, name=name)
         if node.name != name:
             raise entry.at("name").wrong(repr(name[:60]), f"a name that a graph may use ({node.name})")
@@ -99,6 +104,12 @@ def graph_from(fields: Fields, root: nn.Module) -> fx.Graph:
     if not entries:
         raise fields.wrong("no nodes", "a graph that ends with an output")
     return graph
+
+
+def _is_argument(name: str) -> bool:
+    """Whether Python takes it for an argument's name as it is; it reads some letters as others."""
+    plain = name == unicodedata.normalize("NFKC", name)
+    return plain and name.isidentifier() and not keyword.iskeyword(name) and name != "self"
 
 
 def _target(entry: Fields, op: str, args: tuple, kwargs: dict[str, Any], root: nn.Module, name: str) -> Any:
@@ -113,7 +124,7 @@ def _target(entry: Fields, op: str, args: tuple, kwargs: dict[str, Any], root: n
             raise entry.at("args").wrong(str(args)[:60], f"a node and one of {ATTRIBUTES}")
         return found
     if op == "placeholder":
-        if not target.isidentifier() or keyword.iskeyword(target) or kwargs or args not in ((), (None,)):
+        if not _is_argument(target) or kwargs or args not in ((), (None,)):
             raise entry.at("target").wrong(repr(target[:60]), "the name of an argument")
         return target
     entry.at("target").module_path()

@@ -59,7 +59,8 @@ UNDERSCORED = {
 FUNCTIONAL = {
     "sym_size", "sym_numel", "sym_stride", "sym_storage_offset", "pad", "native_batch_norm", "native_layer_norm", "native_group_norm",
     "native_dropout", "convolution", "lift_fresh_copy", "alias", "alias_copy", "scalar_tensor", "max_pool2d_with_indices",
-    "max_pool3d_with_indices", "linalg_vector_norm", "linalg_matrix_norm", "view_copy", "im2col", "col2im", "replication_pad1d",
+    "max_pool3d_with_indices", "linalg_vector_norm", "linalg_matrix_norm", "view_copy", "im2col", "col2im",
+    "matrix_H", "numpy_T", "replication_pad1d",
     "replication_pad2d", "replication_pad3d", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "constant_pad_nd",
     "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d",
     "upsample_trilinear3d", "upsample_bicubic2d", "grid_sampler", "glu", "hardswish", "mish", "silu", "gelu", "elu", "leaky_relu",

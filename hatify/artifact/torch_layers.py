@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ _CONV = (
     "_reversed_padding_repeated_twice:t"
 )
 _NORM = "num_features:i eps:f momentum:f? affine:b track_running_stats:b"
+WEIGHT = re.compile(r"(weight|bias)_(ih|hh|hr)_l\d{1,9}(_reverse)?", re.ASCII)
+"""What recurrent layers call their weights."""
 _RNN = (
     "mode:s input_size:i hidden_size:i num_layers:i bias:b batch_first:b dropout:f bidirectional:b proj_size:i _flat_weights_names:S "
     "_all_weights:S"
@@ -198,7 +201,7 @@ def _fits(value: Any, kind: str) -> bool:
     if kind == "A":
         return any(value is function for function in ACTIVATIONS.values())
     if kind == "S":
-        return isinstance(value, list) and all(_fits(v, "S") or (type(v) is str and v.isidentifier()) for v in value)
+        return isinstance(value, list) and all(_fits(v, "S") or (type(v) is str and WEIGHT.fullmatch(v) is not None) for v in value)
     number = (lambda v: type(v) is int or v is None) if kind.startswith("t") else (lambda v: type(v) in (int, float))
     many = isinstance(value, tuple | list) and all(number(v) for v in value)
     return many or number(value) or (kind == "ts" and value in ("same", "valid"))
@@ -211,6 +214,32 @@ def empty_layer(name: str, attributes: dict[str, Any]) -> nn.Module:
     nn.Module.__init__(layer)
     layer.__dict__.update(attributes)
     return layer
+
+
+def check_recurrent(attributes: Fields, module: nn.RNNBase) -> None:
+    """Whether the weights of a recurrent layer are those that its sizes ask for: torch's kernels trust them.
+
+    Raises:
+        ArtifactError: they are not.
+    """
+    gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+    kind = next(c for c in (nn.LSTM, nn.GRU, nn.RNN) if isinstance(module, c))
+    out, directions = module.proj_size or module.hidden_size, ("", "_reverse")[: 1 + module.bidirectional]
+    expected: dict[str, tuple[int, ...]] = {}
+    for layer in range(min(module.num_layers, len(module._flat_weights_names) + 1)):
+        inputs = out * len(directions) if layer else module.input_size
+        rows = gates * module.hidden_size
+        for direction in (f"_l{layer}{d}" for d in directions):
+            expected |= {f"weight_ih{direction}": (rows, inputs), f"weight_hh{direction}": (rows, out)}
+            expected |= {f"bias_ih{direction}": (rows,), f"bias_hh{direction}": (rows,)} if module.bias else {}
+            expected |= {f"weight_hr{direction}": (out, module.hidden_size)} if module.proj_size else {}
+    held = {name: tuple(t.shape) for name, t in module._parameters.items() if t is not None and name in expected}
+    modes = {nn.LSTM: ("LSTM",), nn.GRU: ("GRU",), nn.RNN: ("RNN_TANH", "RNN_RELU")}[kind]
+    if module.mode not in modes or [*expected] != list(module._flat_weights_names):
+        raise attributes.wrong(f"{module.mode} of {module.num_layers} layers", f"those of the {len(held)} weights")
+    for name, shape in held.items():
+        if shape != expected[name]:
+            raise attributes.wrong(f"sizes that ask for {name} of {list(expected[name])}", f"those of {list(shape)}")
 
 
 def settle(module: nn.Module) -> None:

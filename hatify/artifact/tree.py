@@ -21,6 +21,7 @@ from .fields import NAME, PATH, Fields
 from .gates import Ids, StoredIds
 from .layers import LayerReader, LayerWriter
 from .tensors import DTYPES, dtype_name
+from .torch_layers import check_recurrent
 
 __all__ = ["Inventory", "TreeReader", "TreeWriter"]
 
@@ -258,6 +259,8 @@ class TreeReader:
             module = maker(self, entry)
             vars(module)["training"] = entry.get("training", bool) if entry.has("training") else self.training
             self._tensors(entry, module, path, kind)
+            if isinstance(module, nn.RNNBase):
+                check_recurrent(entry.at("attributes"), module)
             self._by_path[path] = module
         if path:
             owner._modules[name] = module
@@ -319,17 +322,18 @@ class TreeReader:
         return [*self._by_path.values()]
 
     def module(self, path: str) -> nn.Module | None:
-        """The module at that path, or None."""
-        return self._by_path.get(path)
+        """The module at that path, or None; a path may lead through a module's second name."""
+        found = self._by_path.get(path)
+        if found is None:
+            found = self._by_path[""]
+            for part in path.split("."):
+                found = None if found is None else found._modules.get(part)
+        return found
 
     def numel(self, path: str) -> int | None:
-        """The elements of the parameter at that path, or None; a path may lead through a module's second name."""
+        """The elements of the parameter at that path, or None."""
         owner_path, _, name = path.rpartition(".")
-        owner = self._by_path.get(owner_path)
-        if owner is None:
-            owner = self.root
-            for part in owner_path.split("."):
-                owner = None if owner is None else owner._modules.get(part)
+        owner = self.module(owner_path)
         held = None if owner is None else owner._parameters.get(name)
         return None if held is None else math.prod(held.shape)
 

@@ -17,6 +17,7 @@ def make_functional(graph: fx.Graph, buffers: set[str], parameters: set[str]) ->
     An operator ``x.op_()`` may become ``y = op(x)``, with later uses of ``x`` reading ``y``, if no other name of the same memory
     that existed before is used afterwards. Returns the final values of the written ``buffers`` (names of ``get_attr`` nodes).
     """
+    _copy_what_goes_out(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
     groups, inplace = _look(graph)
     held = {node: node.target for node in graph.nodes if node.op == "get_attr" and node.target in buffers}
@@ -42,6 +43,37 @@ def make_functional(graph: fx.Graph, buffers: set[str], parameters: set[str]) ->
             current[new] = writes_to = current[target]
             writes[writes_to] = new
     return writes
+
+
+def _copy_what_goes_out(graph: fx.Graph) -> None:
+    """``op(x, out=y)`` as ``y.copy_(op(x))``."""
+    for node in graph.nodes:
+        overload = _without_out(node)
+        if overload is None:
+            continue
+        with graph.inserting_before(node):
+            out = node.kwargs["out"]
+            made = graph.call_function(overload, node.args, {name: value for name, value in node.kwargs.items() if name != "out"})
+            made.meta = dict(node.meta)
+            copy = graph.call_function(torch.ops.aten.copy_.default, (out, made))
+            copy.meta = dict(node.meta)
+        node.replace_all_uses_with(copy)
+        graph.erase_node(node)
+
+
+def _without_out(node: fx.Node) -> torch._ops.OpOverload | None:
+    """The overload that gives as a result what this one writes to ``out``, where that is a tensor of its type and shape."""
+    out = node.kwargs.get("out")
+    if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(out, fx.Node):
+        return None
+    before, after = out.meta["val"], node.meta["val"]
+    if before.shape != after.shape or before.dtype != after.dtype:
+        return None
+    taken = [(a.name, str(a.type)) for a in node.target._schema.arguments if a.name != "out"]
+    packet = node.target.overloadpacket
+    found = (getattr(packet, name) for name in packet.overloads())
+    alike = (o for o in found if [(a.name, str(a.type)) for a in o._schema.arguments] == taken and not o._schema.is_mutable)
+    return next(alike, None)
 
 
 def written_through_leaves(graph: fx.Graph) -> set[str]:
@@ -115,6 +147,8 @@ def mutated(node: fx.Node) -> fx.Node | None:
 def _aliases(node: fx.Node, other: fx.Node) -> bool:
     name = getattr(node.target, "__name__", "").split(".")[0]
     if name in _MAYBE_ALIAS:
+        if name.endswith("_as"):  # the second operand lends its shape or type alone
+            return other is node.args[0]
         return not (name == "getitem" and other.op == "call_module")
     if not isinstance(node.target, torch._ops.OpOverload):
         return False

@@ -112,6 +112,10 @@ def _averages(optimizer: Optimizer, parameters: list[nn.Parameter]) -> float:
     """The largest number in what the optimizer remembers; infinite where that cannot have come about by its own steps."""
     for state in (optimizer.state.get(p, {}) for p in parameters):
         squares = [state[name] for name in ("exp_avg_sq", "max_exp_avg_sq") if name in state]
+        if any(
+            s.is_complex() for s in squares
+        ):  # real and imaginary parts have squares of their own, a step is longer than the bound
+            return math.inf
         if squares and not (number(state.get("step")) >= 1 and all(s.numel() == 0 or bool(s.amin() >= 0) for s in squares)):
             return math.inf
     return largest([value for p in parameters for value in remembered(optimizer, p)])

@@ -114,7 +114,7 @@ class Learning:
         self.open = False
         self.retraining = False
         self.skipped_before = 0
-        self._active_before: int | None = None
+        self.active_before: int | None = None
         self._scale = torch.zeros(())
         self._capacity: tuple[Any, Capacity] | None = None
         self._check()
@@ -183,7 +183,7 @@ class Learning:
         self.statistics = Statistics(self.network, self.task, self.refresh)
         self._set_scale()
         if hasattr(self.network, "active_task"):
-            self._active_before, self.network.active_task = self.network.active_task, self.task
+            self.active_before, self.network.active_task = self.network.active_task, self.task
         return self
 
     def finish(self) -> None:
@@ -237,7 +237,7 @@ class Learning:
         self.guard.session, self.open = None, False
         self.guard.steps.on_nonfinite = "raise"
         if hasattr(self.network, "active_task"):
-            self.network.active_task = self._active_before
+            self.network.active_task = self.active_before
 
     def __enter__(self) -> Learning:
         return self.begin()

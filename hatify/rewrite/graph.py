@@ -239,7 +239,7 @@ class _Rewriter:
 
 PATH = r'self(?:\.\w+|\[\d+\]|\["\w+"\])*'
 NUMBERED = re.compile(rf'getattr\(({PATH}), "(\d+)"\)')
-KEYWORD = re.compile(rf"({PATH}?)\.({'|'.join(keyword.kwlist)})\b")
+KEYWORD = re.compile(rf"({PATH}?|\))\.({'|'.join(keyword.kwlist)})\b")  # behind a bracket: that of a getattr
 
 
 def spelled(lines: list[str], hidden: Collection[str] = ()) -> list[str]:

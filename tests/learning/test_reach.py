@@ -250,3 +250,10 @@ def test_weights_that_a_bare_write_made_infinite_all_over_are_found_after_the_st
     with pytest.raises(NonFiniteError, match="set to zero"):
         optimizer.step()
     assert finite(hat) and equal(outputs(hat, NAME, 0), before)
+
+
+@pytest.mark.parametrize("make", [Adam, AdamW])
+def test_complex_weights_have_no_bound(make: Callable[..., Optimizer]) -> None:
+    given = [nn.Parameter(torch.randn(5, dtype=torch.complex64)), nn.Parameter(torch.randn(3))]
+    found, optimizer = Reach(), make(given, lr=0.1)
+    assert all(taken(found, optimizer, given)[0] is None for _ in range(4))
