@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from .tree import Inventory, TreeReader, TreeWriter, bind_masks
 
 __all__ = ["Description", "describe_model", "Rebuilt"]
 
+REPORT, PROOF = typed(ConversionReport), typed(VerificationReport)
 _PLAN = ("path", "role", "rung", "reason", "masker", "channels")
 
 
@@ -341,9 +341,9 @@ class Rebuilt:
         hat = HATModel(self.tree.root, self.graphs["eval"], self.graphs.get("train"), self.facts)
         report, proof = self.fields.at("report"), self.fields.at("verification")
         if report.data is not None:
-            hat.report = report.decoded(partial(typed, ConversionReport), "a report")
+            hat.report = report.decoded(REPORT, "a report")
         if proof.data is not None:
-            hat.verification = proof.decoded(partial(typed, VerificationReport), "a proof")
+            hat.verification = proof.decoded(PROOF, "a proof")
         return hat
 
     def fill(self, key: str, tensor: Tensor) -> None:

@@ -90,17 +90,22 @@ def parse(text: bytes, where: str) -> Any:
     return value
 
 
-def typed(cls: type, values: dict[str, Any]) -> Any:
-    """A dataclass of plain values, each of the type that its field is annotated with.
+def typed(cls: type) -> Callable[[dict[str, Any]], Any]:
+    """Makes a dataclass of plain values, each of the type that its field is annotated with. To be asked for before anything is loaded:
+    annotations are evaluated here.
 
     Raises:
-        TypeError: one is of another type, or there is no such field.
+        TypeError: from what it returns, where a value is of another type, or there is no such field.
     """
     hints = typing.get_type_hints(cls)
-    for name, value in values.items():
-        if not _fits(value, hints.get(name)):
-            raise TypeError(f"{name} is no {getattr(hints.get(name), '__name__', hints.get(name))}")
-    return cls(**values)
+
+    def make(values: dict[str, Any]) -> Any:
+        for name, value in values.items():
+            if not _fits(value, hints.get(name)):
+                raise TypeError(f"{name} is no {getattr(hints.get(name), '__name__', hints.get(name))}")
+        return cls(**values)
+
+    return make
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -290,6 +290,7 @@ class TreeReader:
             self._stated[key] = module
 
     def _new_tensor(self, part: Fields, module: nn.Module, shelf: dict, name: str, key: str, parameter: bool) -> None:
+        part.is_a(dict)
         dtype, shape = self._expected[key]
         part.only("dtype", "shape", "strides", "grad" if parameter else "transient")
         strides = _strides(part.at("strides"), shape) if part.has("strides") else None
