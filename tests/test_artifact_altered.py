@@ -87,7 +87,7 @@ ALTERED: dict[str, tuple[Callable[[Any], None], str]] = {
     "questions": (lambda tree: tree.update(asks={"eval": [5, None]}), "asks"),
     "a report of strings": (lambda tree: tree.update(report=dict.fromkeys(tree["report"], "x")), "report"),
     "a proof of strings": (lambda tree: tree["verification"].update(batch_sizes="x"), "verification"),
-    "a tensor of numbers": (lambda tree: _module(tree, "hat")["parameters"].update(weight=[3, 6]), "parameters.weight"),
+    "a tensor of numbers": (lambda tree: _module(tree, "recurrent").update(buffers={"place": [1]}), "buffers.place"),
     "another shape": (_same_gates_of_another_shape, "own"),
 }
 
