@@ -32,6 +32,14 @@ class Gated(nn.Module):
         return self.head(F.silu(self.down(a * F.silu(b))))
 
 
+class Sized(Gated):
+    """The size and the type of a factor are asked for, which reads none of its numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.up(x), self.gate(x)
+        return self.head(F.silu(self.down(a * F.silu(b))) / a.shape[1] + torch.zeros_like(a[..., :8]) * b.new_ones(b.shape[1], 8))
+
+
 class Attention(nn.Module):
     """Queries, keys and values of one layer; scores by ``how``."""
 
@@ -127,6 +135,7 @@ NETWORKS = {
     "fused attention": (lambda: Attention("fused"), (3, 5, 6), ["qkv.weight", "qkv.bias"]),
     "einsum": (lambda: Attention("einsum"), (3, 5, 6), ["qkv.weight"]),
     "matmul": (lambda: Attention("matmul"), (3, 5, 6), ["qkv.weight"]),
+    "sizes asked for": (lambda: Sized(), (3, 5, 6), ["up.weight", "gate.weight"]),
     "rotary": (lambda: Rotary(), (3, 5, 6), ["qkv.weight", "qkv.bias"]),
     "rotary behind a prefix": (lambda: Rotary(prefix=2), (3, 5, 6), ["qkv.weight", "qkv.bias"]),
     "rotary on a part": (lambda: Rotary(turned=4), (3, 5, 6), ["qkv.weight", "qkv.bias"]),

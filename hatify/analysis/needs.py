@@ -30,6 +30,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from hatify.analysis.heads import operator_name
+from hatify.analysis.operators import FRESH, SIZES
 from hatify.analysis.places import moved_back, reduced_back
 from hatify.analysis.plan import Masked, Step
 from hatify.analysis.sizes import tensors_of
@@ -234,6 +235,8 @@ class _Needs:
         narrower = any(self._is_narrower(user, index, result) for index, result in results)
         if user.op == "call_module":
             return self._through_layer(user, value) if narrower else whole
+        if name in SIZES or name in FRESH:
+            return _nowhere(value)
         call = Call(name, user.target, step.args, step.kwargs)
         if name in POSITIONWISE and (narrower or name in MULTIPLYING) and len(results) == 1 and results[0][0] is None:
             return self._positionwise(user, call, value)
@@ -252,8 +255,7 @@ class _Needs:
     def _positionwise(self, user: fx.Node, call: Call, value: Value) -> _Need:
         made = _made(self.run.env[user])[0]
         if call.name in TYPES_ONLY and value is not call.values()[0]:
-            nowhere = torch.full((1,) * value.rank, CONST)
-            return _Need(nowhere, nowhere)
+            return _nowhere(value)
 
         def back(wanted: Tensor) -> Tensor:
             zero = (made.ids == CONST) & (wanted == CONST)  # a product with zeros reads its factors: 0 · inf is NaN
@@ -330,6 +332,12 @@ def _made(value: Value) -> tuple[Value, tuple[Masked, ...]]:
         masks.append(value.data)
         value = value.data.value
     return value, tuple(masks)
+
+
+def _nowhere(value: Value) -> _Need:
+    """What a reader of a value's type or size needs of its elements."""
+    nowhere = torch.full((1,) * value.rank, CONST)
+    return _Need(nowhere, nowhere)
 
 
 def _placed_back(need: Tensor, shape: tuple[int, ...], value: Value) -> Tensor:

@@ -9,6 +9,8 @@ SWITCHES = {"_set_grad_enabled", "is_grad_enabled", "enter_autocast", "exit_auto
 FRESH = {"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like",
          "randn_like", "randint_like", "new_empty_strided"}  # fmt: skip
 """Operators that read the shape and type of an operand, not its values."""
+SIZES = {"sym_size", "sym_numel", "sym_stride", "sym_storage_offset"}
+"""Operators that ask for sizes, which no value changes."""
 ZEROS = {"zeros", "new_zeros", "zeros_like"}
 """Operators that give zeros."""
 FINITE = {*MOVES, *CASTS, *FRESH, "add", "sub", "mul", "sigmoid", "tanh", "relu", "gelu", "silu", "linear", "matmul", "mean", "softmax",
