@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 
 from hatify.calling import Signature, flatten
 from hatify.capture.captured import Captured
+from hatify.capture.enclosed import clear_regions, enclose, written_across
 from hatify.capture.functional import line_of_write, make_functional, mutated, written_through_leaves
 from hatify.capture.questions import noted_questions
 from hatify.capture.reading import read_program
@@ -108,6 +109,13 @@ def _export_once(
         if writes is None and repeats:
             raise NotRepeatable("what writes through views is made functional by tracing alone")
         if writes is None:  # writes through views: PyTorch's own functionalisation
+            line = written_across(captured.graph)
+            if line is not None or not enclose(program):
+                raise CaptureError(
+                    f"{type(model).__name__} writes through views, and shares memory with a region of torch.no_grad() or torch.autocast()",
+                    where=line,
+                    fix="write x = x.op() instead of x.op_() there, or clone() what the region is given",
+                )
             with _quiet():
                 program = program.run_decompositions({})
             if program.graph_signature.parameters_to_mutate:
@@ -125,6 +133,7 @@ def _export_once(
         _drop_dead(captured)
     finally:
         clear_calls()
+        clear_regions()
     captured.leaves = leaves
     captured.open_sizes = opened
     captured.asks = {training: asks}

@@ -19,7 +19,7 @@ def make_functional(graph: fx.Graph, buffers: set[str], parameters: set[str]) ->
     """
     _copy_what_goes_out(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
-    groups, inplace = _look(graph)
+    groups, inplace = looked_at(graph)
     held = {node: node.target for node in graph.nodes if node.op == "get_attr" and node.target in buffers}
     for node in inplace:
         target = mutated(node)
@@ -83,7 +83,7 @@ def written_through_leaves(graph: fx.Graph) -> set[str]:
     leaves = [n for n in graph.nodes if n.op == "call_module" and n.meta.get("aliases")]
     if not leaves:
         return set()
-    (seen, inplace), (actual, _) = _look(graph), _look(graph)
+    (seen, inplace), (actual, _) = looked_at(graph), looked_at(graph)
     for leaf in leaves:
         for source in leaf.meta["aliases"]:
             actual.union(leaf, source)
@@ -98,8 +98,8 @@ def written_through_leaves(graph: fx.Graph) -> set[str]:
     return found
 
 
-def _look(graph: fx.Graph) -> tuple[_Aliases, list[fx.Node]]:
-    """Which nodes may share memory, and those that write."""
+def looked_at(graph: fx.Graph) -> tuple[_Aliases, list[fx.Node]]:
+    """Which nodes may share memory, and those that write to it."""
     groups, inplace = _Aliases(), []
     for node in graph.nodes:
         if node.op != "call_function":
@@ -114,7 +114,7 @@ def _look(graph: fx.Graph) -> tuple[_Aliases, list[fx.Node]]:
 
 def line_of_write(graph: fx.Graph, parameters: set[str]) -> str | None:
     """The source line that first writes into memory of a parameter."""
-    groups, inplace = _look(graph)
+    groups, inplace = looked_at(graph)
     held = {n for n in graph.nodes if n.op == "get_attr" and n.target in parameters}
     return next((n.meta.get("line") for n in inplace if groups.of(mutated(n)) & held), None)
 

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from hatify.calling import Signature
 from hatify.capture.captured import Captured, FixedSize, ShapeGuard
+from hatify.capture.enclosed import ENCLOSED, SETTINGS, region_of
 from hatify.capture.functional import copied
 from hatify.capture.names import scope_of, telling_name
 from hatify.capture.regions import enter_autocast, exit_autocast
@@ -24,9 +25,6 @@ from hatify.modules.grouped import EQUIVALENT
 
 DROPPED = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "sym_constrain_range", "_assert_async"}
 """Checks of the exporter's own: what it assumed of sizes is read from its guards."""
-
-REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
-"""Regions that the exporter keeps as a body of their own, and how many settings come before the body."""
 
 
 def read_program(program: ExportedProgram, signature: Signature, structure: Any, inputs: list[Tensor]) -> Captured:
@@ -123,8 +121,16 @@ def _copy_function(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node, copi
     if node.target is torch.ops.aten.copy.default:
         env[node] = copied(graph, env[node.args[0]], env[node.args[1]], {"scope": scope_of(node), "line": ""})
         return
-    if str(node.target) in REGIONS:
-        env[node] = _region(graph, env, node, copier)
+    if str(node.target) in SETTINGS:
+        count = SETTINGS[str(node.target)]
+        settings, body, operands = node.args[:count], env[node.args[count]], node.args[count + 1 :]
+        env[node] = _region(graph, settings, body, [env[o] for o in operands], copier)
+        return
+    if node.target is ENCLOSED:
+        tensors, sizes, key = node.args
+        region = region_of(key)
+        operands = region.operands([env[t] for t in tensors], [env[s] if isinstance(s, fx.Node) else s for s in sizes])
+        env[node] = _region(graph, region.settings, region.body, operands, copier)
         return
     if node.target is operator.getitem and isinstance(env[node.args[0]], list):
         env[node] = env[node.args[0]][node.args[1]]
@@ -135,27 +141,26 @@ def _copy_function(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node, copi
     env[node] = new
 
 
-def _region(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node, copier: Copier) -> list:
+def _region(graph: fx.Graph, settings: tuple, body: fx.GraphModule, operands: list, copier: Copier) -> list:
     """The user's own ``torch.no_grad()`` or ``torch.autocast()`` region, inlined between two switches that restore what was before."""
-    settings = REGIONS[str(node.target)]
-    given, body, operands = node.args[:settings], node.args[settings], iter(node.args[settings + 1 :])
-    if settings == 1:
+    of_gradients = len(settings) == SETTINGS["wrap_with_set_grad_enabled"]
+    if of_gradients:
         before = graph.call_function(torch.is_grad_enabled)
-        graph.call_function(torch._C._set_grad_enabled, given)
+        graph.call_function(torch._C._set_grad_enabled, settings)
     else:
-        before = graph.call_function(enter_autocast, given)
+        before = graph.call_function(enter_autocast, settings)
     inner: dict[fx.Node, Any] = {}
-    results: list = []
-    for sub in env[body].graph.nodes:
+    operands, results = iter(operands), []
+    for sub in body.graph.nodes:
         if sub.op == "placeholder":
-            inner[sub] = env[next(operands)]
+            inner[sub] = next(operands)
         elif sub.op == "call_function":
             _copy_function(graph, inner, sub, copier)
         elif sub.op == "output":
             results = [inner[r] for r in sub.args[0]]
         elif sub.op == "get_attr":
-            inner[sub] = operator.attrgetter(sub.target)(env[body])
-    graph.call_function(torch._C._set_grad_enabled if settings == 1 else exit_autocast, (before,))
+            inner[sub] = operator.attrgetter(sub.target)(body)
+    graph.call_function(torch._C._set_grad_enabled if of_gradients else exit_autocast, (before,))
     return results
 
 

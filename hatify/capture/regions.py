@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import fx
 
 
 def enter_autocast(device: str | torch.device, dtype: torch.dtype | None, enabled: bool, cache: bool | None) -> torch.autocast:
@@ -19,3 +20,13 @@ def exit_autocast(mode: torch.autocast) -> None:
 
 SWITCHES = (torch._C._set_grad_enabled, enter_autocast, exit_autocast)
 """Functions whose calls are kept though nobody reads their result."""
+
+
+def opens(node: fx.Node) -> bool:
+    """Whether a node begins a region."""
+    return node.target is enter_autocast or node.target is torch._C._set_grad_enabled and not isinstance(node.args[0], fx.Node)
+
+
+def closes(node: fx.Node) -> bool:
+    """Whether a node ends one: what was before is as it was."""
+    return node.target is exit_autocast or node.target is torch._C._set_grad_enabled and isinstance(node.args[0], fx.Node)

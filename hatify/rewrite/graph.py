@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import keyword
 import operator
 import re
@@ -17,7 +18,7 @@ from hatify.analysis.heads import operator_name
 from hatify.analysis.plan import Ratio, Size
 from hatify.capture import Captured
 from hatify.capture.captured import ByMode
-from hatify.capture.regions import SWITCHES, enter_autocast
+from hatify.capture.regions import SWITCHES, closes, enter_autocast, opens
 from hatify.gates import Value
 from hatify.modules import Mask, live_norms
 from hatify.modules.task_indexed import write_buffer
@@ -58,6 +59,8 @@ class _Rewriter:
         self.device: fx.Node | None = None
         self.dtype: fx.Node | None = None
         self.task: fx.Node | None = None
+        self.open: tuple[fx.Node, ...] = ()
+        self.within: dict[fx.Node, tuple[fx.Node, ...]] = {}
 
     def run(self) -> fx.Graph:
         nodes = list(self.captured.graph.nodes)
@@ -70,6 +73,8 @@ class _Rewriter:
         for node in nodes:
             if node.op in ("get_attr", "call_module", "call_function"):
                 self.new[node] = self._noted(getattr(self, f"_{node.op}")(node), node)
+                self.open = self.open[:-1] if closes(node) else (*self.open, self.new[node]) if opens(node) else self.open
+                self.within[self.new[node]] = self.open
             elif node.op == "output":
                 for value, name in written.items():
                     self._write(name, self.analysis.steps[value, "write"])
@@ -215,17 +220,24 @@ class _Rewriter:
         if isinstance(handle, fx.Node):
             return self.new[handle]
         base = self._node(handle.value.data)
+        home = tuple(region for region, own in zip(self.open, self.within.get(base, ())) if region is own)
         # a factor may be masked with its partner's gates in one place and with its own in another
         ids, own = self.analysis.mask_ids(handle), handle.value.ids
-        key = (base, handle.soft, handle.fill, *((gates.shape, gates.numpy().tobytes()) for gates in (ids, own)))
+        key = (base, home, handle.soft, handle.fill, *((gates.shape, gates.numpy().tobytes()) for gates in (ids, own)))
         if key not in self.masks:
             path = self.surgery.add_mask(base.name, ids, own, handle.soft, handle.fill)
-            name = f"{base.name}_{'masked' if not handle.fill else 'safe'}"
-            self.masks[key] = self.graph.create_node("call_module", path, (base, self.task), name=name)
-            self.masks[key].meta.update(base.meta)
-            self.masks[key].meta["scope"] = _container(base)
-            self.masks[key].meta["gates"] = path.rpartition(".")[2]
+            self.masks[key] = self._masked(base, home, path, f"{base.name}_{'masked' if not handle.fill else 'safe'}")
         return self.masks[key]
+
+    def _masked(self, base: fx.Node, home: tuple[fx.Node, ...], path: str, name: str) -> fx.Node:
+        """A mask node in the regions of ``home``, at the end or before the next region that is open: what is read after a region too must
+        not be made in it, without gradients or in another type."""
+        place = self.graph.inserting_before(self.open[len(home)]) if len(home) < len(self.open) else contextlib.nullcontext()
+        with place:
+            node = self.graph.create_node("call_module", path, (base, self.task), name=name)
+        node.meta.update(base.meta, scope=_container(base), gates=path.rpartition(".")[2])
+        self.within[node] = home
+        return node
 
     def _live(self, value: Value, node: fx.Node) -> fx.Node:
         path = self.surgery.add_live(f"{node.name}_live", value.ids)
