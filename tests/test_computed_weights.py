@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from tasks import small
+from tasks import converted, draw_masks, finish, outputs, same, small
+from torch import Tensor, nn
+from torch.nn.utils import weight_norm
 
+import hatify
 from hatify.analysis.coupling import merged
 from hatify.verification import prove_by_gradients
 
@@ -27,6 +31,40 @@ def test_a_standardised_row_locks_as_a_whole() -> None:
         hat.maskers["conv1"].embeddings[0].copy_(torch.tensor([1.0, -1.0] * 5))
     lock = hat.locks([0])["conv1.weight"]
     assert lock[::2].all() and not lock[1::2].any()
+
+
+class WeightNormed(nn.Module):
+    """The hook-based weight normalisation: each forward computes ``weight`` from a direction and its length."""
+
+    def __init__(self, dim: int | None) -> None:
+        super().__init__()
+        self.a, self.b = (weight_norm(nn.Conv1d(i, 8, 3, padding=1), dim=dim) for i in (3, 8))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))).mean(-1))
+
+
+@pytest.mark.parametrize(("dim", "rung"), [(0, "row-locked"), (1, "row-locked"), (2, "task-indexed"), (None, "task-indexed")])
+def test_a_hooked_weight_norm_couples_what_one_norm_is_taken_of(dim: int | None, rung: str) -> None:
+    hat = converted(WeightNormed(dim), torch.randn(3, 3, 9))
+    rungs = {row["path"]: row["rung"] for row in hat.report.layers}
+    assert rungs["a.weight_v"] == rungs["b.weight_v"] == rungs["b.weight_g"] == rung
+    assert rungs["b.bias"] == ("hat" if rung == "row-locked" else rung)
+    report = hatify.verify(hat, tightness=True)
+    assert report.ok and report.leak == 0.0
+    if rung == "row-locked":
+        assert report.tightness == 1.0
+        for name in ("b.weight_v", "b.weight_g"):
+            assert prove_by_gradients(hat, without_locks=[name]).leak > 0
+    draw_masks(hat)
+    finish(hat, 0)
+    before = outputs(hat, (torch.ones(2, 3, 9),), task=0)
+    locks = hat.locks([0])
+    with torch.no_grad():
+        for name in locks:
+            hat.get_parameter(name)[~locks[name]] = 1e3
+    assert same(outputs(hat, (torch.ones(2, 3, 9),), task=0), before)
 
 
 def test_groups_join_through_common_elements() -> None:

@@ -18,7 +18,8 @@ from hatify.gates.value import Part
 
 ELEMENTWISE = {*UNARY, *PARTIAL, *ADDITIVE, *PRODUCT, *QUOTIENT, "pow", "addcmul", "addcdiv", "lerp", "masked_fill"} - {"polygamma"}
 NORMS = {"batch_norm", "layer_norm"}
-DERIVABLE = {*ELEMENTWISE, *REDUCE, *ALONG, *NORMS}
+WEIGHT_NORM = "_weight_norm"
+DERIVABLE = {*ELEMENTWISE, *REDUCE, *ALONG, *NORMS, WEIGHT_NORM}
 """Operators whose results depend on parameters in a way that can be told."""
 
 
@@ -29,6 +30,8 @@ def derived(call: Call, name: str, shapes: list[tuple[int, ...]]) -> list[Part] 
         return _joined(found, shapes[0]) if len(shapes) == 1 else None
     if call.name in NORMS:
         return _normalised(call, name, shapes[0])
+    if call.name == WEIGHT_NORM:
+        return _with_own_norm(call, name, shapes[0])
     if call.name not in DERIVABLE or len(call.values()) != 1:
         return None
     value = call.values()[0]
@@ -94,6 +97,18 @@ def _normalised(call: Call, name: str, shape: tuple[int, ...]) -> list[Part] | N
         along = tuple(-1 if g else 1 for g in gains) if gains else (1,) * first + operand.shape
         spread = part.spread(operand.shape).reshape(along).expand(shape)
         found.append((value, Part(name, part.numel, spread, part.groups, True)))
+    return _joined(found, shape)
+
+
+def _with_own_norm(call: Call, name: str, shape: tuple[int, ...]) -> list[Part]:
+    """Weight normalisation, ``g v / |v|`` with a norm for each slice along ``dim`` (-1: one for all)."""
+    direction, dim = call.argument(0, "v"), call.argument(2, "dim", 0)
+    dims = [d for d in range(direction.rank) if d != dim]
+    found: list[tuple[Value, Part]] = []
+    for operand in call.values():
+        part = next((p for p in operand.origin.parts if p.name == name), None) if operand.origin is not None else None
+        if part is not None:
+            found.append((operand, _coupled(part, operand.shape, dims) if operand is direction else part))
     return _joined(found, shape)
 
 
