@@ -15,11 +15,11 @@ from hatify.analysis.functional import is_parameter, weighted_call
 from hatify.analysis.heads import Heads, operator_name
 from hatify.analysis.leaf_calls import leaf_call
 from hatify.analysis.needs import narrow_to_needs
-from hatify.analysis.operators import FINITE, FRESH, RANDOM, SWITCHES, ZEROS
+from hatify.analysis.operators import FINITE, FRESH, KEEPING_REPEATS, RANDOM, SWITCHES, ZEROS
 from hatify.analysis.origins import CASTS, MOVES, result_origins
-from hatify.analysis.plan import TASK_INDEXED, Analysis, LayerPlan, Masked, Ratio, Size, Step
+from hatify.analysis.plan import TASK_INDEXED, Analysis, LayerPlan, Masked, Ratio, Size, Step, node_of
 from hatify.analysis.raw_parameters import surely_indexed
-from hatify.analysis.sizes import all_finite, concrete, tensors_of, varies_where_open
+from hatify.analysis.sizes import all_finite, concrete, open_dims, tensors_of, varies_where_open
 from hatify.analysis.ties import ties
 from hatify.analysis.weight_calls import weight_call
 from hatify.capture import Captured
@@ -182,11 +182,13 @@ class Analyst:
             return self._widened(replace(picked, data=node)) if isinstance(picked, Value) else picked
         if not tensors_of(val):
             return self._number(node, args, kwargs)
-        call = Call(name, node.target, args, kwargs)
         self.analysis.operators[name] += 1
+        call = Call(name, node.target, args, kwargs)
         found = weighted_call(call)
         if found is not None and is_parameter(found.weight):
             return weight_call(self, node, call, found)
+        if name not in KEEPING_REPEATS or any(v.origin is not None for v in call.values()):
+            call = Call(name, node.target, *self.unrepeated((args, kwargs)))
         contracted = contraction(call)
         if contracted is not None:
             return contracted_weight(self, node, call, contracted)
@@ -267,6 +269,14 @@ class Analyst:
                 value = replace(own, ids=ids, state=state)
             results.append(value)
         return self._widened(results[0]) if isinstance(val, Tensor) else results
+
+    def unrepeated(self, operands: Any) -> Any:
+        """Operands for what knows nothing of gates that repeat along an open size: materialised, and live wherever."""
+        return pytree.tree_map(
+            lambda a: clean(self, a).top() if isinstance(a, Value) and open_dims(a.ids, node_of(a).meta["val"]) else a,
+            operands,
+            is_leaf=lambda a: isinstance(a, Value),
+        )
 
     def _widened(self, value: Value) -> Value:
         if value.gated and self.table.too_large(value.ids):

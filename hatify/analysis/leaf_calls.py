@@ -40,6 +40,8 @@ def leaf_call(run: Analyst, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     path = node.target
     leaf = run.model.get_submodule(path)
     meaning = describe(leaf)
+    if not isinstance(meaning, Elementwise | Weighted):
+        args, kwargs = run.unrepeated((args, kwargs))
     call = Call(type(leaf).__name__, _Probe(leaf), args, kwargs)
     run.check_origins(call)
     if isinstance(meaning, Weighted) and call.values() and not _is_own_head(run, node, path):

@@ -32,8 +32,8 @@ from torch.utils import _pytree as pytree
 from hatify.analysis.heads import operator_name
 from hatify.analysis.operators import FRESH, SIZES
 from hatify.analysis.places import moved_back, reduced_back
-from hatify.analysis.plan import Masked, Step
-from hatify.analysis.sizes import tensors_of
+from hatify.analysis.plan import Masked, Step, node_of
+from hatify.analysis.sizes import tensors_of, varies_where_open
 from hatify.gates import State, Use, Value
 from hatify.gates.layers import ChannelNorm, Elementwise, channel_dim
 from hatify.gates.rules import Call
@@ -196,7 +196,8 @@ class _Needs:
             for dim in (d for d, size in enumerate(ids.shape) if size == 1):  # one mask for all tokens
                 counts = self.table.or_along(counts, dim)
             counts = self.table.combine("and", ids, counts)  # where nobody reads, the gates themselves
-            if not self.table.too_large(counts) and not torch.equal(counts, ids):
+            open_ended = varies_where_open(counts, node_of(group[0].masks[0].value).meta["val"])
+            if not open_ended and not self.table.too_large(counts) and not torch.equal(counts, ids):
                 self.run.analysis.narrower.update((reading.masks[0], counts) for reading in group)
 
     def _behind_masks(self, reading: _Reading) -> _Need:
@@ -311,9 +312,13 @@ class _Needs:
         if isinstance(meaning, Elementwise):
             return _Need(need.read, need.read)
         plan = self.run.analysis.layers[user.target]
-        dim = 1 if isinstance(meaning, ChannelNorm) else channel_dim(value, meaning) if plan.role == "through" else None
-        alone = dim is not None and all(size == 1 for d, size in enumerate(need.read.shape) if d != dim)
-        return _Need(need.read, need.read) if alone and need.read.shape[dim] == value.shape[dim] else whole
+        through = plan.role == "through"
+        dim = 1 if isinstance(meaning, ChannelNorm) else channel_dim(value, meaning) if through else None
+        if dim is None or need.read.shape[dim] != value.shape[dim]:
+            return whole
+        samples = dim if through else 0  # a norm in train mode reads all of them
+        alone = all(size in (1, value.shape[d] if d < samples else 1) for d, size in enumerate(need.read.shape) if d != dim)
+        return _Need(need.read, need.read) if alone else whole
 
 
 def _is_part(results: list[tuple[int | None, Value]], value: Value) -> bool:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from hatify.analysis.origins import CASTS, MOVES
+from hatify.gates.rules.contractions import SPELLED
+from hatify.gates.rules.elementwise import ADDITIVE, PARTIAL, PRODUCT, QUOTIENT, UNARY
+from hatify.gates.rules.reductions import ALONG, POOLS, REDUCE
 
 SWITCHES = {"_set_grad_enabled", "is_grad_enabled", "enter_autocast", "exit_autocast"}
 """Calls that open, close or ask for a region of the user's forward."""
@@ -20,3 +23,6 @@ FINITE = {*MOVES, *CASTS, *FRESH, "add", "sub", "mul", "sigmoid", "tanh", "relu"
 RANDOM = {"bernoulli", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "multinomial",
           "empty", "new_empty", "empty_like", "uniform", "dropout", "native_dropout", "exponential"}  # fmt: skip
 """Operators that give other values each time, or whatever memory held."""
+KEEPING_REPEATS = {*MOVES, *CASTS, *UNARY, *PARTIAL, *PRODUCT, *QUOTIENT, *ADDITIVE, *REDUCE, *ALONG, *POOLS, *SPELLED,
+                   "pow", "masked_fill", "dropout"} - {"linear"}  # fmt: skip
+"""Operators whose rules say the same of gates that repeat along an open size (the heads of each sample) at every size."""

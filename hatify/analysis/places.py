@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from hatify.analysis.sizes import concrete, is_open_size, same_size
+from hatify.analysis.sizes import concrete, is_open_size, period, repeats, same_size
 from hatify.gates import GateTable, Value
 from hatify.gates.rules import Call
 from hatify.gates.rules.movement import MULTIPLE, REGROUPING, is_index, move_tensor, open_places, pads_with_value
@@ -35,11 +35,22 @@ def moved_back(
         return value.ids  # of an empty result there may be more at another size
     views = _views(call, value)
     need = _gathered(call, results, value) if views is None else _needs_of_views(value, views, [need for _, need in results])
-    moving = [*open_places(call), *(_regrouped(sizes, after[0]) if call.name in REGROUPING else ())]
+    moving = [*open_places(call), *(_regrouped(sizes, after[0], results[0][1]) if call.name in REGROUPING else ())]
     for dim, size in enumerate(sizes):
-        if is_open_size(size) or dim in moving:
+        if dim in moving:
             need = table.or_along(need, dim)
+        elif is_open_size(size):
+            need = _or_of_repeats(table, need, dim, period(size))
     return need
+
+
+def _or_of_repeats(table: GateTable, need: Tensor, dim: int, length: int) -> Tensor:
+    """The OR of all parts of that length along a dimension, for each part: where one is needed, all are."""
+    count = need.shape[dim]
+    if length == 1 or count % length:
+        return table.or_along(need, dim)
+    parts = table.or_along(need.unflatten(dim, (-1, length)), dim)
+    return parts.expand([count // length if d == dim else -1 for d in range(parts.dim())]).flatten(dim, dim + 1)
 
 
 def reduced_back(table: GateTable, call: Call, need: Tensor, value: Value) -> Tensor:
@@ -55,11 +66,14 @@ def reduced_back(table: GateTable, call: Call, need: Tensor, value: Value) -> Te
     return need if all(n in (1, size) for n, size in zip(need.shape, value.shape)) else value.ids
 
 
-def _regrouped(before: Sequence, after: Sequence) -> list[int]:
-    """The dimensions that a reshape takes apart or puts together with one whose size is open: what was next to what depends on it."""
-    found, left, right = [], list(enumerate(before)), list(after)
+def _regrouped(before: Sequence, after: Sequence, need: Tensor) -> list[int]:
+    """The dimensions that a reshape takes apart or puts together with one whose size is open: what was next to what depends on it.
+
+    It does not where what is needed repeats in the parts that both sides count in: heads that are put next to the batch.
+    """
+    found, left, right = [], list(enumerate(before)), list(enumerate(after))
     while left or right:
-        dims, sizes, others = [], [], []
+        dims, sizes, others, places = [], [], [], []
         while True:  # the smallest groups of the same size, at any size
             here, there = prod(sizes), prod(others)
             if sizes and others and same_size(here, there):
@@ -69,12 +83,32 @@ def _regrouped(before: Sequence, after: Sequence) -> list[int]:
                 dims.append(dim)
                 sizes.append(size)
             elif right:
-                others.append(right.pop(0))
+                dim, size = right.pop(0)
+                places.append(dim)
+                others.append(size)
             else:
                 break
-        if any(is_open_size(size) for size in (*sizes, *others)):
+        if any(is_open_size(size) for size in (*sizes, *others)) and not _counts_alike(sizes, others, places, need):
             found += dims
     return found
+
+
+def _counts_alike(sizes: list, others: list, places: list[int], need: Tensor) -> bool:
+    """Whether what is needed of a result's dimensions depends on the number of an element in a part of fixed length alone, and the
+    operand's dimensions, which hold the same elements in the same order, are open outside of such parts."""
+    own, length = _part(sizes), _part(others)
+    if own is None or length is None or own % length:
+        return False
+    *outer, last = [dim for dim, size in zip(places, others) if is_open_size(size)]
+    return all(need.shape[dim] == 1 for dim in outer) and repeats(need, last, others[places.index(last)])
+
+
+def _part(sizes: list) -> int | None:
+    """The length of the part that repeats, whatever the open sizes: those are outside of all others. None where they are not."""
+    opened = [i for i, size in enumerate(sizes) if is_open_size(size)]
+    if not opened or any(concrete(size) != 1 for size in sizes[: opened[-1]] if not is_open_size(size)):
+        return None
+    return period(sizes[opened[-1]]) * prod(concrete(size) for size in sizes[opened[-1] + 1 :])
 
 
 def _gathered(call: Call, results: list[tuple[tuple[int, ...], Tensor]], value: Value) -> Tensor:

@@ -42,6 +42,13 @@ class Masked:
     fill: float
 
 
+def node_of(value: Value) -> fx.Node:
+    """The node that made a value, behind the masks that it has had."""
+    while isinstance(value.data, Masked):
+        value = value.data.value
+    return value.data
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
     """What becomes of one node: its operands (handles are nodes or :class:`Masked`), a live mask for a norm, its results."""

@@ -11,10 +11,34 @@ from hatify.errors import ConversionError
 
 
 def varies_where_open(ids: Tensor, val: Any) -> bool:
-    """Whether gates vary along a dimension whose size is open."""
+    """Whether gates vary along a dimension whose size is open, other than by repeating for each of some (the heads of each sample)."""
+    return any(not repeats(ids, dim, val.shape[dim]) for dim in open_dims(ids, val))
+
+
+def open_dims(ids: Tensor, val: Any) -> list[int]:
+    """The dimensions along which gates vary and whose size is open."""
     if ids.dim() != val.dim():
+        return []
+    return [dim for dim, (n, size) in enumerate(zip(ids.shape, val.shape)) if n > 1 and is_open_size(size)]
+
+
+def period(size: Any) -> int:
+    """The number in front of an open size: 4 of ``4 * batch``."""
+    return int(size.node.expr.as_coeff_Mul()[0]) if size.node.expr.as_coeff_Mul()[0].is_Integer else 1
+
+
+def repeats(ids: Tensor, dim: int, size: Any) -> bool:
+    """Whether gates repeat along a dimension of an open size as often as the number in front of it says, or do not vary.
+
+    Where a movement puts heads next to an open batch, they do for every batch, as for the example's.
+    """
+    count, length = ids.shape[dim], period(size)
+    if count == 1:
+        return True
+    if length < 2 or count % length or count < 2 * length:
         return False
-    return any(n > 1 and is_open_size(s) for n, s in zip(ids.shape, val.shape))
+    by_period = ids.unflatten(dim, (-1, length))
+    return bool((by_period == by_period.narrow(dim, 0, 1)).all())
 
 
 def is_open_size(size: Any) -> bool:

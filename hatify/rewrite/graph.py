@@ -10,12 +10,13 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from hatify.analysis import Analysis, Masked, Step
 from hatify.analysis.heads import operator_name
-from hatify.analysis.plan import Ratio, Size
+from hatify.analysis.plan import Ratio, Size, node_of
+from hatify.analysis.sizes import open_dims, period
 from hatify.capture import Captured
 from hatify.capture.captured import ByMode
 from hatify.capture.regions import SWITCHES, closes, enter_autocast, opens
@@ -24,6 +25,7 @@ from hatify.modules import Mask, live_norms
 from hatify.modules.task_indexed import write_buffer
 from hatify.rewrite.surgery import Surgery
 
+aten = torch.ops.aten
 OPERATORS = {
     "aten.add.Tensor": operator.add, "aten.sub.Tensor": operator.sub, "aten.mul.Tensor": operator.mul,
     "aten.div.Tensor": operator.truediv, "aten.view.default": torch.reshape, "aten._unsafe_view.default": torch.reshape,
@@ -47,6 +49,13 @@ def by_mode(training: bool, train: Any, evaluate: Any) -> Any:
 def rewrite_graph(captured: Captured, analysis: Analysis, surgery: Surgery) -> fx.Graph:
     """The graph of a HAT model: one argument per input tensor, then ``task`` (a context, or None)."""
     return _Rewriter(captured, analysis, surgery).run()
+
+
+def _without_repeats(ids: Tensor, parts: list[tuple[int, int]]) -> Tensor:
+    """Gates with each of the dimensions ``(dim, length)`` taken apart: one for how often they repeat, one for what does."""
+    for dim, length in reversed(parts):
+        ids = ids.narrow(dim, 0, min(length, ids.shape[dim])).unsqueeze(dim)
+    return ids
 
 
 class _Rewriter:
@@ -225,18 +234,35 @@ class _Rewriter:
         ids, own = self.analysis.mask_ids(handle), handle.value.ids
         key = (base, home, handle.soft, handle.fill, *((gates.shape, gates.numpy().tobytes()) for gates in (ids, own)))
         if key not in self.masks:
-            path = self.surgery.add_mask(base.name, ids, own, handle.soft, handle.fill)
-            self.masks[key] = self._masked(base, home, path, f"{base.name}_{'masked' if not handle.fill else 'safe'}")
+            self.masks[key] = self._masked(base, home, handle)
         return self.masks[key]
 
-    def _masked(self, base: fx.Node, home: tuple[fx.Node, ...], path: str, name: str) -> fx.Node:
+    def _masked(self, base: fx.Node, home: tuple[fx.Node, ...], handle: Masked) -> fx.Node:
         """A mask node in the regions of ``home``, at the end or before the next region that is open: what is read after a region too must
-        not be made in it, without gradients or in another type."""
+        not be made in it, without gradients or in another type.
+
+        Where gates repeat along an open size, that is taken apart for the mask.
+        """
+        ids, own = self.analysis.mask_ids(handle), handle.value.ids
+        val = node_of(handle.value).meta["val"]
+        parts = [(dim, period(val.shape[dim])) for dim in sorted({*open_dims(ids, val), *open_dims(own, val)})]
+        path = self.surgery.add_mask(base.name, *(_without_repeats(gates, parts) for gates in (ids, own)), handle.soft, handle.fill)
         place = self.graph.inserting_before(self.open[len(home)]) if len(home) < len(self.open) else contextlib.nullcontext()
+        node = base
         with place:
-            node = self.graph.create_node("call_module", path, (base, self.task), name=name)
-        node.meta.update(base.meta, scope=_container(base), gates=path.rpartition(".")[2])
+            for dim, length in reversed(parts):
+                node = self._beside(base, self.graph.call_function(aten.unflatten.int, (node, dim, [-1, length])))
+            name = f"{base.name}_{'masked' if not handle.fill else 'safe'}"
+            node = self._beside(base, self.graph.create_node("call_module", path, (node, self.task), name=name))
+            node.meta["gates"] = path.rpartition(".")[2]
+            for dim, _ in parts:
+                node = self._beside(base, self.graph.call_function(aten.flatten.using_ints, (node, dim, dim + 1)))
         self.within[node] = home
+        return node
+
+    def _beside(self, base: fx.Node, node: fx.Node) -> fx.Node:
+        """A node that belongs to ``base``."""
+        node.meta.update(base.meta, scope=_container(base))
         return node
 
     def _live(self, value: Value, node: fx.Node) -> fx.Node:

@@ -177,9 +177,18 @@ def contracted(run: Interpreter, call: Call) -> Outcome:
     return unknown(run, call) if found is None else contract(run, call, found.operands, found.out)
 
 
+def _added_letters(call: Call) -> Contraction | None:
+    return _matmul_letters(replace(call, args=call.args[1:])) if len(call.args) > 2 else None
+
+
 def matrix_add(run: Interpreter, call: Call) -> Outcome:
-    """``addmm`` and ``baddbmm`` of activations: materialise (rare outside weighted layers)."""
-    return unknown(run, call)
+    """``addmm`` and ``baddbmm`` of activations: a product that is added to something live (scores to what masks them)."""
+    found = contraction_of(call)
+    if found is None or call.args[0].gated:
+        return unknown(run, call)
+    outcome = contract(run, call, found.operands, found.out)
+    gated = bool((outcome.out.ids > TOP).any())
+    return unknown(run, call) if gated else outcome
 
 
 def linear(run: Interpreter, call: Call) -> Outcome:
@@ -215,6 +224,8 @@ SPELLED: dict[str, Callable[[Call], Contraction | None]] = {
     "matmul": _matmul_letters,
     "bmm": _matmul_letters,
     "mm": _matmul_letters,
+    "addmm": _added_letters,
+    "baddbmm": _added_letters,
     "linear": _linear_letters,
     "einsum": _einsum_letters,
     "scaled_dot_product_attention": _attention_letters,
