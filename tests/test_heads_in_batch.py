@@ -87,15 +87,7 @@ NETWORKS = {
     "scaled": lambda: Attention(inside="scaled"),
     "doubled and halved": lambda: Attention(inside="once more"),
 }
-TIGHT = (
-    "torch's, fused",
-    "torch's, with weights",
-    "torch's, masked",
-    "torch's, batch second",
-    "by hand",
-    "a convolution in each head",
-    "scaled",
-)
+TIGHT = tuple(name for name in NETWORKS if "torch" in name or name in ("by hand", "a convolution in each head", "scaled"))
 
 
 def made(name: str, **options) -> HATModel:

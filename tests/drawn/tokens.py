@@ -116,6 +116,28 @@ def product_of_sums(net, x, y, number):
     return [a * F.silu(c), *((a,) if number % 3 == 0 else (c,) if number % 3 == 1 else ())]
 
 
+@step(3, two=True)
+def heads_beside_the_batch(net, x, y, number):
+    """Two heads in the batch's dimension, and what ``number`` says between them there."""
+    a, b = (
+        net.layer(name, lambda t=t: nn.Linear(channels(t), 8))(t).unflatten(2, (2, 4)).transpose(1, 2).flatten(0, 1)
+        for name, t in (("a", x), ("b", y))
+    )
+    if number % 6 == 0:
+        out = a * F.silu(b)
+    elif number % 6 == 1:
+        out = a + b.flip(0)
+    elif number % 6 == 2:
+        out = torch.bmm((a @ b.transpose(1, 2)).softmax(-1), b)
+    elif number % 6 == 3:
+        out = net.layer("norm", lambda: nn.LayerNorm(4))(a) + b
+    elif number % 6 == 4:
+        out = net.layer("conv", lambda: nn.Conv1d(4, 4, 3, padding=1, groups=4))(a.transpose(1, 2)).transpose(1, 2)
+    else:
+        out = torch.cat([a, b], -1)[..., 2:6]
+    return [out.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)]
+
+
 @step(3)
 def torch_attention(net, x, y, number):
     if channels(x) % 2:
