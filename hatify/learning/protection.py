@@ -216,9 +216,10 @@ class Protection:
         return iter((*self.shared, *self.own))
 
     def narrow(self, network: Network, locking: Iterable[int], finished: Iterable[int]) -> None:
-        """Protects less for a while, and forgets no value: a finished task is trained again."""
+        """Protects less for a while, and forgets no value: a finished task is trained again, and is none of ``tasks`` meanwhile."""
         self._whole = None
         locking, finished = sorted(locking), sorted(finished)
+        self.tasks, self.locking = frozenset((*locking, *finished)), frozenset(locking)
         locks = network.locks(locking)
         for entry in self.shared:
             entry.narrow(locks[entry.name])

@@ -7,15 +7,17 @@ import io
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from training import ARCHITECTURES, OPTIMIZERS, SMALLEST, defenceless, equal, inputs, learn, network, outputs, step
 
 from hatify import HATModel
+from hatify.calling import flatten
 from hatify.errors import TaskError
 from hatify.learning.guard import Guard
-from hatify.learning.protection import Locked
+from hatify.learning.protection import Locked, Protection
 from hatify.learning.statistics import Statistics
+from hatify.modules import TaskContext
 
 EVERYWHERE = tuple(dict.fromkeys((*SMALLEST, *ARCHITECTURES)))
 on_the_smallest = pytest.mark.parametrize("name", SMALLEST)
@@ -262,3 +264,48 @@ def test_a_loaded_task_is_finished_here_too(name: str) -> None:
     assert equal([loss.detach()], [hat(*inputs(name, 4), task=0).detach()]), "the same in train mode"
     learn(other, name, 1, SGD(other.parameters(), lr=0.1, momentum=0.9))
     assert equal(outputs(other, name, 0), before)
+
+
+def _validated(hat: HATModel, name: str) -> tuple[list[Tensor], list[Tensor]]:
+    """What a validation in the middle of a retraining sees, and what weights and masks as they are give."""
+    optimizer = AdamW(hat.parameters(), lr=0.05)
+    args = inputs(name, 4, key=9)
+
+    @torch.no_grad()
+    def validation() -> list[Tensor]:
+        hat.eval()
+        seen = flatten(hat(*args, task=1))[0]
+        hat.train()
+        return seen
+
+    with hat.learning(1, optimizer=optimizer, schedule="constant") as run:
+        for key in range(3):
+            validation()  # as each epoch ends with one
+            step(hat, run, optimizer, inputs(name, 4, key))
+        seen = validation()
+        context = TaskContext(1, None, lambda path: hat.maskers[path](1, None), hard=True)
+        with torch.no_grad():
+            expected = hat.eval().run(hat.signature.bind(args, {}), context)
+        hat.train()
+    return seen, list(expected)
+
+
+@everywhere
+def test_a_validation_sees_what_is_trained(name: str) -> None:
+    """Not the values that the task would go back to, nor the masks that it had."""
+    hat, _ = trained(name, 0, 1, 2)
+    assert equal(*_validated(hat, name))
+
+
+def test_what_is_kept_to_go_back_to_is_no_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: the task counts as finished while it is trained again."""
+    real = Protection.narrow
+
+    def narrow(self, network, locking, finished):
+        tasks = self.tasks, self.locking
+        real(self, network, locking, finished)
+        self.tasks, self.locking = tasks
+
+    monkeypatch.setattr(Protection, "narrow", narrow)
+    hat, _ = trained(SMALLEST[0], 0, 1, 2)
+    assert not equal(*_validated(hat, SMALLEST[0]))
