@@ -13,6 +13,7 @@ from hatify.learning import Guard
 from hatify.modules import Masker, TaskContext, TaskIndexed, TaskIndexedParameter
 from hatify.modules.bank import Bank
 from hatify.modules.masking import Gated
+from hatify.modules.numbers import task_number
 from hatify.modules.recurrent import HATRecurrent
 
 LASTING = 4
@@ -84,8 +85,17 @@ class TaskContexts:
         """The same with tensors and modules only: a number would be a constant that the code is compiled for."""
         if context is None:
             return None
+        self._prepare_programs()
         chosen = [m.tasks[context.id] if isinstance(m, TaskIndexed) else m.of(context.id) for m in self._holders]
         return TaskContext(None, None, None, context.hard, chosen=chosen, masks=context.masks)
+
+    def _prepare_programs(self) -> None:
+        if not self.__dict__.get("_programs_prepared"):
+            seen: set[Any] = set()
+            for module in self.modules():
+                for program in module.programs if isinstance(module, Gated) else ():
+                    program.prepare(seen)
+            self.__dict__["_programs_prepared"] = True
 
     @property
     def _bank(self) -> Bank:
@@ -116,11 +126,12 @@ class TaskContexts:
         Raises:
             TaskError: it is not.
         """
-        if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < self.config.num_tasks:
+        number = task_number(task)
+        if not 0 <= number < self.config.num_tasks:
             raise TaskError(
                 f"no task {task!r}", why=f"the model has the tasks 0 to {self.config.num_tasks - 1}", fix="hat(x, task=0)"
             )
-        return task
+        return number
 
     @property
     def active_task(self) -> int | None:

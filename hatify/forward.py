@@ -7,7 +7,6 @@ whole, it is part of that; the task is a constant then, and there is nobody to p
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,13 +16,11 @@ from torch._C._dynamo import eval_frame
 from hatify.calling import unflatten
 from hatify.capture.selections import check_selections
 from hatify.errors import CallError
+from hatify.learning.reading import Reading
 from hatify.modules import HATPayload, TaskContext
 
 if TYPE_CHECKING:
     from hatify.model import HATModel
-
-
-_NOTHING = nullcontext()
 
 
 class _Call(NamedTuple):
@@ -33,25 +30,32 @@ class _Call(NamedTuple):
     context: TaskContext | None
     own: bool
     payload: tuple[int | None, Any] | None
-    reading: AbstractContextManager
+    reading: Reading | None
 
 
 def forward(self: HATModel, *args: Any, task: int | None = None, mask_scale: float | None = None, **kwargs: Any) -> Any:
     """``hat(*inputs, task=None, mask_scale=None)``; see :class:`HATModel`."""
-    compiler = None if torch.compiler.is_compiling() else eval_frame.get_eval_frame_callback()
-    if compiler is None:
+    if torch.compiler.is_compiling():
         call = _prepared(self, args, kwargs, task, mask_scale)
-        with call.reading:
+        return _finished(self, call, self.run(call.tensors, call.context) if not call.own else _own(self, call))
+    compiler = eval_frame.get_eval_frame_callback()
+    if compiler is None:
+        with self._guard.turns.taken():
+            call = _prepared(self, args, kwargs, task, mask_scale)
+            if call.reading is not None:
+                self._guard.turns.read(call.reading)
             return _finished(self, call, self.run(call.tensors, call.context) if not call.own else _own(self, call))
     eval_frame.set_eval_frame(None)  # as torch.compiler.disable does, without the import of the whole compiler
     try:
-        call = _prepared(self, args, kwargs, task, mask_scale)
-        with call.reading:
+        with self._guard.turns.taken():
+            call = _prepared(self, args, kwargs, task, mask_scale)
+            if call.reading is not None:
+                self._guard.turns.read(call.reading)
             context = self._for_compiler(call.context)  # with the copies that are read in this pass
             eval_frame.set_eval_frame(compiler)
             out = self.run(call.tensors, context) if not call.own else _own(self, call)
             eval_frame.set_eval_frame(None)
-        return _finished(self, call, out)
+            return _finished(self, call, out)
     finally:
         eval_frame.set_eval_frame(compiler)
 
@@ -88,7 +92,7 @@ def _prepared(self: HATModel, args: tuple, kwargs: dict[str, Any], task: int | N
     scale = mask_scale if task is not None or payload is None else None
     context = self.context(task, scale, sealed=reading is not None and not reading.rest)
     own = context is None and self.runs_own_code
-    return _Call(tensors, context, own, None if payload is None else (task, mask_scale), reading or _NOTHING)
+    return _Call(tensors, context, own, None if payload is None else (task, mask_scale), reading)
 
 
 def _finished(self: HATModel, call: _Call, out: Any) -> Any:

@@ -32,6 +32,14 @@ class Program:
         with torch.inference_mode(False):  # it serves training too, whichever pass asks for it first
             return None if self.index is None else torch.tensor(self.index, device="cpu")
 
+    def prepare(self, seen: set[Program]) -> None:
+        """Makes what is made when it is first asked for, which compiled code cannot; parts of ``seen`` have it."""
+        if self not in seen:
+            seen.add(self)
+            self.index_tensor  # noqa: B018
+            for part in self.parts:
+                part.prepare(seen)
+
     def maskers(self) -> set[str]:
         """Names of the maskers that the program reads."""
         found: set[str] = set()

@@ -26,6 +26,7 @@ from hatify.learning.optimizers import forget_locked
 from hatify.learning.protection import Locked, Protection, fingerprint
 from hatify.learning.reading import Reading, evaluates
 from hatify.learning.steps import GUARDS, Steps, watch_all_optimizers
+from hatify.learning.turns import Turns
 from hatify.modules.shards import agreed, shard_again
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Guard:
         protection: the values that must not change.
         session: the session in progress, or None.
         steps: what becomes of optimizer steps.
+        turns: the passes that are on their way.
         generation: counts the changes of what is protected; what finished tasks are is the same while it is.
         free: what a task that was begun gives back when it is finished.
     """
@@ -49,8 +51,10 @@ class Guard:
         self.protection = Protection()
         self.session: Learning | None = None
         self.steps = Steps(self)
+        self.turns = Turns()
         self.free: FreeWeights | None = None
         self._hooks: list[Any] = []
+        self._frozen: list[Locked] = []
         self._opened = False
         self._stale = False
         self._stepped = False
@@ -158,15 +162,21 @@ class Guard:
         self._readings.clear()
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        self._hooks, self._frozen = [], []
         for entry in self.protection:
             parameter = entry.tensor
             if not (isinstance(parameter, nn.Parameter) and parameter.is_leaf and parameter.dtype.is_floating_point):
                 continue
             if parameter.grad is not None:
                 parameter.grad = entry.mask_gradient(parameter.grad)
-            if parameter.requires_grad:
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(_masking(entry)))
+            self._frozen.append(entry)
+        self._hook_unfrozen()
+
+    def _hook_unfrozen(self) -> None:
+        """Hooks what takes gradients: what was frozen before may do so now."""
+        for entry in [e for e in self._frozen if e.tensor.requires_grad]:
+            self._frozen.remove(entry)
+            self._hooks.append(entry.tensor.register_post_accumulate_grad_hook(_masking(entry)))
 
     @property
     def active(self) -> bool:
@@ -192,8 +202,8 @@ class Guard:
 
         Writes through ``.data`` leave no trace, so values are put back before each forward pass with gradients, and before the first
         one of a finished task after such a pass or a step. Further ones look whether the bits are still the same; or, where the
-        caller ``may_read`` the protected values in place of the tensors, only at the few that cannot be read so. The forward pass that
-        follows a step of a torch optimizer finds the shared values put back already.
+        caller, who has taken its turn, ``may_read`` the protected values in place of the tensors, only at the few that cannot be read
+        so. The forward pass that follows a step of a torch optimizer finds the shared values put back already.
 
         Returns:
             What the pass is to read, if not the tensors.
@@ -208,10 +218,13 @@ class Guard:
             self.steps.computes_in(torch.get_autocast_dtype(device))
         self.steps.undo_broken()
         training, finished = torch.is_grad_enabled(), task in self.protection.tasks
+        if training and self._frozen:
+            self._hook_unfrozen()
         needed = self.protection.needed_by(task)
         if any(entry.elsewhere for entry in needed):
             self.follow()
-        reading = self._reading(task) if may_read and task in self.protection.locking and evaluates(self.module) else None
+        may_read = may_read and task in self.protection.locking and evaluates(self.module) and self.turns.claim()
+        reading = self._reading(task) if may_read else None
         looked_at = needed if reading is None else reading.rest
         if finished:
             settled = task in self._settled and self._settled[task] == fingerprint(looked_at)
@@ -286,7 +299,7 @@ def _masking(entry: Locked) -> Any:
 
     def mask(parameter: Tensor) -> None:
         entry = found()
-        if entry is not None:
+        if entry is not None and parameter.grad is not None:  # a hook before this one may have stepped and cleared
             gradient = entry.mask_gradient(parameter.grad)
             if gradient is not parameter.grad:
                 parameter.grad = gradient

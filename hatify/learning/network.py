@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hatify.errors import TaskError
 from hatify.modules import HATLayer, Masker, TaskIndexed, TaskIndexedParameter, hand_written
 from hatify.modules.masker import FINISHED, tasks_in
+from hatify.modules.numbers import task_number
 
 
 class Network:
@@ -44,9 +45,10 @@ class Network:
         Raises:
             TaskError: it is not.
         """
-        if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < self.tasks:
+        number = task_number(task)
+        if not 0 <= number < self.tasks:
             raise TaskError(f"no task {task!r}", why=f"the network has the tasks 0 to {self.tasks - 1}", fix="task=0")
-        return task
+        return number
 
     @property
     def finished(self) -> set[int]:

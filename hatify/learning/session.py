@@ -332,13 +332,14 @@ class Learning:
         self._masks.before()
 
     def stepped(self, optimizer: Optimizer) -> None:
-        """Called by the guard after every optimizer step: the one that holds the task's masks moves the scale on."""
-        embeddings = self._view.embeddings(self.task)
-        if not embeddings or id(embeddings[0]) in held_by(optimizer).ids:
+        """Called by the guard after every optimizer step: the one that holds the first of the task's masks moves the scale on."""
+        embeddings, held = self._view.embeddings(self.task), held_by(optimizer).ids
+        if any(id(e) in held for e in embeddings):
             if self.mask_rate is None:
                 self._masks.after(step_factor(optimizer, embeddings, self.max_scale), longest_step(self.steps_per_epoch))
             else:
                 self._masks.after(self.mask_rate)
+        if not embeddings or id(embeddings[0]) in held:
             self._count()
 
     def advance(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from hatify.gates import State
 from hatify.gates.value import ones
 from hatify.modules import eager
 from hatify.modules.masking import apply_mask
+from hatify.modules.numbers import task_number
 
 
 class Pending:
@@ -134,10 +134,7 @@ def _recomputing() -> bool:
 def _task(task: Any) -> int | None:
     if task is None:
         return None
-    try:
-        number = -1 if isinstance(task, bool) else operator.index(task)
-    except TypeError:
-        number = -1
+    number = task_number(task)
     if number < 0:
         raise TaskError(f"no task {task!r}", why="tasks are numbered from 0", fix="HATPayload(x, task_id=0)")
     return number
