@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -102,3 +105,21 @@ def test_within_a_compiled_function(hat: HATModel) -> None:
     function = torch.compile(lambda x: hat(x, task=1) + hat(x), backend=count, fullgraph=True)
     assert torch.equal(function(x), hat(x, task=1) + hat(x))
     assert count.frame_count == 1
+
+
+@pytest.mark.parametrize("how", ["converted", "copied", "loaded"])
+def test_the_first_call_may_be_compiled(how: str, tmp_path: Path) -> None:
+    """Nothing has run yet that would have made what a mask needs."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=8, patch_size=4, num_classes=3, embed_dim=12, depth=2, num_heads=2)
+    x = torch.randn(2, 3, 8, 8)
+    hat = hatify.convert(vit, 2, example_inputs=x, verify=False).train()
+    if how == "copied":
+        hat = copy.deepcopy(hat)
+    if how == "loaded":
+        hatify.save(hat, tmp_path / "vit")
+        hat = hatify.load(tmp_path / "vit").train()
+    compiled = torch.compile(hat, backend="aot_eager", fullgraph=True)
+    out = compiled(x, task=0, mask_scale=2.0)
+    assert torch.allclose(out, hat(x, task=0, mask_scale=2.0), 1e-5, 1e-6)

@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from training import SMALLEST, TASKS, inputs, learn, loss_of, network, step
 
 import hatify
 from hatify import HATModel
+from hatify.calling import flatten
 from hatify.errors import HatifyError, NonFiniteError, TaskError
 
 NAME = SMALLEST[0]
@@ -106,6 +108,21 @@ def test_options(hat: HATModel, label: str) -> None:
 def test_no_such_task(hat: HATModel, task: Any) -> None:
     with pytest.raises(TaskError, match="no task"):
         hat.learning(task=task, optimizer=optimizer(hat), steps_per_epoch=5)
+
+
+def test_a_task_number_may_be_one_of_numpys(hat: HATModel) -> None:
+    """As in ``for task in rng.permutation(5)``."""
+    hat, task, x = copy.deepcopy(hat), np.int64(1), inputs(NAME, 4)
+    assert hat.context(task).id == 1 and type(hat.context(task).id) is int
+    hat.active_task = task
+    assert hat.active_task == 1 and type(hat.active_task) is int
+    hat.active_task = None
+    with hat.learning(task=task, schedule="constant"):
+        pass
+    hat.eval()
+    assert hat.finished_tasks == {0, 1}
+    with torch.no_grad():
+        assert torch.equal(flatten(hat(*x, task=task))[0][0], flatten(hat(*x, task=1))[0][0])
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.5, math.nan, math.inf, True, "much"])
