@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -215,6 +216,11 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
 
     # state
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As any module's, masks and finished tasks included; also while another thread evaluates."""
+        with self._guard.turns.taken():
+            return super().state_dict(*args, **kwargs)
+
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False, *, overwrite: bool = False) -> Any:
         """As any module's, masks and finished tasks included. A checkpoint of the original, with its keys and no others, goes to
         :meth:`load_pretrained`: so it does from the tools that know no other call.
@@ -225,13 +231,12 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
         Raises:
             TaskError: it would, and ``overwrite`` is not given; nothing has been written then.
         """
-        if strict and set(state_dict) == set(self._facts.original_keys) != set(self.state_dict(keep_vars=True)):
-            self.load_pretrained(state_dict)
-            return _IncompatibleKeys([], [])
-        if not overwrite:
-            return super().load_state_dict(state_dict, strict, assign)
-        with self._guard.opened():
-            return super().load_state_dict(state_dict, strict, assign)
+        with self._guard.turns.taken():
+            if strict and set(state_dict) == set(self._facts.original_keys) != set(self.state_dict(keep_vars=True)):
+                self.load_pretrained(state_dict)
+                return _IncompatibleKeys([], [])
+            with self._guard.opened() if overwrite else nullcontext():
+                return super().load_state_dict(state_dict, strict, assign)
 
     def load_pretrained(self, state_dict: dict[str, Tensor]) -> None:
         """Loads a checkpoint of the *original* model; task-indexed modules get it in every copy.
@@ -269,6 +274,10 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
         return repr(self)  # fx would add the code; it is in hat.code
 
     def __deepcopy__(self, memo: dict) -> HATModel:
+        with self._guard.turns.taken():
+            return self._copied(memo)
+
+    def _copied(self, memo: dict) -> HATModel:
         self._guard.restore()
         root = Scope(type(self).__name__)
         for shelf in ("_parameters", "_buffers", "_modules"):

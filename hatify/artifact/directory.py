@@ -83,10 +83,11 @@ def save(
     check_session(hat)
     check_dtype(dtype)
     _check_size(max_shard_size)
-    hat._guard.restore()
-    described = describe_model(hat)
-    with new_directory(path, overwrite) as directory:
-        write_model(directory, hat, described, dtype, max_shard_size)
+    with hat._guard.turns.taken():
+        hat._guard.restore()
+        described = describe_model(hat)
+        with new_directory(path, overwrite) as directory:
+            write_model(directory, hat, described, dtype, max_shard_size)
     return Path(os.path.realpath(path))
 
 

@@ -194,7 +194,7 @@ class Guard:
             if self.protection.elsewhere:
                 self.follow()
             self.steps.undo_broken()
-            self.protection.restore()
+            self.protection.restore(look=self.turns.crowded)
 
     def before_forward(self, task: int | None, *, may_read: bool = False) -> Reading | None:
         """A finished task's outputs come from its own values, and a task in training sees what it will be finished with, whatever
@@ -233,7 +233,7 @@ class Guard:
         if agreed(float(not settled), (entry.tensor for entry in needed)):
             gathered = shard_again(self.module)  # what a forward pass has gathered is as old as the shards
             for entry in needed:
-                entry.restore()
+                entry.restore(look=self.turns.crowded)
             self.steps.check_shared()
             for module in gathered:
                 module.unshard()

@@ -65,10 +65,17 @@ class Locked:
         """The elements that must not move now; None for all of them."""
         return self.lock if self.within is None else self.within
 
-    def restore(self) -> None:
+    def restore(self, look: bool = False) -> None:
         """Puts the protected values back. Not through the tensor itself: a new version of it would invalidate graphs
-        that wait for their backward pass, although nothing that they saved has changed."""
+        that wait for their backward pass, although nothing that they saved has changed.
+
+        Args:
+            look: write only where they are not there: other threads read the tensor meanwhile, and a write passes through other bits.
+        """
         data = local(self.tensor)
+        if look and self.within is None and self.intact():
+            self.seen()
+            return
         if self.within is not None:
             data.copy_(torch.where(self.within, self.kept, data))
         elif self.free is None:
@@ -260,10 +267,10 @@ class Protection:
         for entry in self:
             entry.follow(tensors[entry.name])
 
-    def restore(self) -> None:
-        """Puts every protected value back."""
+    def restore(self, look: bool = False) -> None:
+        """Puts every protected value back; ``look`` as for :meth:`Locked.restore`."""
         for entry in self:
-            entry.restore()
+            entry.restore(look)
 
     @cached_property
     def _of_task(self) -> dict[int | None, list[Locked]]:

@@ -30,6 +30,7 @@ from hatify.learning.regularizers import Capacity
 from hatify.learning.resuming import resume, state_of
 from hatify.learning.schedules import Schedule
 from hatify.learning.statistics import Statistics, as_call
+from hatify.modules.numbers import plain
 from hatify.modules.shards import local, shard_again
 
 
@@ -102,11 +103,11 @@ class Learning:
         self.task = self._view.checked(task)
         self.guard = guard_of(network)
         self.optimizers = optimizers_of(optimizer)
-        self.schedule, self.steps_per_epoch = schedule, steps_per_epoch
+        self.schedule, self.steps_per_epoch = schedule, plain(steps_per_epoch)
         self.max_scale = self._config.max_mask_scale if max_scale is None else max_scale
         self.kind, self.quota, self.weight, self.weights = kind, quota, weight, weights
-        self.mask_rate, self.refresh, self.give_back = mask_rate, refresh, give_back
-        self.warm_start = warm_start
+        self.mask_rate, self.refresh, self.give_back = mask_rate, plain(refresh), give_back
+        self.warm_start = plain(warm_start)
         self._asked = None if locked_task_ids is None else numbers_of(locked_task_ids)
         self.locking: set[int] = set()
         self.on_nonfinite = on_nonfinite
@@ -160,10 +161,25 @@ class Learning:
             raise TaskError(
                 f"task {self.guard.session.task} is being learned", why="one session at a time", fix="hat.finish_task()"
             )
-        self.guard.restore()
-        self._check_optimizers()
-        finished = self._view.finished
-        self.locking, self.retraining = self._to_lock(), self.task in finished
+        with self.guard.turns.taken():
+            self.guard.restore()
+            self._check_optimizers()
+            begun = self.task in self._view.begun
+            self.locking, self.retraining = self._to_lock(), self.task in self._view.finished
+            if hasattr(self.network, "active_task"):
+                self.active_before = self.network.active_task
+            try:
+                self._begin(self._view.finished)
+            except BaseException:  # as if it had never begun
+                self._close()
+                if self.retraining:
+                    self.guard.release()
+                self._view.mark(self.task, self.retraining, begun=begun)
+                self.guard.refresh()
+                raise
+        return self
+
+    def _begin(self, finished: set[int]) -> None:
         if self.warm_start is not None and not self.retraining:
             self._view.copy_to(self.task, None if self.warm_start == "pretrained" else self.warm_start)
         self.guard.session, self.open = self, True
@@ -183,8 +199,7 @@ class Learning:
         self.statistics = Statistics(self.network, self.task, self.refresh)
         self._set_scale()
         if hasattr(self.network, "active_task"):
-            self.active_before, self.network.active_task = self.network.active_task, self.task
-        return self
+            self.network.active_task = self.task
 
     def finish(self) -> None:
         """Ends the session and finishes the task: binary masks, locked weights.
@@ -194,6 +209,10 @@ class Learning:
             NonFiniteError: a weight or a statistic is not finite; the session stays open.
         """
         self._check_open()
+        with self.guard.turns.taken():
+            self._finish()
+
+    def _finish(self) -> None:
         self.guard.steps.undo_broken(with_closures=True)
         self.guard.restore()
         self.statistics.gather(self.statistics.seen)
@@ -211,6 +230,10 @@ class Learning:
         """Ends the session without finishing: what was learned stays and can be gone on with, but nothing of it is locked; a task
         in retraining is as it was before."""
         self._check_open()
+        with self.guard.turns.taken():
+            self._abandon()
+
+    def _abandon(self) -> None:
         shard_again(self.network)
         self.guard.steps.undo_broken(with_closures=True)
         self.guard.steps.repair(list(self._needed().values()))  # not even an unlocked weight may be infinite: 0 times it is NaN

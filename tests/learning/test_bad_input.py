@@ -117,8 +117,10 @@ def test_a_task_number_may_be_one_of_numpys(hat: HATModel) -> None:
     hat.active_task = task
     assert hat.active_task == 1 and type(hat.active_task) is int
     hat.active_task = None
-    with hat.learning(task=task, schedule="constant"):
-        pass
+    with hat.learning(
+        task=task, steps_per_epoch=np.int32(4), refresh=np.int64(2), warm_start=np.int64(0), locked_task_ids=[np.int64(0)]
+    ) as run:
+        assert run.progress == 0.0 and run.locking == {0}
     hat.eval()
     assert hat.finished_tasks == {0, 1}
     with torch.no_grad():

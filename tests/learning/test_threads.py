@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
+from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
 from tasks import outputs, same
 from test_reading import finished, spoil
 
-from hatify import HATModel
+import hatify
+from hatify import HATModel, Learning
 from hatify.learning.turns import Turns
 
 CALLS = 40
 
 
-def together(*jobs: Callable[[], None]) -> None:
+def together(*jobs: Callable[[], None], calls: int = CALLS) -> None:
     """Each job again and again, in a thread of its own; raises what one of them raises."""
     errors: list[BaseException] = []
     start = threading.Barrier(len(jobs))
@@ -24,7 +28,7 @@ def together(*jobs: Callable[[], None]) -> None:
     def run(job: Callable[[], None]) -> None:
         try:
             start.wait()
-            for _ in range(CALLS):
+            for _ in range(calls):
                 job()
         except BaseException as error:
             errors.append(error)
@@ -95,6 +99,59 @@ def test_training_beside_an_evaluation() -> None:
         assert same(gradients(), alone)
 
     together(trains, gives(hat, x, 0, expected))
+
+
+@pytest.mark.parametrize("what", ["state_dict", "deepcopy", "save", "session"])
+def test_what_else_looks_at_the_tensors_waits_too(what: str, tmp_path: Path) -> None:
+    hat, x = differing("vit")
+    expected = outputs(hat, x, task=0)
+    state = {n: v.clone() for n, v in hat.state_dict().items()}
+    numbers = count()
+
+    def job() -> None:
+        if what == "session":
+            with hat.learning(1, schedule="constant") as run:
+                run.regularization()
+                hat.abandon_task()
+            return
+        other = hat
+        if what == "deepcopy":
+            other = copy.deepcopy(hat)
+        elif what == "save":
+            other = hatify.load(hatify.save(hat, tmp_path / str(next(numbers))))
+        found = other.state_dict()
+        assert all(same([found[n]], [v]) for n, v in state.items()), "another thread's values in a checkpoint"
+
+    together(job, gives(hat, x, 0, expected), calls=5 if what == "save" else CALLS)
+
+
+def test_a_checkpoint_that_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control."""
+    monkeypatch.delattr(HATModel, "state_dict")
+    hat, x = differing("vit")
+    state = {n: v.clone() for n, v in hat.state_dict().items()}
+
+    def job() -> None:
+        assert all(same([v], [state[n]]) for n, v in hat.state_dict().items())
+
+    with pytest.raises(AssertionError):
+        for _ in range(5):
+            together(job, lambda: outputs(hat, x, task=0))
+
+
+def test_an_error_at_its_beginning_leaves_no_session_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    hat, x = finished("vit")
+    before = outputs(hat, x, task=0)
+    for task in (0, 1):
+        with monkeypatch.context() as broken:
+            broken.setattr(Learning, "_remember_free", lambda run: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                hat.begin_task(task, schedule="constant")
+        assert hat._guard.session is None and hat.active_task is None and hat.finished_tasks == {0}
+        assert same(outputs(hat, x, task=0), before)
+    with hat.learning(1, schedule="constant"):
+        pass
+    assert hat.finished_tasks == {0, 1} and same(outputs(hat, x, task=0), before)
 
 
 @pytest.mark.parametrize("inner", [None, 0, 1])
