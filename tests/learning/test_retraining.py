@@ -210,6 +210,25 @@ def test_resuming_equals_not_stopping(name: str, task: int, optimizer: str, refr
         assert same_state(hat, other) and equal(outputs(hat, name, 2), outputs(other, name, 2))
 
 
+@pytest.mark.parametrize("name", [*SMALLEST, "resnet", "vit"])
+@pytest.mark.parametrize("refresh", [0, 8])
+def test_a_retraining_that_was_resumed_ends_like_one_that_was_not(name: str, refresh: int) -> None:
+    torch.manual_seed(0)  # some drop paths
+    kept, _ = trained(name, 0, 1)
+    torch.manual_seed(0)
+    hat, other = stopped_and_not(name, 0, OPTIMIZERS["AdamW"], refresh)
+    assert same_state(hat, other)
+    hat.finish_task()
+    other.finish_task()
+    assert same_state(hat, other) and hat.finished_tasks == other.finished_tasks == {0, 1}
+    assert equal(outputs(hat, name, 0), outputs(other, name, 0)) and not equal(outputs(hat, name, 0), outputs(kept, name, 0))
+    for one in (hat, other):
+        assert equal(outputs(one, name, 1), outputs(kept, name, 1))
+        with torch.no_grad():
+            seen = flatten(one.eval()(*inputs(name, 5, key=99), task=0))[0]
+        assert equal(list(seen), outputs(one, name, 0))
+
+
 def test_a_session_that_forgets_its_inputs_does_not_resume_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: statistics of the batches since the stop are others."""
     monkeypatch.setattr(Statistics, "resume", lambda *_: None)
