@@ -220,6 +220,8 @@ class Guard:
         training, finished = torch.is_grad_enabled(), task in self.protection.tasks
         if training and self._frozen:
             self._hook_unfrozen()
+        if training and self.session is not None and self.session.task == task:
+            self.session.called = True
         needed = self.protection.needed_by(task)
         if any(entry.elsewhere for entry in needed):
             self.follow()

@@ -114,6 +114,7 @@ class Learning:
         self.step = 0
         self.open = False
         self.retraining = False
+        self.called = False
         self.skipped_before = 0
         self.active_before: int | None = None
         self._scale = torch.zeros(())
@@ -353,6 +354,26 @@ class Learning:
     def before_step(self) -> None:
         """Called by the guard before every optimizer step."""
         self._masks.before()
+
+    def check_called(self, given: Iterable[nn.Parameter]) -> None:
+        """Whether some loss was one of the task: its copies have gradients (a larger module that is compiled with the network inside calls
+        nobody), or it was called with gradients on.
+
+        Args:
+            given: the network's parameters that have gradients.
+
+        Raises:
+            TaskError: neither was the case since the session began.
+        """
+        copies = {id(t) for t in self._view.copies(self.task) if isinstance(t, nn.Parameter) and t.requires_grad}
+        self.called = self.called or not copies or any(id(p) in copies for p in given)
+        if not self.called:
+            active = getattr(self.network, "active_task", None)
+            raise TaskError(
+                f"task {self.task} is being learned, and no call was one of it",
+                why=f"the active task is {active}" if hasattr(self.network, "active_task") else "no payload had its number",
+                fix=f"hat(x, task={self.task}), or HATPayload(x, task_id={self.task}, mask_scale=run.scale)",
+            )
 
     def stepped(self, optimizer: Optimizer) -> None:
         """Called by the guard after every optimizer step: the one that holds the first of the task's masks moves the scale on."""

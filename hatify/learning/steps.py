@@ -154,6 +154,7 @@ class Steps:
 
         Raises:
             NonFiniteError: a gradient is not finite, and such steps are not to be skipped.
+            TaskError: the session's task has not been called yet.
         """
         if self.guard.session is not None:
             self.guard.session.before_step()
@@ -169,6 +170,8 @@ class Steps:
         if found_inf is not None and bool(found_inf):
             return  # a gradient scaler's overflow: its fused step does nothing
         self._given[id(optimizer)] = given
+        if self.guard.session is not None and given:
+            self.guard.session.check_called(given)
         gradients = [p.grad for p in given]
         size = largest(gradients)
         if closure is None and not (size < math.inf or all_below(gradients, math.inf)):

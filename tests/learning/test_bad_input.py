@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW
 from training import SMALLEST, TASKS, inputs, learn, loss_of, network, step
 
 import hatify
-from hatify import HATModel
+from hatify import HATConfig, HATLinear, HATModel, HATPayload, Learning, TaskIndexedBatchNorm1d
 from hatify.calling import flatten
 from hatify.errors import HatifyError, NonFiniteError, TaskError
 
@@ -108,6 +108,39 @@ def test_options(hat: HATModel, label: str) -> None:
 def test_no_such_task(hat: HATModel, task: Any) -> None:
     with pytest.raises(TaskError, match="no task"):
         hat.learning(task=task, optimizer=optimizer(hat), steps_per_epoch=5)
+
+
+@pytest.mark.parametrize("other", [None, 0])
+def test_no_active_task_in_training(hat: HATModel, other: int | None) -> None:
+    """Somebody has put the active task back, and the loop names none: the step that would train nothing of the task is refused."""
+    hat = copy.deepcopy(hat)
+    optimizer = AdamW(hat.parameters(), lr=0.1)
+    with hat.learning(task=1, optimizer=optimizer, schedule="constant") as run:
+        hat.active_task = other
+        before = [p.detach().clone() for p in hat.parameters()]
+        with pytest.raises(TaskError, match="no call was one of it"):
+            step(hat, run, optimizer, inputs(NAME, 4))
+        assert all(map(torch.equal, before, hat.parameters())) and run.step == 0
+        step(hat, run, optimizer, inputs(NAME, 4), task=1)  # a call that names it
+        step(hat, run, optimizer, inputs(NAME, 4))  # and from there on others are the user's own business
+        assert run.step == 2
+
+
+def test_no_payload_of_the_task_in_training() -> None:
+    config = HATConfig(num_tasks=2)
+    net = nn.ModuleDict({"fc": HATLinear(6, 8, config), "norm": TaskIndexedBatchNorm1d(8, config=config)})
+    net.forward = lambda x: net["norm"](net["fc"](x))
+    optimizer = SGD(net.parameters(), lr=0.1)
+    with Learning(net, task=1, optimizer=optimizer, schedule="constant") as run:
+        for payload in (HATPayload(torch.randn(5, 6)), HATPayload(torch.randn(5, 6), task_id=1, mask_scale=run.scale)):
+            optimizer.zero_grad()
+            net(payload).data.square().sum().backward()
+            if payload.task_id is None:
+                with pytest.raises(TaskError, match="no payload had its number"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+    assert run.step == 1
 
 
 def test_a_task_number_may_be_one_of_numpys(hat: HATModel) -> None:
