@@ -29,7 +29,7 @@ def untraceable(error: Exception, model: nn.Module, root: nn.Module, called: Col
     found = CaptureError(
         f"{type(model).__name__} cannot be traced" + (": its control flow depends on data" if data_dependent else ""),
         where=line,
-        why=f"{type(error).__name__}: {first[:300]}",
+        why=f"{type(error).__name__}: {first.partition('(Size-like symbols')[0].strip()[:300]}",  # in any order
         fix=ways,
     )
     found.module = module

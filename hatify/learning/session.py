@@ -365,9 +365,13 @@ class Learning:
         Raises:
             TaskError: neither was the case since the session began.
         """
+        if self.called:
+            return
         copies = {id(t) for t in self._view.copies(self.task) if isinstance(t, nn.Parameter) and t.requires_grad}
-        self.called = self.called or not copies or any(id(p) in copies for p in given)
-        if not self.called:
+        masks = {id(e) for e in self._view.embeddings(self.task)}  # these have gradients of the regularization
+        trained = {id(p) for p in given} - masks
+        self.called = not copies or bool(trained & copies)
+        if trained and not self.called:
             active = getattr(self.network, "active_task", None)
             raise TaskError(
                 f"task {self.task} is being learned, and no call was one of it",

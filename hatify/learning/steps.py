@@ -170,7 +170,7 @@ class Steps:
         if found_inf is not None and bool(found_inf):
             return  # a gradient scaler's overflow: its fused step does nothing
         self._given[id(optimizer)] = given
-        if self.guard.session is not None and given:
+        if self.guard.session is not None and closure is None:  # a closure has still to call
             self.guard.session.check_called(given)
         gradients = [p.grad for p in given]
         size = largest(gradients)
