@@ -22,9 +22,8 @@ One file for each model: rungs, maskers, mask nodes, gates, fixed sizes, operato
 which each task has of its own; *tightness* is the share of locked weights that a finished
 task feels (an unlocked weight that it feels would be a leak, and no proof); *open* means that other image sizes or lengths are taken.
 
-Where slack was found: heads that are folded into the batch before they are compared (DeBERTa), so that their gates are not told apart;
-and, no fault of a lock, experts that no token of the example chose (Mixtral). Mamba's locks are wider than needed for two reasons of the
-rules: the zeros that a scan starts from take its gates from it, and asking for the size of a projection counts as reading all of it.
+Where slack was found: Mamba's scan starts from zeros, and what is multiplied by them counts as read (0 · inf is NaN), so that its steps are
+locked wherever they are live; and, no fault of a lock, experts that no token of the example chose (Mixtral).
 """
 
 
