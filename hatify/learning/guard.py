@@ -185,6 +185,11 @@ class Guard:
             self.refresh()
         return bool(self.protection.tasks) or self.session is not None
 
+    @property
+    def _watched(self) -> bool:
+        """Whether a write that changes nothing would do harm: other threads read, or a transform of ``torch.func`` forbids it."""
+        return self.turns.crowded or torch._C._functorch.peek_interpreter_stack() is not None
+
     def restore(self) -> None:
         """Puts every protected value back."""
         shard_again(self.module)
@@ -194,7 +199,7 @@ class Guard:
             if self.protection.elsewhere:
                 self.follow()
             self.steps.undo_broken()
-            self.protection.restore(look=self.turns.crowded)
+            self.protection.restore(look=self._watched)
 
     def before_forward(self, task: int | None, *, may_read: bool = False) -> Reading | None:
         """A finished task's outputs come from its own values, and a task in training sees what it will be finished with, whatever
@@ -235,7 +240,7 @@ class Guard:
         if agreed(float(not settled), (entry.tensor for entry in needed)):
             gathered = shard_again(self.module)  # what a forward pass has gathered is as old as the shards
             for entry in needed:
-                entry.restore(look=self.turns.crowded)
+                entry.restore(look=self._watched)
             self.steps.check_shared()
             for module in gathered:
                 module.unshard()

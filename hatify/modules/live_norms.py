@@ -84,6 +84,8 @@ class _Normalised(torch.autograd.Function):
     would be four. ``rstd`` and ``mean`` are results too, so that the backward pass can be differentiated again.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, eps: float, centred: bool, binary: bool

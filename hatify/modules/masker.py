@@ -63,6 +63,8 @@ def _sigmoid(x: Tensor) -> Tensor:
 class _SoftMask(torch.autograd.Function):
     """``sigmoid(s * e)`` with the compensated gradient, so that no hook can be lost and none is needed."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(embedding: Tensor, scale: Tensor, max_scale: float, max_embedding: float, max_exponent: float) -> Tensor:
         return _sigmoid(scale * embedding)

@@ -71,6 +71,8 @@ def _and(x: Tensor, bits: Tensor) -> Tensor:
 class _Kept(torch.autograd.Function):
     """:func:`kept`, differentiable."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, bits: Tensor) -> Tensor:
         return _and(x, bits)
@@ -97,6 +99,8 @@ class _Scaled(torch.autograd.Function):
 
     With ``y = x m`` the gradient of ``m`` is the sum of ``g x = g y / m``; where ``m`` is zero, that of a dead position, zero.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, mask: Tensor, bits: Tensor) -> Tensor:
