@@ -9,7 +9,7 @@ import sys
 import pytest
 import timm
 import torch
-from extracting import finished
+from extracting import extracts, finished
 from networks import NETWORKS
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -128,6 +128,31 @@ def test_heads_are_padded_to_the_widest() -> None:
     assert any(0 < s["live"] < s["kept"] < s["of"] for s in plain.extraction["slimmed"])
     inputs = network.inputs(4)
     assert close(outputs(hat, inputs, task=0), outputs(plain, inputs))
+
+
+class CalledTwice(torch.nn.Module):
+    """One layer on channels, and where what is cut lies along another of its dimensions."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.conv, self.layer, self.head = torch.nn.Conv2d(3, 6, 3, padding=1), layer, torch.nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        straight, crossed = self.layer(x), self.layer(x.transpose(1, 3)).transpose(1, 3)
+        return self.head(torch.cat([straight.mean((2, 3)), crossed.mean((2, 3))], 1))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [torch.nn.Conv2d(6, 6, 1), torch.nn.BatchNorm2d(6), torch.nn.PReLU(6), torch.nn.Linear(6, 6)],
+    ids=lambda m: m._get_name(),
+)
+def test_calls_of_one_layer_are_cut_alike(layer: torch.nn.Module) -> None:
+    """What one call needs whole is whole in the other."""
+    hat = hatify.convert(CalledTwice(layer), 1, example_inputs=torch.randn(2, 3, 6, 6), verify=False).eval()
+    finished(hat, 0, live=0.5)
+    extracts(hat, 0)
 
 
 @pytest.mark.parametrize("slim", [False, True])

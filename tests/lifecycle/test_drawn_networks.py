@@ -100,6 +100,8 @@ FOUND = {
     "every_other_channel": [Step("every_other"), Step("conv")],
     "alike_halves_change_places": [Step("activation"), Step("concatenate"), Step("halves_swapped"), Step("conv")],
     "channels_by_index": [Step("channels_by_index"), Step("batch_norm")],
+    "a_layer_on_itself_behind_a_constant": [Step("concatenate_constant"), Step("conv_twice")],
+    "a_layer_on_itself_behind_zeros": [Step("padded_channels"), Step("conv_twice")],
 }
 """What drawing found, or what a rule was added for."""
 

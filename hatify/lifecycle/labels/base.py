@@ -56,6 +56,7 @@ class Walk:
     def refuse(self, node: fx.Node, why: str) -> Any:
         """``node`` gets its operands whole."""
         self.dense.setdefault(node, why)
+        self.keep_layer(node)
         return self.whole(node)
 
     def uniform(self, held: Labelled) -> Tensor:
@@ -75,6 +76,12 @@ class Walk:
         """``labels``, tied to those that another call of the same layer has."""
         self.classes.tie(shelf.setdefault(id(self.plain.leaves[node.target]), labels), labels)
         return labels
+
+    def keep_layer(self, node: fx.Node) -> None:
+        """A layer that gets all its channels here keeps them all, for its other calls too."""
+        if node.op == "call_module":
+            for shelf in (self.rows, self.columns):
+                self.alike(shelf, node, live(1))
 
     def used_elsewhere(self, path: str) -> bool:
         """Whether a parameter of the layer at ``path`` is read by something else too."""

@@ -22,6 +22,7 @@ def weighted(walk: Walk, node: fx.Node, kind: Kind) -> Labelled:
     if x is not None and x.cut is not None and x.cut != dim:
         if x.cut > dim:
             return walk.refuse(node, "its input is cut along a dimension that it mixes")
+        walk.keep_layer(node)
         return along(walk.uniform(x), rank, x.cut)
     if site.path is None and site.meaning.groups not in (1, site.inputs):
         return walk.refuse(node, "groups of a weight that is used by function")

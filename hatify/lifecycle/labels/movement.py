@@ -12,6 +12,7 @@ from hatify.gates.rules.movement import VIEWS, is_index, move_tensor
 from hatify.gates.value import compress
 from hatify.lifecycle.kinds import Kind, call_of
 from hatify.lifecycle.labels.base import Labelled, Walk, live
+from hatify.lifecycle.labels.classes import ANY, LIVE
 
 RESHAPES = {*VIEWS, "reshape", "flatten", "unflatten", "view_as", "reshape_as", "squeeze", "unsqueeze"}
 JOINS = ("cat", "concat", "concatenate", "stack", "hstack", "vstack")
@@ -62,6 +63,7 @@ def _cut_of(walk: Walk, name: str, ids: Tensor, place: Tensor) -> Labelled | Non
     """Where a moved value is cut: where its channels went. A dimension that came apart is cut at its innermost part; None where the
     operator spread channels in another way."""
     ids, place = compress(ids)[0], compress(place, adopt=False)[0]
+    ids = torch.where(ids == ANY, LIVE, ids)  # constants beside channels, and zeros of a padding, stay: who meets them must, too
     dims = [d for d in range(place.dim()) if place.shape[d] > 1 and ids.shape[d] > 1]
     if not dims:
         walk.classes.tie(ids, live(1))  # one channel alone was taken: it stays

@@ -54,6 +54,7 @@ class Labels(Walk):
         if seen.constant and not seen.parts and kind.family != "mask":
             return Labelled(torch.full((1,) * len(seen.shape), ANY), None)
         if node in self.dense or kind.family not in RULES:
+            self.keep_layer(node)
             return self.whole(node)
         return RULES[kind.family](self, node, kind)
 
