@@ -35,7 +35,7 @@ def moved_back(
         return value.ids  # of an empty result there may be more at another size
     views = _views(call, value)
     need = _gathered(call, results, value) if views is None else _needs_of_views(value, views, [need for _, need in results])
-    moving = [*open_places(call), *(_regrouped(sizes, after[0], results[0][1]) if call.name in REGROUPING else ())]
+    moving = [*open_places(call), *(_regrouped(value, sizes, after[0], results[0][1]) if call.name in REGROUPING else ())]
     for dim, size in enumerate(sizes):
         if dim in moving:
             need = table.or_along(need, dim)
@@ -66,10 +66,11 @@ def reduced_back(table: GateTable, call: Call, need: Tensor, value: Value) -> Te
     return need if all(n in (1, size) for n, size in zip(need.shape, value.shape)) else value.ids
 
 
-def _regrouped(before: Sequence, after: Sequence, need: Tensor) -> list[int]:
+def _regrouped(value: Value, before: Sequence, after: Sequence, need: Tensor) -> list[int]:
     """The dimensions that a reshape takes apart or puts together with one whose size is open: what was next to what depends on it.
 
-    It does not where what is needed repeats in the parts that both sides count in: heads that are put next to the batch.
+    It does not where what is needed repeats in the parts that both sides count in: heads that are put next to the batch. Those
+    dimensions stay apart along which gates differ.
     """
     found, left, right = [], list(enumerate(before)), list(enumerate(after))
     while left or right:
@@ -88,8 +89,9 @@ def _regrouped(before: Sequence, after: Sequence, need: Tensor) -> list[int]:
                 others.append(size)
             else:
                 break
-        if any(is_open_size(size) for size in (*sizes, *others)) and not _counts_alike(sizes, others, places, need):
-            found += dims
+        if any(is_open_size(size) for size in (*sizes, *others)):
+            apart = _counts_alike(sizes, others, places, need)
+            found += [dim for dim in dims if not (apart and value.varies(dim))]
     return found
 
 
