@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from hatify.calling import Signature, flatten
 from hatify.capture.captured import Captured
 from hatify.capture.enclosed import clear_regions, enclose, written_across
-from hatify.capture.functional import line_of_write, make_functional, mutated, written_through_leaves
+from hatify.capture.functional import line_of_write, make_functional, mutated, written_parameters, written_through_leaves
 from hatify.capture.questions import noted_questions
 from hatify.capture.reading import read_program
 from hatify.capture.refusals import untraceable, writes_parameter
@@ -111,6 +111,9 @@ def _export_once(
         if writes is None:  # writes through views: PyTorch's own functionalisation
             line = written_across(captured.graph)
             if line is not None or not enclose(program):
+                names = written_parameters(captured.graph, parameters)
+                if names:
+                    raise writes_parameter(names, line_of_write(captured.graph, parameters))
                 raise CaptureError(
                     f"{type(model).__name__} writes through views, and shares memory with a region of torch.no_grad() or torch.autocast()",
                     where=line,

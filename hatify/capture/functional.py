@@ -112,6 +112,13 @@ def looked_at(graph: fx.Graph) -> tuple[_Aliases, list[fx.Node]]:
     return groups, inplace
 
 
+def written_parameters(graph: fx.Graph, parameters: set[str]) -> list[str]:
+    """The parameters, by name, whose memory is written."""
+    groups, inplace = looked_at(graph)
+    written = {alias for n in inplace for alias in groups.of(mutated(n))}
+    return [n.target for n in graph.nodes if n.op == "get_attr" and n.target in parameters and n in written]
+
+
 def line_of_write(graph: fx.Graph, parameters: set[str]) -> str | None:
     """The source line that first writes into memory of a parameter."""
     groups, inplace = looked_at(graph)
