@@ -116,7 +116,8 @@ def _export_once(
                     raise writes_parameter(names, line_of_write(captured.graph, parameters))
                 raise CaptureError(
                     f"{type(model).__name__} writes through views, and shares memory with a region of torch.no_grad() or torch.autocast()",
-                    where=line,
+                    where=line or next((n.meta["line"] for n in captured.graph.nodes if mutated(n) is not None), None),
+                    why="made functional, the write would be lost to the region, or the region to the write",
                     fix="write x = x.op() instead of x.op_() there, or clone() what the region is given",
                 )
             with _quiet():

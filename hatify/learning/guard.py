@@ -54,7 +54,7 @@ class Guard:
         self.turns = Turns()
         self.free: FreeWeights | None = None
         self._hooks: list[Any] = []
-        self._frozen: list[Locked] = []
+        self._unhooked: list[Locked] = []
         self._opened = False
         self._stale = False
         self._stepped = False
@@ -162,20 +162,20 @@ class Guard:
         self._readings.clear()
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._frozen = [], []
+        self._hooks, self._unhooked = [], []
         for entry in self.protection:
             parameter = entry.tensor
             if not (isinstance(parameter, nn.Parameter) and parameter.is_leaf and parameter.dtype.is_floating_point):
                 continue
             if parameter.grad is not None:
                 parameter.grad = entry.mask_gradient(parameter.grad)
-            self._frozen.append(entry)
-        self._hook_unfrozen()
+            self._unhooked.append(entry)
+        self._hook_what_learns()
 
-    def _hook_unfrozen(self) -> None:
-        """Hooks what takes gradients: what was frozen before may do so now."""
-        for entry in [e for e in self._frozen if e.tensor.requires_grad]:
-            self._frozen.remove(entry)
+    def _hook_what_learns(self) -> None:
+        """Hooks what takes gradients: what was frozen before may do so by now."""
+        for entry in [e for e in self._unhooked if e.tensor.requires_grad]:
+            self._unhooked.remove(entry)
             self._hooks.append(entry.tensor.register_post_accumulate_grad_hook(_masking(entry)))
 
     @property
@@ -223,8 +223,8 @@ class Guard:
             self.steps.computes_in(torch.get_autocast_dtype(device))
         self.steps.undo_broken()
         training, finished = torch.is_grad_enabled(), task in self.protection.tasks
-        if training and self._frozen:
-            self._hook_unfrozen()
+        if training and self._unhooked:
+            self._hook_what_learns()
         if training and self.session is not None and self.session.task == task:
             self.session.called = True
         needed = self.protection.needed_by(task)

@@ -19,6 +19,7 @@ from hatify.lifecycle.picture import Picture
 from hatify.lifecycle.plain import specialise
 from hatify.lifecycle.slimming import slim_down
 from hatify.model import HATModel
+from hatify.modules.numbers import task_number
 from hatify.proof.differences import difference
 from hatify.proof.inputs import input_batches
 from hatify.structure import unflatten
@@ -106,8 +107,11 @@ def _finished(hat: Any, task: Any) -> int:
             fix="with hat.learning(task=0, optimizer=optimizer) as run: ... finishes it; then hatify.extract(hat, 0)",
         )
     tasks = hat.config.num_tasks
-    if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < tasks:
-        raise TaskError(f"no task {task!r}", why=f"the model has the tasks 0 to {tasks - 1}", fix=f"hatify.extract(hat, {done[0]})")
+    asked, task = task, task_number(task)
+    if not 0 <= task < tasks:
+        raise TaskError(
+            f"no task {asked!r}", why=f"the model has the tasks 0 to {tasks - 1}", fix=f"hatify.extract(hat, {done[0]})"
+        )
     if task not in done:
         raise TaskError(
             f"task {task} is not finished",

@@ -13,6 +13,7 @@ from hatify.learning.network import Network, network_of
 from hatify.learning.session import guard_of
 from hatify.lifecycle.forgotten import Count, Forgotten
 from hatify.lifecycle.initial import default, drawn, drawn_copy, initialiser
+from hatify.modules.numbers import task_number
 
 RESETS = ("initial", "pretrained")
 
@@ -55,7 +56,7 @@ def forget_task(
     1184
     """
     network = network_of(hat)
-    _check_known(network, [task], "hatify.forget_task(hat, task), of one of these")
+    (task,) = _check_known(network, [task], "hatify.forget_task(hat, task), of one of these")
     _check_closed(hat)
     if task not in network.finished | network.begun:
         raise TaskError(
@@ -85,8 +86,7 @@ def prune(
     network = network_of(hat)
     kept, finished = list(keep), network.finished
     stay = sorted(t for t in finished if t in kept) or sorted(finished)
-    _check_known(network, kept, f"hatify.prune(hat, keep={stay})")
-    kept = set(kept)
+    kept = set(_check_known(network, kept, f"hatify.prune(hat, keep={stay})"))
     _check_closed(hat)
     if not kept:
         raise TaskError(
@@ -103,13 +103,13 @@ def prune(
     return _forget(network, sorted(finished - kept), dry_run, reset, state_dict)
 
 
-def _check_known(network: Network, tasks: list[int], fix: str) -> None:
-    """Whether there are such tasks. No number is suggested that was not asked for: what is forgotten is gone.
+def _check_known(network: Network, tasks: list[int], fix: str) -> list[int]:
+    """The tasks, which there are, as numbers of Python's own. No number is suggested that was not asked for: what is forgotten is gone.
 
     Raises:
         TaskError: there are not.
     """
-    unknown = [t for t in tasks if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < network.tasks]
+    unknown = [t for t in tasks if not 0 <= task_number(t) < network.tasks]
     if unknown:
         trained = sorted(network.finished | network.begun)
         raise TaskError(
@@ -117,6 +117,7 @@ def _check_known(network: Network, tasks: list[int], fix: str) -> None:
             why=f"the network has the tasks 0 to {network.tasks - 1}; trained are {trained or 'none'}",
             fix=fix if trained else None,
         )
+    return [task_number(t) for t in tasks]
 
 
 def _check_closed(hat: nn.Module) -> None:

@@ -158,6 +158,10 @@ def test_a_task_number_may_be_one_of_numpys(hat: HATModel) -> None:
     assert hat.finished_tasks == {0, 1}
     with torch.no_grad():
         assert torch.equal(flatten(hat(*x, task=task))[0][0], flatten(hat(*x, task=1))[0][0])
+    hatify.extract(hat, task)
+    hatify.prune(hat, keep=[task])
+    hatify.forget_task(hat, task)
+    assert hat.finished_tasks == set()
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 1.5, math.nan, math.inf, True, "much"])

@@ -70,7 +70,7 @@ def test_masks_move_alike_whichever_optimizers_hold_them() -> None:
 def test_gradients_of_what_is_unfrozen_are_masked(hooked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clipping sees what will be applied, also of what was frozen when the earlier task was finished."""
     if not hooked:
-        monkeypatch.setattr(Guard, "_hook_unfrozen", lambda guard: None)
+        monkeypatch.setattr(Guard, "_hook_what_learns", lambda guard: None)
     hat = network(NAME)
     optimizer = SGD(hat.parameters(), lr=0.05)
     hat.requires_grad_(False)
