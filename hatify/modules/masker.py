@@ -79,8 +79,8 @@ class _SoftMask(torch.autograd.Function):
         embedding, scale, mask = ctx.saved_tensors
         wide = _alike(torch.cosh, (scale * embedding).clamp(-ctx.max_exponent, ctx.max_exponent)) + 1
         narrow = _alike(torch.cosh, embedding.clamp(-ctx.max_embedding, ctx.max_embedding)) + 1
-        # dm/de = s m (1 - m); times equation 3, whose 1 / s cancels. 1 - m would be zero where m is rounded to one
-        return gradient * mask * _alike(torch.sigmoid, -scale * embedding) * ctx.max_scale * wide / narrow, None, None, None, None
+        # dm/de = s m (1 - m); times equation 3, whose 1 / s cancels
+        return gradient * mask * (1 - mask) * ctx.max_scale * wide / narrow, None, None, None, None
 
 
 def soft_mask(embedding: Tensor, scale: float | Tensor, config: HATConfig) -> Tensor:
@@ -88,7 +88,7 @@ def soft_mask(embedding: Tensor, scale: float | Tensor, config: HATConfig) -> Te
 
     The gradient of ``e`` is multiplied by ``s_max (cosh(s e) + 1) / (s (cosh(e) + 1))``, with ``s e`` clamped to
     ``config.max_exponent`` and ``e`` to ``config.max_embedding``, so that a mask learns as fast where it is nearly binary. Masks below
-    :data:`LEAST` are zero, and have no gradient. Those that float32 rounds to one, for ``s e`` above 17, have theirs, unlike in the paper's code.
+    :data:`LEAST` are zero, and have no gradient; nor have those that float32 rounds to one, for ``s e`` above 17, as in the paper's code.
     """
     embedding = embedding.float()
     if not config.gradient_compensation:

@@ -108,9 +108,10 @@ def test_a_session_multiplies_by_its_weight() -> None:
 
 
 def compensated(embedding: Tensor, scale: float, config: HATConfig) -> Tensor:
-    """Equation 3 in float64, of the gradient of a sum of masks."""
-    e = embedding.detach().double()
-    q = scale * torch.sigmoid(scale * e) * torch.sigmoid(-scale * e)
+    """Equation 3 in float64, of the gradient that autograd gives to the sum."""
+    e = embedding.detach().double().requires_grad_()
+    (q,) = torch.autograd.grad(torch.sigmoid(scale * e).sum(), e)
+    e = e.detach()
     wide = torch.cosh((scale * e).clamp(-config.max_exponent, config.max_exponent)) + 1
     narrow = torch.cosh(e.clamp(-config.max_embedding, config.max_embedding)) + 1
     return (config.max_mask_scale * wide / (scale * narrow) * q).float()
@@ -119,10 +120,10 @@ def compensated(embedding: Tensor, scale: float, config: HATConfig) -> Tensor:
 @pytest.mark.parametrize("clamps", [(6.0, 50.0), (1.5, 4.0), (0.5, 80.0)])
 @pytest.mark.parametrize("scale", [0.01, 0.5, 3.0, 20.0])
 def test_compensation_is_equation_3(scale: float, clamps: tuple[float, float]) -> None:
-    """Both clamps included, and where float32 has no numbers between the mask and 1; above the point where masks are zero."""
+    """Both clamps included; below the point where float32 has no numbers between the mask and 1, and above that where masks are zero."""
     config = HATConfig(max_mask_scale=100.0, max_embedding=clamps[0], max_exponent=clamps[1])
     embedding = torch.linspace(-8, 8, 33)
-    embedding = embedding[scale * embedding < 80].requires_grad_()
+    embedding = embedding[scale * embedding < 10].requires_grad_()
     mask = soft_mask(embedding, scale, config)
     mask.sum().backward()
     expected = compensated(embedding, scale, config)
