@@ -4,6 +4,7 @@
     python benchmarks/overhead.py resnet18@32x32 --threads 2 --rounds 15 --json
     python benchmarks/overhead.py vit_tiny_patch16_224:depth=24@224x2 --measure train,eval --tasks 1,10,100
     python benchmarks/overhead.py resnet18@32x32 --compile    # both compiled
+    python benchmarks/overhead.py resnet18@32x32 --profile    # and what the difference is spent on, by operator
 
 A model is timm's name (or ``bert``: a small transformers BERT), arguments of its constructor, image size or tokens, and batch size.
 
@@ -90,6 +91,11 @@ def prepared(model: nn.Module, inputs: torch.Tensor, tasks: int) -> hatify.HATMo
     return hat
 
 
+def clock_of() -> Callable[[], float]:
+    """Seconds; of one thread those of the processor, in which other processes do not count."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def ratios(rounds: int, original: Callable[[], None], converted: Callable[[], None]) -> dict[str, float]:
     """Median and quartiles of converted / original over interleaved rounds, after two of warming up."""
 
@@ -98,13 +104,26 @@ def ratios(rounds: int, original: Callable[[], None], converted: Callable[[], No
         run()
         return clock() - start
 
-    # one thread: processor time, in which other processes do not count
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-
+    clock = clock_of()
     pairs = [(seconds(original), seconds(converted)) for _ in range(rounds + 2)][2:]
     found = [b / a for a, b in pairs]
     low, middle, high = statistics.quantiles(found, n=4)
     return {"ratio": middle, "low": low, "high": high, "original_ms": 1e3 * statistics.median(a for a, _ in pairs)}
+
+
+def spent(run: Callable[[], None], times: int = 5) -> dict[str, float]:
+    """Milliseconds of a run by operator, that of others called within left out; ``Python and the rest`` is what no operator takes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    clock = clock_of()
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        start = clock()
+        for _ in range(times):
+            run()
+        took = clock() - start
+    found = {event.key: event.self_cpu_time_total / 1e3 / times for event in recorded.key_averages()}
+    return {**found, "Python and the rest": 1e3 * took / times - sum(found.values())}
 
 
 def peak_of(step: Callable[[], None]) -> int:
@@ -121,7 +140,9 @@ def peak_of(step: Callable[[], None]) -> int:
     return highest
 
 
-def measure(name: str, tasks: int, rounds: int, wanted: Collection[str] = MEASURES, compiled: bool = False) -> dict[str, Any]:
+def measure(
+    name: str, tasks: int, rounds: int, wanted: Collection[str] = MEASURES, compiled: bool = False, profiled: bool = False
+) -> dict[str, Any]:
     """The wanted figures of one model."""
     torch.manual_seed(0)
     model, inputs = build(name)
@@ -129,6 +150,12 @@ def measure(name: str, tasks: int, rounds: int, wanted: Collection[str] = MEASUR
     labels = torch.randint(0, CLASSES, (len(inputs),))
     current = min(2, tasks - 1)
     found: dict[str, Any] = {"model": name, "tasks": tasks, "threads": torch.get_num_threads()}
+
+    def compare(key: str, rounds: int, original: Callable[[], None], converted: Callable[[], None]) -> None:
+        found[key] = ratios(rounds, original, converted)
+        if profiled:
+            before, after = spent(original), spent(converted)
+            found[key]["more_ms"] = {name: after.get(name, 0.0) - before.get(name, 0.0) for name in {**before, **after}}
 
     def step(network: Callable, optimizer: Any, extra: Callable[[], Any]) -> Callable[[], None]:
         def run() -> None:
@@ -151,7 +178,7 @@ def measure(name: str, tasks: int, rounds: int, wanted: Collection[str] = MEASUR
         mine = make(hat.parameters())
         run = hat.begin_task(current, mine, steps_per_epoch=1000)
         plain, converted = step(networks[0], make(model.parameters()), lambda: 0.0), step(networks[1], mine, run.regularization)
-        found[key] = ratios(rounds, plain, converted)
+        compare(key, rounds, plain, converted)
         if key == "train":
             for parameter in (*model.parameters(), *hat.parameters()):
                 parameter.grad = None  # freed within the step, they would count or not, as the allocator remembers them
@@ -163,8 +190,17 @@ def measure(name: str, tasks: int, rounds: int, wanted: Collection[str] = MEASUR
     with torch.no_grad():
         for key, task in calls.items():
             if key in wanted:
-                found[key] = ratios(2 * rounds, lambda: networks[0](inputs), lambda task=task: networks[1](inputs, **task))
+                compare(key, 2 * rounds, lambda: networks[0](inputs), lambda task=task: networks[1](inputs, **task))
     return found
+
+
+def explain(found: dict[str, Any]) -> None:
+    """Prints the operators that a converted model spends most more on, and least."""
+    for key in MEASURES:
+        more = sorted(found.get(key, {}).get("more_ms", {}).items(), key=lambda item: -item[1])
+        shown = [f"{name} {ms:+.1f}" for name, ms in (*more[:10], *more[-3:])]
+        if shown:
+            print(f"  {key}, {found[key]['original_ms']:.0f} ms: " + ", ".join(shown), flush=True)
 
 
 def main() -> None:
@@ -175,6 +211,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--measure", default=",".join(MEASURES), help="some of " + ", ".join(MEASURES))
     parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True) of both")
+    parser.add_argument("--profile", action="store_true", help="milliseconds more or less than the original, by operator")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     wanted = given.measure.split(",")
@@ -183,7 +220,7 @@ def main() -> None:
         print(f"{'model':36} tasks  train              decay              eval               none               memory")
     for name in given.models:
         for tasks in (int(t) for t in given.tasks.split(",")):
-            found = measure(name, tasks, given.rounds, wanted, given.compile)
+            found = measure(name, tasks, given.rounds, wanted, given.compile, given.profile)
             if given.json:
                 print(json.dumps(found), flush=True)
                 continue
@@ -193,6 +230,7 @@ def main() -> None:
             ]
             cells.append(f"{found['memory']['ratio']:.3f}" if "memory" in found else "-")
             print(f"{name:36} {tasks:5}  " + "  ".join(cells), flush=True)
+            explain(found)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ class HubMethods(ModelHubMixin, library_name="hatify", tags=["continual-learning
             local_files_only=local_files_only,
             token=token,
         )
-        with tempfile.TemporaryDirectory(dir=Path(snapshot).parent) as plain:
+        beside = Path(snapshot).parent
+        with tempfile.TemporaryDirectory(dir=beside if os.access(beside, os.W_OK) else None) as plain:
             _without_links(Path(snapshot), Path(plain))
             return load(plain, **options)
 

@@ -71,3 +71,25 @@ def test_what_is_pushed_can_be_pulled_through_the_links_of_the_cache(hat, tmp_pa
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda *args, **options: str(snapshot / "config.json"))
     same(hat, hatify.HATModel.from_pretrained("me/model"))
     assert os.listdir(snapshot.parent) == ["main"]
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_the_cache_of_the_hub_is_read_offline(hat, tmp_path, monkeypatch, writable):
+    """As huggingface_hub lays it out and finds it again, with relative links; a shared one may be read-only."""
+    revision = "0" * 40
+    repository = tmp_path / "cache" / "models--me--model"
+    saved, snapshot = hat.save_pretrained(tmp_path / "saved"), repository / "snapshots" / revision
+    assert saved is None
+    shutil.copytree(tmp_path / "saved", repository / "blobs")
+    snapshot.mkdir(parents=True)
+    for name in os.listdir(repository / "blobs"):
+        (snapshot / name).symlink_to(os.path.join("..", "..", "blobs", name))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+
+    made, original = [], os.link
+    monkeypatch.setattr(os, "access", lambda path, mode, **options: writable)  # root may write anywhere
+    monkeypatch.setattr(os, "link", lambda source, target: (made.append(target), original(source, target)))
+    same(hat, hatify.HATModel.from_pretrained("me/model", cache_dir=tmp_path / "cache", local_files_only=True))
+    assert made and all((repository in target.parents) == writable for target in made)
+    assert os.listdir(repository / "snapshots") == [revision]
