@@ -14,6 +14,8 @@ from hatify.zoo.entry import Entry
 
 SMALLEST = Path(__file__).with_name("timm_smallest.json")
 """What :func:`smallest_models` found, since it takes minutes: family -> name."""
+LARGE = 512
+"""Pixels of a side. A proof holds the activations of several training steps; with larger images they are more than a desk has."""
 _DROPS = ({"drop_path_rate": 0.1, "drop_rate": 0.1}, {"drop_rate": 0.1}, {})
 
 
@@ -21,7 +23,18 @@ def entries() -> Iterator[Entry]:
     """Every name of timm's registry."""
     for family, names in families().items():
         for name in names:
-            yield Entry("timm", name, family, partial(build, name))
+            yield Entry("timm", name, family, partial(build, name), size(name))
+
+
+def size(name: str) -> int | None:
+    """The side of the images to try a name with: the smallest that timm says it takes, where its own are larger than :data:`LARGE`."""
+    import timm
+
+    config = timm.models.get_pretrained_cfg(name)
+    if config is None or config.fixed_input_size or not config.min_input_size or max(config.input_size[1:]) <= LARGE:
+        return None
+    height, width = config.min_input_size[1:]
+    return height if height == width else None
 
 
 def representatives() -> dict[str, str]:
