@@ -67,3 +67,16 @@ def test_the_smallest_models_are_the_smallest() -> None:
     for family in ("starnet", "pit", "visformer", "tnt"):
         assert chosen[family] == from_timm.smallest(families[family])
     assert from_timm.smallest(["resnet34", "resnet18", "resnet50"]) == "resnet18"
+
+
+def test_large_images_are_the_smallest_that_timm_names() -> None:
+    import timm
+
+    for entry in from_timm.entries():
+        config = timm.models.get_pretrained_cfg(entry.name)
+        if entry.size is not None:
+            assert (entry.size, entry.size) == config.min_input_size[1:] and max(config.input_size) > 512
+    assert from_timm.size("gemma4_vit_167m") == 96
+    assert from_timm.size("resnet50") is None, "its own images are small"
+    assert from_timm.size("vit_large_patch14_dinov2") is None, "takes no others"
+    assert from_timm.size("vit_base_patch16_sapiens2") is None, "not square"

@@ -88,8 +88,8 @@ def soft_mask(embedding: Tensor, scale: float | Tensor, config: HATConfig) -> Te
 
     The gradient of ``e`` is multiplied by ``s_max (cosh(s e) + 1) / (s (cosh(e) + 1))``, with ``s e`` clamped to
     ``config.max_exponent`` and ``e`` to ``config.max_embedding``, so that a mask learns as fast where it is nearly binary. Masks below
-    :data:`LEAST` are zero, and have no gradient; nor have those that float32 rounds to one, for ``s e`` above 17, as in the paper's code: the gradient that
-    equation 3 has for them costs batches (README, table 1).
+    :data:`LEAST` are zero, and have no gradient; nor have those that float32 rounds to one, for ``s e`` above 17, as in the paper's
+    code: with the gradient that equation 3 has for them masks take more batches (README, table 1).
     """
     embedding = embedding.float()
     if not config.gradient_compensation:
