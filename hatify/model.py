@@ -292,6 +292,13 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
         copied._guard.refresh()
         return copied
 
+    def __copy__(self) -> HATModel:
+        raise HatifyError(
+            "a HAT model has no shallow copy",
+            why="it would share the weights and not what protects them",
+            fix="copy.deepcopy(hat)",
+        )
+
     def __reduce__(self):
         raise HatifyError(
             "a HAT model is not pickled",

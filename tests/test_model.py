@@ -76,6 +76,21 @@ def test_other_dtypes_give_what_the_original_gives_there(dtype):
     assert hat(x, task=1).dtype == dtype
 
 
+def test_there_is_no_shallow_copy(hat):
+    """It would be a plain graph module that protects nothing."""
+    with pytest.raises(HatifyError, match="deepcopy"):
+        copy.copy(hat)
+
+
+def test_synchronised_norms_are_made_before(hat):
+    """The order that the README asks for."""
+    made = hatify.convert(nn.SyncBatchNorm.convert_sync_batchnorm(small()), 2, example_inputs=torch.randn(2, 3, 8, 8)).eval()
+    assert isinstance(made[1], nn.SyncBatchNorm) and isinstance(made[1], TaskIndexed)
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in made[1].tasks)
+    x = torch.randn(4, 3, 8, 8)
+    assert torch.equal(made(x), hat.eval()(x))
+
+
 def test_a_deepcopy_is_another_model(hat):
     copied = copy.deepcopy(hat)
     x = torch.randn(2, 3, 8, 8)
