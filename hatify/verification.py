@@ -141,10 +141,13 @@ def _measure(hat: HATModel, without_locks: Sequence[str], without_masks: Sequenc
         notes.append("loaded without the original's code, so parity is not measured: hatify.load(directory, factory=make_model)")
     else:
         parity = measure_parity(hat, batches, seed, notes)
+        batches = parity.served or batches
     seconds["parity"] = time.perf_counter() - start
     start = time.perf_counter()
     for attempt in range(SEEDS):
-        drift, control = drift_and_control(hat, [batches[0], *batches[2:]], without_locks, without_masks, seed + attempt, notes)
+        drift, control = drift_and_control(
+            hat, [batches[0], *batches[1:][-1:]], without_locks, without_masks, seed + attempt, notes
+        )
         if drift != 0.0 or control != 0.0:  # masks may leave one channel of a narrow layer, which hides everything: draw again
             break
     seconds["drift"] = time.perf_counter() - start

@@ -32,3 +32,21 @@ def test_norms_over_a_batch_of_one_are_not_asked_for_in_train_mode() -> None:
     proof = hatify.verify(hat)
     assert hat.train_graph is not None and proof.ok and proof.batch_sizes == [2, 3, 1]
     assert not hatify.verify(hat, without_locks=["conv.weight"]).ok
+
+
+class Pairs(nn.Module):
+    """One answer for every two rows of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x).relu().reshape(x.shape[0] // 2, 2, 16).mean(1))
+
+
+def test_batches_that_the_original_does_not_take_are_left_out() -> None:
+    hat = hatify.convert(Pairs(), 3, example_inputs=torch.randn(4, 8))
+    proof = hatify.verify(hat)
+    assert proof.ok and proof.batch_sizes == [4] and sum("itself fails at batch size" in note for note in proof.notes) == 2
+    assert not hatify.verify(hat, without_locks=["layer.weight"]).ok

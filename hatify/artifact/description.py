@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,9 +22,9 @@ from ..verification import VerificationReport
 from .expressions import guard_from, guard_to
 from .fields import Fields, typed
 from .gates import TABLE, Ids, StoredIds, table_from, uses_from, uses_to
-from .graphs import graph_from, graph_to
+from .graphs import check_places, graph_from, graph_to
 from .layers import LayerReader, LayerWriter
-from .lowered import Recipe
+from .lowered import BY_ITEM, Recipe
 from .lowering import lower_layers
 from .meanings import meaning_from, meaning_to
 from .own_code import describe_own_code, own_code_from
@@ -221,10 +221,10 @@ class Rebuilt:
             own_tree.fill_on_meta()
             held += own_tree.modules()
         for recipe, part in zip(recipes, fields.at("recipes").items()):
-            user = next((m for m in held if getattr(m, "recipe", None) is recipe), None)
-            if user is None:
+            users = [m for m in held if vars(m).get("recipe") is recipe]
+            if not users:
                 raise part.wrong("a recipe of no layer", "one that a layer names")
-            _recipe_body(recipe, part, user)
+            _recipe_body(recipe, part, users)
         root = self.tree.root
         self.graphs = {name: graph_from(part, root) for name, part in fields.at("graphs").pairs()}
         _check_modes(fields, self.graphs)
@@ -299,7 +299,7 @@ class Rebuilt:
         part = own.at("recipe")
         if part.data is not None:
             recipe = _recipe_head(part, classes)
-            _recipe_body(recipe, part, tree.root)
+            _recipe_body(recipe, part, [tree.root])
         return own_code_from(tree, recipe, own, original.list("names", str))
 
     def _room(self) -> str:
@@ -391,9 +391,12 @@ def _recipe_head(fields: Fields, classes: Mapping[str, type]) -> Recipe:
     )
 
 
-def _recipe_body(recipe: Recipe, fields: Fields, user: nn.Module) -> None:
-    """Its graphs, over the tensors and modules of one that uses it."""
-    recipe.graphs = {mode: graph_from(part, user) for mode, part in fields.at("graphs").pairs()}
+def _recipe_body(recipe: Recipe, fields: Fields, users: Sequence[nn.Module]) -> None:
+    """Its graphs, over the tensors and modules of those that use it."""
+    for mode, part in fields.at("graphs").pairs():
+        recipe.graphs[mode] = graph_from(part, users[0], BY_ITEM)
+        for user in users[1:]:
+            check_places(part, recipe.graphs[mode], user, BY_ITEM)
     _check_modes(fields, recipe.graphs)
     _check_calls(fields, recipe.graphs, recipe.outputs, len(recipe.signature.names))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 import unicodedata
+from collections.abc import Collection
 from typing import Any
 
 from torch import fx, nn
@@ -13,7 +14,7 @@ from .constants import constant_from, constant_to
 from .fields import Fields
 from .operators import ATTRIBUTES, operator_from, operator_name
 
-__all__ = ["graph_from", "graph_to"]
+__all__ = ["check_places", "graph_from", "graph_to"]
 
 OPS = ("placeholder", "get_attr", "call_module", "call_function", "output")
 NOTES = ("scope", "line", "gates", "norm")
@@ -65,14 +66,18 @@ def _not_stored(node: fx.Node, where: str, why: str, target: Any) -> ArtifactErr
     )
 
 
-def graph_from(fields: Fields, root: nn.Module) -> fx.Graph:
+def graph_from(fields: Fields, root: nn.Module, hidden: Collection[str] | None = None) -> fx.Graph:
     """The graph over the modules and tensors of ``root``.
+
+    Args:
+        hidden: children of ``root`` that its code asks for by ``self["name"]``; None: all that need it.
 
     Raises:
         ArtifactError: an operator, a reference, a name or a constant that does not belong there.
     """
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
+    arguments: set[str] = set()
 
     def known(name: str) -> fx.Node:
         if name not in nodes:
@@ -83,7 +88,7 @@ def graph_from(fields: Fields, root: nn.Module) -> fx.Graph:
     for number, entry in enumerate(entries):
         entry.only("name", "op", "target", "args", "kwargs", *NOTES)
         op, name = entry.at("op").one_of(*OPS), entry.get("name", str)
-        if not name.isidentifier() or keyword.iskeyword(name) or name in nodes or len(name) > 1000:
+        if not _is_argument(name) or name in nodes or len(name) > 1000:
             raise entry.at("name").wrong(repr(name[:60]), "a new identifier")
         if (op == "output") != (number == len(entries) - 1):
             raise entry.at("op").wrong(repr(op), "one output, at the end")
@@ -93,8 +98,8 @@ def graph_from(fields: Fields, root: nn.Module) -> fx.Graph:
             kwargs = entry.at("kwargs").decoded(lambda k: constant_from({"dict": k}, known), "keywords")
             if not all(_is_argument(word) for word in kwargs):
                 raise entry.at("kwargs").wrong(str([*kwargs])[:60], "names of arguments")
-        target = _target(entry, op, args, kwargs, root, name)
-        if op == "placeholder" and any(n.op == op and n.target == target for n in graph.nodes):
+        target = _target(entry, op, args, kwargs, root, hidden)
+        if op == "placeholder" and (target in arguments or arguments.add(target)):
             raise entry.at("target").wrong(repr(target[:60]), "an argument of its own")
         node = graph.create_node(op, target, args, kwargs, name=name)
         if node.name != name:
@@ -112,7 +117,7 @@ def _is_argument(name: str) -> bool:
     return plain and name.isidentifier() and not keyword.iskeyword(name) and name != "self"
 
 
-def _target(entry: Fields, op: str, args: tuple, kwargs: dict[str, Any], root: nn.Module, name: str) -> Any:
+def _target(entry: Fields, op: str, args: tuple, kwargs: dict[str, Any], root: nn.Module, hidden: Collection[str] | None) -> Any:
     if op == "output":
         if entry.has("target") or kwargs or len(args) != 1 or not isinstance(args[0], tuple):
             raise entry.wrong("another output", "a tuple of results")
@@ -128,22 +133,47 @@ def _target(entry: Fields, op: str, args: tuple, kwargs: dict[str, Any], root: n
             raise entry.at("target").wrong(repr(target[:60]), "the name of an argument")
         return target
     entry.at("target").module_path()
-    if not _is_there(root, target, op):
+    if not _is_there(root, target, op, hidden):
         raise entry.at("target").wrong(
             repr(target[:100]), "the path of a module" if op == "call_module" else "the path of a tensor"
         )
     return target
 
 
-def _is_there(root: nn.Module, path: str, op: str) -> bool:
+def check_places(fields: Fields, graph: fx.Graph, root: nn.Module, hidden: Collection[str]) -> None:
+    """That a graph, read for another layer, finds the same in this one.
+
+    Raises:
+        ArtifactError: it does not.
+    """
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr") and not _is_there(root, node.target, node.op, hidden):
+            raise fields.wrong(repr(node.target[:100]), "a path that every layer of the kind has")
+
+
+def _is_there(root: nn.Module, path: str, op: str, hidden: Collection[str] | None) -> bool:
     if op == "get_attr" and path == "training":
         return True
     owner: Any = root
     *parents, last = path.split(".")
     for part in parents:
-        owner = owner._modules.get(part)
-        if owner is None:
+        by_item = owner is root and (hidden is None or part in hidden)
+        owner = owner._modules.get(part) if by_item or _is_reached(owner, part) else None
+        if owner is None or not _is_plain(part):
             return False
+    by_item = owner is root and (hidden is None or last in hidden)
+    if not _is_plain(last) or not (by_item or _is_reached(owner, last)):
+        return False
     if op == "call_module":
         return owner._modules.get(last) is not None
     return owner._parameters.get(last) is not None or owner._buffers.get(last) is not None
+
+
+def _is_plain(name: str) -> bool:
+    """Whether Python reads a name in code as it is, and has no meaning of its own for it."""
+    return name == unicodedata.normalize("NFKC", name) and not name.startswith("__")
+
+
+def _is_reached(owner: nn.Module, name: str) -> bool:
+    """Whether code that asks a module for a child by that name gets it: what its class has, and what it keeps itself, comes first."""
+    return not hasattr(type(owner), name) and name not in vars(owner)

@@ -15,7 +15,11 @@ from ..gates.layers import Layer, TaskIndexedLayer
 from ..registry import register
 from ..rewrite.graph import spelled
 
-__all__ = ["Lowered", "Recipe"]
+__all__ = ["BY_ITEM", "Lowered", "Recipe"]
+
+
+BY_ITEM = ("recipe",)
+"""Children that a layer's code asks for by ``self["name"]``: the layer itself has another use for the name."""
 
 
 @dataclass(eq=False)
@@ -41,7 +45,7 @@ class Recipe:
         """The function of a mode: takes the layer and the flat inputs."""
         if mode not in self._code:
             graph = self.graphs[mode]
-            graph.on_generate_code(lambda _: partial(spelled, hidden=("recipe",)))
+            graph.on_generate_code(lambda _: partial(spelled, hidden=BY_ITEM))
             made = graph.python_code("self")
             names = dict(made.globals)
             exec(compile(made.src, f"<{self.was}>", "exec"), names)  # the graph's own code, as fx does

@@ -262,7 +262,10 @@ class _Transcriber:
             else:
                 self.new[node] = self._copied(node)
         kept = (write_buffer, *SWITCHES)
-        self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output") or n.target in kept)
+        unread = {new for node, new in self.new.items() if not node.users}  # the capture has kept these on purpose
+        self.graph.eliminate_dead_code(
+            is_impure_node=lambda n: n.op in ("placeholder", "output") or n.target in kept or n in unread
+        )
         self.graph.lint()
         return self.graph
 

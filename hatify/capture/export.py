@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 
 from hatify.calling import Signature, flatten
 from hatify.capture.captured import Captured
+from hatify.capture.effects import has_effect
 from hatify.capture.enclosed import clear_regions, enclose, written_across
 from hatify.capture.functional import line_of_write, make_functional, mutated, written_parameters, written_through_leaves
 from hatify.capture.questions import noted_questions
@@ -134,7 +135,7 @@ def _export_once(
                     fix="write x = x.op() instead of x.op_() there",
                 )
         captured.writes.update(writes)
-        _drop_dead(captured)
+        _drop_dead(captured, model)
     finally:
         clear_calls()
         clear_regions()
@@ -196,9 +197,9 @@ class _quiet:
         self._warnings.__exit__(*exc)
 
 
-def _drop_dead(captured: Captured) -> None:
+def _drop_dead(captured: Captured, model: nn.Module) -> None:
     kept = set(captured.writes.values())
     for node in reversed(captured.graph.nodes):
-        if node.op in ("placeholder", "output") or node.users or node in kept or node.target in SWITCHES:
+        if node.op in ("placeholder", "output") or node.users or node in kept or node.target in SWITCHES or has_effect(node, model):
             continue
         captured.graph.erase_node(node)

@@ -21,12 +21,14 @@ from hatify.proof.keeping import buffers_kept, own_buffers, seeded
 
 @dataclass
 class Parity:
-    """The largest differences that were found: 0.0 for none, None for what was not compared."""
+    """The largest differences that were found: 0.0 for none, None for what was not compared. ``served`` are the inputs that the
+    original takes."""
 
     evaluation: float | None
     no_grad: float | None
     training: float | None
     gradients: float | None
+    served: list[list[Tensor]] | None = None
 
 
 def measure_parity(hat: HATModel, batches: list[list[Tensor]], seed: int, notes: list[str]) -> Parity:
@@ -37,13 +39,16 @@ def measure_parity(hat: HATModel, batches: list[list[Tensor]], seed: int, notes:
     """
     original = original_of(hat)
     with _all_trainable(hat):
-        evaluation = max((_parity_eval(hat, original, tensors, notes, seed) for tensors in batches), default=0.0)
-    no_grad = _parity_without_gradients(hat, batches, notes, seed)
+        found = [_parity_eval(hat, original, tensors, notes, seed) for tensors in batches]
+    served = [tensors for tensors, parity in zip(batches, found) if parity is not None]
+    evaluation = max(parity for parity in found if parity is not None)
+    no_grad = _parity_without_gradients(hat, served, notes, seed)
     training, gradients = _parity_train(hat, original, batches[0], seed, notes) if hat.can_train else (None, None)
-    return Parity(evaluation, no_grad, training, gradients)
+    return Parity(evaluation, no_grad, training, gradients, served)
 
 
-def _parity_eval(hat: HATModel, original: nn.Module, tensors: list[Tensor], notes: list[str], seed: int) -> float:
+def _parity_eval(hat: HATModel, original: nn.Module, tensors: list[Tensor], notes: list[str], seed: int) -> float | None:
+    """None where the original itself does not take other inputs than the example's."""
     args, kwargs = hat.signature.rebuild([t.clone() for t in tensors])
     hat.eval(), original.eval()
     with own_buffers(original), seeded(seed):
@@ -55,7 +60,7 @@ def _parity_eval(hat: HATModel, original: nn.Module, tensors: list[Tensor], note
             notes.append(
                 f"the original itself fails at batch size {batch_size(tensors)} ({type(error).__name__}): not compared there"
             )
-            return 0.0
+            return None
     args, kwargs = hat.signature.rebuild([t.clone() for t in tensors])
     with buffers_kept(hat), seeded(seed):
         return difference(expected, [o.detach() for o in flatten(hat(*args, task=None, **kwargs))[0]])
@@ -70,7 +75,8 @@ def _parity_without_gradients(hat: HATModel, batches: list[list[Tensor]], notes:
     for mode, tensors in ((torch.no_grad, batches[0]), (torch.inference_mode, batches[-1])):
         hat.__dict__.pop("_own_code_made", None)
         with mode():
-            worst = max(worst, _parity_eval(hat, original_of(hat), tensors, notes, seed))
+            parity = _parity_eval(hat, original_of(hat), tensors, notes, seed)
+            worst = worst if parity is None else max(worst, parity)
     hat.__dict__.pop("_own_code_made", None)
     return worst
 

@@ -83,3 +83,35 @@ class CachedGrid(nn.Module):
         x = torch.relu(self.conv(x))
         self.last_features = x.detach()
         return self.fc((x * self.grid(x)).mean((2, 3)))
+
+
+@network("unread_auxiliary_head", floats(3, 8, 8))
+class AuxiliaryHead(nn.Module):
+    """A head whose result only a loss inside the model would read: in train mode its statistics move all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+        self.auxiliary = nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        features = torch.relu(self.body(x))
+        auxiliary = self.auxiliary(features)
+        out = self.head(features).mean((2, 3))
+        return out if labels is None else out + nn.functional.cross_entropy(auxiliary, labels)
+
+
+@network("unread_chance", floats(10))
+class UnreadChance(nn.Module):
+    """Random numbers that nobody reads, drawn by a layer and by a function: those behind them are others without them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.side, self.fc2 = nn.Linear(10, 16), nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.3)), nn.Linear(16, 5)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.fc1(x))
+        self.side(x)
+        nn.functional.dropout(x, 0.2, self.training)
+        return self.fc2(self.drop(x))
