@@ -78,26 +78,37 @@ class HubMethods(ModelHubMixin, library_name="hatify", tags=["continual-learning
             )
 
     @classmethod
-    def _from_pretrained(
+    def from_pretrained(
         cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
         **options: Any,
     ) -> HATModel:
+        """A model from a directory, or from the Hub.
+
+        Not by the mixin's own way, which reads ``config.json`` before anything was checked, and takes arguments from it.
+
+        Args:
+            pretrained_model_name_or_path: a directory, or ``user/name``.
+            revision, cache_dir, force_download, local_files_only, token: those of huggingface_hub's ``snapshot_download``.
+            options: those of :func:`hatify.load`.
+
+        Raises:
+            ArtifactError: as :func:`hatify.load`.
+        """
         from huggingface_hub import snapshot_download
 
         from hatify.artifact.directory import load
 
-        options.pop("config", None)
-        if os.path.isdir(model_id):
-            return load(model_id, **options)
+        if os.path.isdir(pretrained_model_name_or_path):
+            return load(pretrained_model_name_or_path, **options)
         snapshot = snapshot_download(
-            model_id,
+            str(pretrained_model_name_or_path),
             revision=revision,
             cache_dir=cache_dir,
             force_download=force_download,

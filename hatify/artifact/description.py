@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..analysis.plan import Analysis, LayerPlan
 from ..calling import Structure
+from ..capture.regions import SWITCHES
 from ..errors import ArtifactError
 from ..facts import Facts, Sizes
 from ..gates import compile_gates
@@ -259,6 +260,7 @@ class Rebuilt:
         _check_calls(fields, self.graphs, outputs, len(signature.names) + 1)  # and the task
         indexed = fields.at("indexed").only("paths", "parameters", "buffers")
         original = fields.at("original").only("keys", "names")
+        graphs = [*self.graphs.values(), *(g for recipe in recipes for g in recipe.graphs.values())]
         self.facts = Facts(
             name=fields.get("name", str),
             config=config,
@@ -281,7 +283,7 @@ class Rebuilt:
             analysis=analysis,
             values={},
             rows=[_row_from(part, ids) for part in fields.at("rows").items()],
-            switches=fields.get("switches", bool),
+            switches=fields.get("switches", bool) or any(n.target in SWITCHES for g in graphs for n in g.nodes),
             can_train=fields.get("can_train", bool),
             selections={
                 part.data: self._selection(part, n, gates, gates_file) for n, part in enumerate(fields.at("selections").items())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
 import stat
 import types
@@ -11,14 +13,14 @@ import typing
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import ArtifactError
 
 __all__ = ["Fields", "dump", "parse", "read_json"]
 
-LARGEST = 1 << 28
-"""Bytes of a JSON file that are read; the largest models of the zoos need a hundredth of it."""
+LARGEST = 1 << 26
+"""Bytes of a JSON file that are read; the largest models of the zoos need a twentieth of it."""
 DEEPEST = 64
 
 _MISSING = object()
@@ -157,33 +159,59 @@ def read_bytes(path: Path) -> bytes:
     Raises:
         ArtifactError: it is missing, a link, no file, too large, or cannot be read.
     """
-    check_file(path, LARGEST)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ArtifactError("a file cannot be read", where=str(path), why=error.strerror) from error
+    file, size = open_plain(path, LARGEST)
+    with file:
+        try:
+            return file.read(size + 1)
+        except OSError as error:
+            raise ArtifactError("a file cannot be read", where=str(path), why=error.strerror) from error
 
 
-def check_file(path: Path, largest: int | None = None) -> int:
-    """The size of a plain file in bytes.
+def open_plain(path: Path, largest: int | None = None) -> tuple[BinaryIO, int]:
+    """A plain file, open to be read without a buffer, and its size in bytes. What was opened is what is looked at: another process may
+    put something else in its place meanwhile.
 
     Raises:
         ArtifactError: it is missing, a symbolic link, no plain file, or larger than ``largest``.
     """
+    if path.is_symlink():  # where the system has no O_NOFOLLOW, this is all
+        raise _is_link(path)
     try:
-        status = path.lstat()  # asked once: another process may be saving there
+        number = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        )
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _is_link(path) from error
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
         raise _not_as_written(path, "there is no such file" if missing else error.strerror) from error
-    if stat.S_ISLNK(status.st_mode):
-        raise _not_as_written(
-            path, "it is a symbolic link", "copy the files themselves (cp -rL), or hatify.HATModel.from_pretrained(name)"
-        )
+    status = os.fstat(number)
+    why = None
     if not stat.S_ISREG(status.st_mode):
-        raise _not_as_written(path, "it is no plain file")
-    if largest is not None and status.st_size > largest:
-        raise _not_as_written(path, f"{status.st_size} bytes; at most {largest} are read")
-    return status.st_size
+        why = "it is no plain file"
+    elif largest is not None and status.st_size > largest:
+        why = f"{status.st_size} bytes; at most {largest} are read"
+    if why is not None:
+        os.close(number)
+        raise _not_as_written(path, why)
+    return open(number, "rb", buffering=0), status.st_size
+
+
+def check_file(path: Path) -> int:
+    """The size of a plain file in bytes.
+
+    Raises:
+        ArtifactError: as :func:`open_plain`.
+    """
+    file, size = open_plain(path)
+    file.close()
+    return size
+
+
+def _is_link(path: Path) -> ArtifactError:
+    return _not_as_written(
+        path, "it is a symbolic link", "copy the files themselves (cp -rL), or hatify.HATModel.from_pretrained(name)"
+    )
 
 
 def _not_as_written(path: Path, why: str | None, fix: str = "copy the directory again, or save again") -> ArtifactError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -47,17 +48,15 @@ ATTRIBUTES = ("device", "dtype", "shape", "ndim")
 """What ``python.attribute`` may read of a tensor."""
 
 UNDERSCORED = {
-    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "_conj", "_log_softmax", "_native_batch_norm_legit",
-    "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training", "_native_multi_head_attention",
-    "_scaled_dot_product_attention_math", "_scaled_dot_product_flash_attention_for_cpu", "_shape_as_tensor", "_softmax", "_to_copy",
-    "_transformer_encoder_layer_fwd", "_unsafe_index", "_unsafe_view", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa",
-    "_upsample_lanczos2d_aa", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "_weight_norm",
-    "_weight_norm_interface", "__and__", "__or__", "__xor__", "__lshift__", "__rshift__", "_fft_c2c", "_fft_c2r", "_fft_r2c",
-    "_pack_padded_sequence", "_pad_packed_sequence", "_trilinear", "_cdist_forward", "_stack", "_euclidean_dist", "_pdist_forward",
-    "_assert_tensor_metadata", "_local_scalar_dense", "_reshape_copy", "_embedding_bag", "_safe_softmax", "_to_dense", "_grouped_mm",
+    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "_conj", "_log_softmax", "_scaled_dot_product_attention_math", "_shape_as_tensor",
+    "_softmax", "_to_copy", "_unsafe_index", "_unsafe_view", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "_upsample_lanczos2d_aa",
+    "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "_weight_norm", "__and__", "__or__", "__xor__",
+    "__lshift__", "__rshift__", "_fft_c2c", "_fft_c2r", "_fft_r2c", "_pack_padded_sequence", "_pad_packed_sequence", "_trilinear",
+    "_cdist_forward", "_stack", "_euclidean_dist", "_pdist_forward", "_assert_tensor_metadata", "_local_scalar_dense", "_reshape_copy",
+    "_embedding_bag", "_safe_softmax", "_to_dense", "_grouped_mm",
 }  # fmt: skip
 FUNCTIONAL = {
-    "sym_size", "sym_numel", "sym_stride", "sym_storage_offset", "pad", "native_batch_norm", "native_layer_norm", "native_group_norm",
+    "sym_size", "sym_numel", "sym_stride", "sym_storage_offset", "pad", "native_layer_norm", "native_group_norm",
     "native_dropout", "convolution", "lift_fresh_copy", "alias", "alias_copy", "scalar_tensor", "max_pool2d_with_indices",
     "max_pool3d_with_indices", "linalg_vector_norm", "linalg_matrix_norm", "view_copy", "im2col", "col2im",
     "matrix_H", "numpy_T", "replication_pad1d",
@@ -69,18 +68,25 @@ FUNCTIONAL = {
     "fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn", "fft_fftshift", "fft_ifftshift", "fft_fftfreq", "fft_rfftfreq",
     "special_expm1", "special_erf", "special_logit", "special_log_softmax", "special_softmax", "special_xlogy", "linalg_norm",
     "linalg_inv", "linalg_solve", "linalg_det", "linalg_cross", "linalg_svd", "linalg_qr", "linalg_eigh", "max_pool1d_with_indices",
-    "embedding_renorm", "lstm", "gru", "rnn_tanh", "rnn_relu", "reshape_as", "type_as", "expand_as", "view_as", "to", "slice",
+    "embedding_renorm", "reshape_as", "type_as", "expand_as", "view_as", "to", "slice",
     "copy", "new_empty", "new_zeros", "new_ones", "new_full", "item", "max_pool1d", "lift_fresh", "linear", "sum_to_size",
 }  # fmt: skip
 """Functional operators whose public name is another one."""
 REFUSED = {"from_file", "set_", "save", "load", "compile", "vmap", "apply_", "map_", "data", "numpy", "storage", "resize"}
+UNCHECKED = re.compile(
+    "sparse|coo_|quant|fbgemm|mkldnn|miopen|cudnn|nested|rnn|lstm|gru|native_batch_norm|flash_attention|native_multi_head_attention"
+    "|transformer_encoder|weight_norm_interface|pin_memory|seed|generator"
+)
+"""Kernels that read or write beyond tensors whose sizes do not fit one another, and what changes more than its result. Captures hold the
+operators above them, which look at sizes first."""
 TORCHVISION = ("deform_conv2d", "nms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool")
 
 
 @cache
 def _public() -> frozenset[str]:
     names = {*dir(torch), *dir(torch.nn.functional), *dir(torch.Tensor)}
-    return frozenset({n for n in names if not n.startswith("_")} - REFUSED) | UNDERSCORED | FUNCTIONAL
+    found = ({n for n in names if not n.startswith("_")} - REFUSED) | UNDERSCORED | FUNCTIONAL
+    return frozenset(n for n in found if UNCHECKED.search(n) is None)
 
 
 def operator_name(target: Any) -> str | None:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..errors import ArtifactError
 from .digests import Digests, after, check_digests, word_of
-from .fields import Fields, check_file, parse
-from .tensors import DTYPES, MOST, Entry, Expected, dtype_name, layout, memory_of
+from .fields import Fields, open_plain, parse
+from .tensors import DTYPES, MOST, Entry, Expected, dtype_name, is_possible, layout, memory_of
 
 __all__ = ["TensorFile", "Weights", "read_tensors"]
 
@@ -60,9 +60,8 @@ class TensorFile:
         """
         if self._file is not None:
             return
-        size = check_file(self.path)
+        self._file, size = open_plain(self.path)
         with self._named():
-            self._file = self.path.open("rb", buffering=0)
             ahead = {"ahead": None} if self.at_once else {}
             self._hashed = Digests(word_of(self.entry), partial(_read, self._file, self.path), workers=_READERS, **ahead)
             self._entries = _header(self._file, self.path, size, self.expected, self._hashed)
@@ -179,6 +178,8 @@ def _header(file: BinaryIO, path: Path, size: int, expected: Expected | None, ha
         part.only("dtype", "shape", "data_offsets")
         dtype = DTYPES.get(part.get("dtype", str)) or DTYPES[part.at("dtype").one_of(*DTYPES)]
         shape = part.at("shape").counts(most=size)
+        if not is_possible(dtype, shape):
+            raise part.at("shape").wrong(str(list(shape))[:80], "the shape of a tensor")
         offsets = part.at("data_offsets").counts(most=size)
         nbytes = dtype.itemsize
         for dim in shape:

@@ -16,7 +16,7 @@ from ..errors import ArtifactError
 from .atomic import start_flush
 from .digests import PIECE, Digests, after
 
-__all__ = ["DTYPES", "Entry", "Expected", "dtype_name", "layout", "memory_of", "write_tensors"]
+__all__ = ["DTYPES", "Entry", "Expected", "dtype_name", "is_possible", "layout", "memory_of", "write_tensors"]
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
@@ -32,6 +32,14 @@ Entry = tuple[str, torch.dtype, tuple[int, ...], int]
 
 MOST = 512
 """Parts of memory that one call of the system reads or writes."""
+
+
+MOST_DIMENSIONS = 64
+
+
+def is_possible(dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether there can be such a tensor: its strides, too, are numbers of 64 bits, even where a size is 0."""
+    return len(shape) <= MOST_DIMENSIONS and math.prod(max(size, 1) for size in shape) * dtype.itemsize < 1 << 62
 
 
 def dtype_name(dtype: torch.dtype) -> str | None:

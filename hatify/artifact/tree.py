@@ -17,10 +17,10 @@ from ..modules.recurrent import RECURRENT
 from ..modules.task_indexed import task_indexed_class
 from ..rewrite.scope import Scope
 from ..rewrite.surgery import Status
-from .fields import NAME, PATH, Fields
+from .fields import DEEPEST, NAME, PATH, Fields
 from .gates import Ids, StoredIds
 from .layers import LayerReader, LayerWriter
-from .tensors import DTYPES, dtype_name
+from .tensors import DTYPES, dtype_name, is_possible
 from .torch_layers import check_recurrent
 
 __all__ = ["Inventory", "TreeReader", "TreeWriter"]
@@ -173,7 +173,10 @@ class Inventory:
         if key in self.expected:
             raise part.wrong(repr(key[:100]), "one tensor of that name")
         dtype = DTYPES.get(part.get("dtype", str)) or DTYPES[part.at("dtype").one_of(*DTYPES)]
-        self.expected[key] = dtype, part.at("shape").counts(most=1 << 48)
+        shape = part.at("shape").counts(most=1 << 48)
+        if not is_possible(dtype, shape):
+            raise part.at("shape").wrong(str(list(shape))[:80], "the shape of a tensor")
+        self.expected[key] = dtype, shape
 
     def is_state(self, key: str) -> bool:
         """Whether a stored tensor is no tensor of the model but marks which tasks are finished."""
@@ -232,6 +235,8 @@ class TreeReader:
         for entry in entries:
             self._entry(entry)
         self.root = self._by_path[""]
+        if _places(self.root) > MOST_PLACES:
+            raise fields.wrong("modules in one another", f"at most {MOST_PLACES} places, and none inside itself")
         self.layers.settle(self.modules())
 
     def _entry(self, entry: Fields) -> None:
@@ -240,6 +245,8 @@ class TreeReader:
             entry.at("path").module_path()
         owner_path, _, name = path.rpartition(".")
         owner = self._by_path.get(owner_path) if path else None
+        if path.count(".") >= DEEPEST:
+            raise entry.at("path").wrong(repr(path[:100]), f"at most {DEEPEST} names")
         if path in self._by_path or (path and (owner is None or name in owner._modules)):
             raise entry.at("path").wrong(repr(path[:100]), "a new module below one that is there")
         kind = entry.get("kind", str)
@@ -251,7 +258,7 @@ class TreeReader:
         elif kind == "same":
             entry.only("path", "kind", "as")
             module = self._by_path.get(entry.get("as", str))
-            if module is None or path.startswith(f"{entry.data['as']}."):
+            if module is None:
                 raise entry.at("as").wrong(repr(entry.data["as"][:100]), "a module that is there")
         else:
             maker, own = _MAKERS[kind]
@@ -403,6 +410,25 @@ class TreeReader:
         made = self.layers.read(entry)
         made.__class__ = task_indexed_class(type(made))
         return made
+
+
+MOST_PLACES = 1 << 20
+"""Places of modules, each as often as it is reached: the largest models of the zoos have a hundredth of them."""
+
+
+def _places(root: nn.Module) -> float:
+    """In how many places modules stand below ``root`` and at it; infinite where one is inside itself."""
+    counts: dict[int, float] = {}
+    waiting = [(root, False)]
+    while waiting:
+        module, entered = waiting.pop()
+        inner = [child for child in module._modules.values() if child is not None]
+        if entered:
+            counts[id(module)] = 1 + sum(counts[id(child)] for child in inner)
+        elif id(module) not in counts:
+            counts[id(module)] = math.inf  # what is met again before it is left is inside itself
+            waiting += [(module, True), *((child, False) for child in inner)]
+    return counts[id(root)]
 
 
 def _strides(fields: Fields, shape: tuple[int, ...]) -> tuple[int, ...]:
