@@ -404,7 +404,7 @@ class _Reader:
         described = []
         for part in self.config.at("example_inputs").items():
             part.only("dtype", "shape")
-            dtype = getattr(torch, part.get("dtype", str), None)
+            dtype = vars(torch).get(part.get("dtype", str))
             if not isinstance(dtype, torch.dtype):
                 raise part.at("dtype").wrong(repr(part.data["dtype"])[:60], "a type")
             described.append((dtype, part.at("shape").counts()))
