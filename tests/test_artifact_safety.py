@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hatify
@@ -361,6 +362,41 @@ def test_names_are_not_imported(saved, monkeypatch):
     hat = hatify.load(saved)
     out = hat(torch.randn(2, 3, 6, 6))
     assert "antigravity" not in sys.modules and out.logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize("fixed", [2, [0], [[]], [["x", 0]], ["x"]])
+def test_a_field_that_is_no_list_is_named(saved, fixed):
+    tree = json.loads((saved / "model.json").read_text())
+    tree["sizes"]["fixed"] = fixed
+    (saved / "model.json").write_text(json.dumps(tree))
+    reseal(saved)
+    assert refused(saved).where.startswith(f"{saved / 'model.json'}: sizes.fixed")
+
+
+@pytest.mark.parametrize(
+    "target, args",
+    [("python.add", [1]), ("python.neg", []), ("python.getitem", [[1], 0, 0]), ("math.sqrt", []), ("torch.sym_ite", [True]),
+     ("python.round", [1.5, 1, 1]), ("hatify.by_mode", [])],
+)  # fmt: skip
+def test_an_operator_of_python_takes_its_own_number_of_arguments(saved, target, args):
+    tree = json.loads((saved / "model.json").read_text())
+    nodes = tree["graphs"]["eval"]
+    number = next(n for n, node in enumerate(nodes) if node["op"] != "placeholder")
+    nodes.insert(number, {"name": "extra", "op": "call_function", "target": target, "args": args})
+    (saved / "model.json").write_text(json.dumps(tree))
+    reseal(saved)
+    assert refused(saved).where == f"{saved / 'model.json'}: graphs.eval[{number}]"
+
+
+@pytest.mark.parametrize("files", ["model-*", "example_inputs*"])
+def test_a_number_too_large_for_the_wanted_type_is_named_by_file_and_tensor(saved, files):
+    name = min(file.name for file in saved.glob(f"{files}.safetensors"))
+    state = load_file(saved / name)
+    key = next(key for key, tensor in state.items() if tensor.is_floating_point() and tensor.numel())
+    save_file({**state, key: torch.full_like(state[key], 1e30)}, saved / name)
+    reseal(saved)
+    hatify.load(saved)
+    assert refused(saved, dtype=torch.float16).where == f"{saved / name}: {key}"
 
 
 def constant(tag, text):

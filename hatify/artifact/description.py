@@ -324,7 +324,9 @@ class Rebuilt:
         owner, _, name = fields.is_a(str).rpartition(".")
         module, value = self.tree.module(owner), gates.get(f"selections.{number}")
         buffer = None if module is None else module._buffers.get(name)
-        if buffer is None or value is None or value.shape != buffer.shape:
+        fits = buffer is not None and value is not None and value.shape == buffer.shape
+        # the buffer may be stored as another floating-point type
+        if not fits or (value.dtype != buffer.dtype and not (value.is_floating_point() and buffer.dtype.is_floating_point)):
             raise fields.wrong(repr(fields.data[:100]), f"a buffer, and its value in {file}")
         return value
 

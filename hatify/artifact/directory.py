@@ -383,7 +383,9 @@ class _Reader:
         for key, tensor in weights.found():
             if not (meta and inventory.is_state(key)):  # which says what is finished
                 tensor = tensor if self.device is None else tensor.to(self.device)
-                tensor = tensor if self.dtype is None else cast(key, tensor, self.dtype, inventory.is_embedding(key))
+                if self.dtype is not None:
+                    file = next(file.path for file in weights.files if key in file.expected)
+                    tensor = cast(key, tensor, self.dtype, inventory.is_embedding(key), file)
             yield key, tensor
 
     def _split(self, names: list[str], expected: dict[str, Any]) -> list[dict[str, Any]]:
@@ -410,7 +412,7 @@ class _Reader:
             described.append((dtype, part.at("shape").counts()))
         expected = {f"input_{i}": entry for i, entry in enumerate(described)}
         found = self._tensors(INPUTS, expected)
-        return [cast(name, found[name], self.dtype) for name in expected]
+        return [cast(name, found[name], self.dtype, file=self.directory / INPUTS) for name in expected]
 
     def _tensors(self, name: str, expected: Any) -> dict[str, Tensor]:
         return read_tensors(self.directory / name, expected, self._entry(name))
