@@ -14,7 +14,8 @@ import dataclasses
 import keyword
 import re
 import sys
-from collections import OrderedDict, namedtuple
+import unicodedata
+from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,10 +26,10 @@ from torch import Tensor
 
 from .errors import CallError
 
-__all__ = ["Structure", "flatten", "match", "refusal", "unflatten"]
+__all__ = ["Structure", "check_classes", "flatten", "match", "refusal", "unflatten"]
 
 # Libraries whose classes of results are taken as they are, if they are imported already. Nothing is ever imported by a name from a
-# file, and no other class called: reading a file must not be able to run code of the file's choosing.
+# file, and of these libraries only plain records are called: reading a file must not be able to run code of the file's choosing.
 _LIBRARIES = ("collections", "torch", "torchvision", "timm", "transformers")
 
 _SUPPORTED = (
@@ -106,18 +107,22 @@ class Structure:
         return structure
 
     def bound(self, classes: Mapping[str, type]) -> Structure:
-        """The same with its classes taken from ``classes`` (by "module:qualified name"), where they are there."""
-        return dataclasses.replace(
-            self, cls=classes.get(self.type or "", self.cls), children=tuple(child.bound(classes) for child in self.children)
-        )
+        """The same with its classes taken from ``classes`` (by "module:qualified name"), where they are there and have these parts."""
+        cls = classes.get(self.type or "")
+        bound = cls if cls is not None and _fits(cls, self) else self.cls
+        return dataclasses.replace(self, cls=bound, children=tuple(child.bound(classes) for child in self.children))
 
     def _validate(self) -> None:
         if self.kind not in _KINDS:
             raise ValueError(f"unknown kind {self.kind!r}")
-        if self.kind in ("namedtuple", "sequence", "dict", "dataclass") and not isinstance(self.type, str):
+        if self.kind in _TYPED and not isinstance(self.type, str):
             raise ValueError(f"a {self.kind} needs its type")
-        if self.kind in ("dict", "dataclass", "namedtuple") and len(self.keys) != len(self.children):
+        if len(self.keys) != (len(self.children) if self.kind in ("dict", "dataclass", "namedtuple") else 0):
             raise ValueError("keys and children differ in number")
+        if len(set(self.keys)) != len(self.keys):
+            raise ValueError("a key is there twice")
+        if self.children and self.kind in ("tensor", "constant"):
+            raise ValueError(f"a {self.kind} has no parts")
         for encoded in (*self.keys, *([self.value] if self.kind == "constant" else [])):
             _decode(encoded)
 
@@ -140,7 +145,8 @@ class Structure:
         return f"{name}({', '.join(parts)})"
 
 
-_KINDS = ("tensor", "constant", "tuple", "list", "namedtuple", "sequence", "dict", "dataclass")
+_TYPED = ("namedtuple", "sequence", "dict", "dataclass")
+_KINDS = ("tensor", "constant", "tuple", "list", *_TYPED)
 _TENSOR = Structure("tensor")
 
 
@@ -170,8 +176,8 @@ def _decode(encoded: tuple[str, str] | None) -> Any:
         return None
     if tag == "bool" and text in ("True", "False"):
         return text == "True"
-    if tag == "dtype" and isinstance(getattr(torch, text, None), torch.dtype):
-        return getattr(torch, text)
+    if tag == "dtype" and isinstance(vars(torch).get(text), torch.dtype):  # not getattr, which imports what torch loads late
+        return vars(torch)[text]
     if tag == "size":
         return torch.Size(int(size) for size in text.split(",") if size)
     readers = {"int": int, "float": float, "str": str, "device": torch.device}
@@ -284,36 +290,72 @@ def _build(tensors: Any, structure: Structure) -> Any:
 
 
 def resolve(structure: Structure) -> type:
-    """The class of a structure that was read from a file: that of an imported library, or one that has the same parts."""
-    if structure.type == "builtins:dict":
+    """The class of a structure that was read from a file: a record of an imported library, or one that has the same parts.
+
+    Raises:
+        CallError: there can be no such class.
+    """
+    if structure.kind == "dict" and structure.type == "builtins:dict":
         return dict
     module_name, _, qualname = (structure.type or "").partition(":")
-    found: Any = sys.modules.get(module_name) if module_name.partition(".")[0] in _LIBRARIES else None
-    for part in qualname.split("."):
-        found = getattr(found, part, None)
-    fits = isinstance(found, type) and {
-        "namedtuple": issubclass(found, tuple) and hasattr(found, "_fields"),
-        "sequence": issubclass(found, tuple) and hasattr(found, "n_sequence_fields"),
-        "dict": issubclass(found, dict),
-        "dataclass": dataclasses.is_dataclass(found),
-    }.get(structure.kind, False)
+    module = sys.modules.get(module_name) if module_name.partition(".")[0] in _LIBRARIES else None
+    found = getattr(module, "__dict__", {}).get(qualname)  # not getattr of the module, which imports what a library loads late
+    if isinstance(found, type) and _is_record(found, structure.kind) and _fits(found, structure):
+        return found
     name = re.sub(r"\W", "_", qualname.rpartition(".")[2]) or "Output"
-    return found if fits else _stand_in(structure.kind, name, tuple(str(k) for k in structure.labels()))
+    return _stand_in(structure.kind, name, tuple(str(k) for k in structure.labels()))
+
+
+def check_classes(structure: Structure) -> None:
+    """Whether there is, or can be, a class for every part.
+
+    Raises:
+        CallError: there cannot.
+    """
+    if structure.kind in _TYPED and structure.cls is None:
+        resolve(structure)
+    for child in structure.children:
+        check_classes(child)
+
+
+def _is_record(cls: type, kind: str) -> bool:
+    """Whether a library's class holds results and does nothing else: its constructor only keeps what it is given."""
+    output = getattr(sys.modules.get("transformers.utils.generic"), "ModelOutput", ())
+    return {
+        "namedtuple": cls.__bases__ == (tuple,),
+        "sequence": cls.__module__ == "torch.return_types",
+        "dict": cls in (OrderedDict, defaultdict) or issubclass(cls, output),
+    }.get(kind, False)
+
+
+def _fits(cls: type, structure: Structure) -> bool:
+    """Whether a class is of the structure's kind, and takes its parts."""
+    labels = structure.labels()
+    if structure.kind == "namedtuple":
+        return issubclass(cls, tuple) and getattr(cls, "_fields", None) == tuple(labels)
+    if structure.kind == "sequence":
+        return issubclass(cls, tuple) and getattr(cls, "n_sequence_fields", None) == len(structure.children)
+    if structure.kind not in ("dict", "dataclass") or (structure.kind == "dict") != issubclass(cls, dict):
+        return False
+    if not dataclasses.is_dataclass(cls):
+        return structure.kind == "dict"
+    fields = dataclasses.fields(cls)
+    needed = {f.name for f in fields if f.init and f.default is f.default_factory is dataclasses.MISSING}
+    return needed <= {*labels} <= {f.name for f in fields}
 
 
 @cache
 def _stand_in(kind: str, name: str, labels: tuple[str, ...]) -> type:
     """A class with the parts of one that is not there."""
+    for word in (name, *(labels if kind in ("namedtuple", "dataclass") else ())):
+        plain = word == unicodedata.normalize("NFKC", word)  # Python reads some letters of a name as others
+        if not (plain and word.isidentifier()) or keyword.iskeyword(word) or (word is not name and word.startswith("__")):
+            raise CallError("a stored structure cannot be read", where=name, why=f"a class or field is called {word[:60]!r}")
     if kind == "dict":
         return type(name, (_Output,), {"__doc__": f"Stands for a {name}, whose library is not imported."})
     if kind == "sequence":
         return type(name, (tuple,), {})
-    for label in labels:
-        if not label.isidentifier() or keyword.iskeyword(label) or label.startswith("_"):
-            raise CallError("a stored structure cannot be read", where=name, why=f"a field is called {label[:60]!r}")
-    if kind == "namedtuple":
-        return namedtuple(name, labels)
-    return dataclasses.make_dataclass(name, labels)
+    return namedtuple(name, labels) if kind == "namedtuple" else dataclasses.make_dataclass(name, labels)
 
 
 class _Output(OrderedDict):

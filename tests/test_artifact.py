@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -297,7 +298,8 @@ def test_a_number_that_the_type_does_not_reach_is_refused_by_name(tied, tmp_path
     with pytest.raises(ArtifactError) as caught:
         path = hatify.save(hat, tmp_path / "saved", **({"dtype": torch.float16} if when == "save" else {}))
         hatify.load(path, dtype=torch.float16)
-    assert caught.value.where == "third.weight" and "bfloat16" in caught.value.fix
+    assert caught.value.where.rpartition(": ")[2] == "third.weight" and "bfloat16" in caught.value.fix
+    assert ("model.safetensors" in caught.value.where) == (when == "load")
     assert (tmp_path / "saved").exists() == (when == "load")
     hatify.save(hat, tmp_path / "wide", dtype=torch.bfloat16)
 
@@ -545,3 +547,60 @@ def test_a_directory_of_format_1_asks_for_the_original():
         hatify.load(FIRST, factory=Other)
     with pytest.raises(ArtifactError, match="does not give a model"):
         hatify.load(FIRST, factory=lambda: None)
+
+
+def first_with(path, **changes):
+    """A directory of format 1 that says something else."""
+    shutil.copytree(FIRST, path)
+    config = json.loads((path / "config.json").read_text())
+    settings = {**config["settings"], **changes.pop("settings", {})}
+    (path / "config.json").write_text(json.dumps({**config, "settings": settings, **changes}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"kind": "timm", "name": "test_resnet"},
+        {"kind": "timm", "name": "hf-hub:owner/name"},
+        {"kind": "timm", "name": "test_resnet", "kwargs": {"checkpoint_path": "/etc/passwd"}},
+        {"kind": "torchvision", "name": "resnet18", "kwargs": {"num_classes": 4000000000}},
+        {"kind": "transformers", "name": "x", "kwargs": {"config": {"model_type": "bert", "architectures": ["pipeline"]}}},
+        {"kind": "factory", "name": "os:getcwd"},
+    ],
+)
+def test_a_directory_of_format_1_never_builds_its_source(tmp_path, monkeypatch, source):
+    monkeypatch.setattr(Source, "build", lambda self, **options: pytest.fail("built"))
+    with pytest.raises(ArtifactError, match="the original model is needed") as caught:
+        hatify.load(first_with(tmp_path / "first", source=source))
+    assert source["name"] in caught.value.why and "factory=make_model" in caught.value.fix
+    old = hatify.load(first_with(tmp_path / "again", source=source), factory=Old)
+    assert old.source == Source.from_json(source)
+
+
+@pytest.mark.parametrize(
+    "settings, field",
+    [
+        ({"classes": [2, 1 << 40]}, "settings.classes[1]"),
+        ({"tasks": 1 << 20, "classes": None, "config": None}, "settings.tasks"),
+    ],
+)
+def test_a_directory_of_format_1_takes_no_memory_for_weights_that_are_not_there(tmp_path, settings, field):
+    with pytest.raises(ArtifactError) as caught:
+        hatify.load(first_with(tmp_path / "first", settings=settings), factory=Old)
+    assert caught.value.where == f"{tmp_path / 'first' / 'config.json'}: {field}"
+
+
+def test_what_does_not_fit_the_original_in_a_directory_of_format_1_is_named(tmp_path):
+    path = first_with(tmp_path / "first")
+    state = load_file(path / "model.safetensors")
+    save_file({key: tensor.long() for key, tensor in state.items()}, path / "model.safetensors")
+    with pytest.raises(ArtifactError) as caught:
+        hatify.load(path, factory=Old)
+    assert caught.value.where == str(path / "model.safetensors")
+    settings = json.loads((FIRST / "config.json").read_text())["settings"]
+    del settings["config"]
+    path = first_with(tmp_path / "second")
+    (path / "config.json").write_text(json.dumps({**json.loads((path / "config.json").read_text()), "settings": settings}))
+    with pytest.raises(ArtifactError, match=r"settings\.config"):
+        hatify.load(path, factory=Old)

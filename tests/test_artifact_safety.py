@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 import warnings
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hatify
@@ -359,9 +361,121 @@ def test_names_are_not_imported(saved, monkeypatch):
     reseal(saved)
     hat = hatify.load(saved)
     out = hat(torch.randn(2, 3, 6, 6))
-    import sys
-
     assert "antigravity" not in sys.modules and out.logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize("fixed", [2, [0], [[]], [["x", 0]], ["x"]])
+def test_a_field_that_is_no_list_is_named(saved, fixed):
+    tree = json.loads((saved / "model.json").read_text())
+    tree["sizes"]["fixed"] = fixed
+    (saved / "model.json").write_text(json.dumps(tree))
+    reseal(saved)
+    assert refused(saved).where.startswith(f"{saved / 'model.json'}: sizes.fixed")
+
+
+@pytest.mark.parametrize(
+    "target, args",
+    [("python.add", [1]), ("python.neg", []), ("python.getitem", [[1], 0, 0]), ("math.sqrt", []), ("torch.sym_ite", [True]),
+     ("python.round", [1.5, 1, 1]), ("hatify.by_mode", [])],
+)  # fmt: skip
+def test_an_operator_of_python_takes_its_own_number_of_arguments(saved, target, args):
+    tree = json.loads((saved / "model.json").read_text())
+    nodes = tree["graphs"]["eval"]
+    number = next(n for n, node in enumerate(nodes) if node["op"] != "placeholder")
+    nodes.insert(number, {"name": "extra", "op": "call_function", "target": target, "args": args})
+    (saved / "model.json").write_text(json.dumps(tree))
+    reseal(saved)
+    assert refused(saved).where == f"{saved / 'model.json'}: graphs.eval[{number}]"
+
+
+@pytest.mark.parametrize("files", ["model-*", "example_inputs*"])
+def test_a_number_too_large_for_the_wanted_type_is_named_by_file_and_tensor(saved, files):
+    name = min(file.name for file in saved.glob(f"{files}.safetensors"))
+    state = load_file(saved / name)
+    key = next(key for key, tensor in state.items() if tensor.is_floating_point() and tensor.numel())
+    save_file({**state, key: torch.full_like(state[key], 1e30)}, saved / name)
+    reseal(saved)
+    hatify.load(saved)
+    assert refused(saved, dtype=torch.float16).where == f"{saved / name}: {key}"
+
+
+def constant(tag, text):
+    return {"kind": "constant", "value": [tag, text]}
+
+
+def returned(path, kind, name, *fields, parts=None):
+    """What the model returns, where its directory describes the result as something else: first the logits, then constants."""
+    tree = json.loads((path / "model.json").read_text())
+    children = parts or [{"kind": "tensor"}, *[constant("int", "1") for _ in fields[1:]]]
+    structure = {"kind": kind, "type": name, "keys": [["str", field] for field in fields], "children": children}
+    tree["outputs"] = {"eval": structure, "train": structure}
+    (path / "model.json").write_text(json.dumps(tree))
+    reseal(path)
+    return hatify.load(path)(torch.randn(2, 3, 6, 6))
+
+
+def test_results_are_records_and_no_other_class_of_a_library_is_made(saved):
+    import transformers
+    from torchvision.models.googlenet import GoogLeNetOutputs
+    from transformers.modeling_outputs import ImageClassifierOutput
+
+    held = set(sys.modules)
+    late = "TrainingArguments"
+    out = returned(saved, "dataclass", f"transformers:{late}", "output_dir")
+    assert type(out).__name__ == late and type(out).__module__ != "transformers.training_args" and out.output_dir.shape == (2, 3)
+    assert late not in vars(transformers) and not {name for name in set(sys.modules) - held if name.startswith("transformers")}
+    assert type(returned(saved, "dict", "transformers.modeling_outputs:ImageClassifierOutput", "logits")) is ImageClassifierOutput
+    assert (
+        type(returned(saved, "dict", "transformers.modeling_outputs:ImageClassifierOutput", "other")) is not ImageClassifierOutput
+    )
+    fields = GoogLeNetOutputs._fields
+    assert type(returned(saved, "namedtuple", "torchvision.models.googlenet:GoogLeNetOutputs", *fields)) is GoogLeNetOutputs
+    assert type(returned(saved, "namedtuple", "torchvision.models.googlenet:GoogLeNetOutputs", "x")) is not GoogLeNetOutputs
+    two = [{"kind": "tensor"}, constant("int", "1")]
+    assert type(returned(saved, "sequence", "torch.return_types:max", parts=two)) is torch.return_types.max
+    assert type(returned(saved, "sequence", "torch.return_types:max")) is not torch.return_types.max
+    assert type(returned(saved, "dataclass", "builtins:dict", "x")).__name__ == "dict"  # a stand-in of that name
+
+
+@pytest.mark.parametrize(
+    "kind, name, fields",
+    [
+        ("namedtuple", "m:1abc", ["x"]),
+        ("dict", "m:1abc", ["x"]),
+        ("namedtuple", "m:Out", ["x", "x"]),
+        ("dataclass", "m:Out", ["x", "x"]),
+        ("dict", "m:Out", ["x", "x"]),
+        ("namedtuple", "m:Out", ["\uff49\uff46"]),  # Python reads it as `if`
+        ("dataclass", "m:Out", ["\uff49\uff46"]),
+        ("dataclass", "m:Out", ["__class__"]),
+        ("tuple", None, ["x"]),
+    ],
+)
+def test_a_result_of_no_possible_class_is_refused(saved, kind, name, fields):
+    with pytest.raises(ArtifactError) as caught:
+        returned(saved, kind, name, *fields)
+    assert caught.value.where == f"{saved / 'model.json'}: outputs.eval"
+
+
+def test_a_constant_has_no_parts(saved):
+    with pytest.raises(ArtifactError, match="no parts"):
+        returned(saved, "dict", "m:Out", "x", parts=[{**constant("int", "1"), "children": [{"kind": "tensor"}]}])
+
+
+@pytest.mark.parametrize("how", [["dtype", "loaded_late"], {"dtype": "loaded_late"}, "inputs"])
+def test_no_part_of_torch_is_imported_by_a_name(saved, how, monkeypatch):
+    monkeypatch.setattr(torch, "__getattr__", lambda name: pytest.fail(f"asked for {name}"))
+    if how == "inputs":
+        reseal(saved, example_inputs=[{"dtype": "loaded_late", "shape": [2]}])
+    else:
+        tree = json.loads((saved / "model.json").read_text())
+        if isinstance(how, dict):
+            tree["graphs"]["eval"][2]["args"] = [how]
+        else:
+            tree["outputs"]["eval"]["children"][0] = constant(*how)
+        (saved / "model.json").write_text(json.dumps(tree))
+        reseal(saved)
+    refused(saved)
 
 
 def test_names_of_modules_do_not_reach_the_generated_code():

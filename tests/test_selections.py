@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from controls import assert_checks_can_fail
+from safetensors.torch import load_file, save_file
 from tasks import converted, draw_masks
 from torch import Tensor, nn
 
 import hatify
-from hatify.errors import CallError, HatifyError
+from hatify.artifact.config import seal
+from hatify.artifact.digests import entry_of
+from hatify.errors import ArtifactError, CallError, HatifyError
 
 TOKENS = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -78,6 +82,18 @@ def test_a_saved_model_selects_what_it_selected(tmp_path: Path) -> None:
     other = [0, 1, 1, 1, 1, 0, 0, 1]
     loaded = hatify.load(tmp_path / "saved", factory=lambda: Selects(*SELECTIONS["channels"], keep=other))
     assert torch.equal(hat(TOKENS), loaded(TOKENS)) and torch.equal(hat(TOKENS, task=1), loaded(TOKENS, task=1))
+
+
+def test_a_saved_selection_has_the_type_of_its_buffer(tmp_path: Path) -> None:
+    path = hatify.save(converted(Selects(*SELECTIONS["channels"]), TOKENS), tmp_path / "saved")
+    gates = load_file(path / "gates.safetensors")
+    save_file({**gates, "selections.0": gates["selections.0"].float()}, path / "gates.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    config["files"]["gates.safetensors"] = entry_of((path / "gates.safetensors").read_bytes())
+    (path / "config.json").write_text(json.dumps(seal(config)))
+    with pytest.raises(ArtifactError) as caught:
+        hatify.load(path)
+    assert caught.value.where == f"{path / 'model.json'}: selections[0]" and "gates.safetensors" in caught.value.why
 
 
 @pytest.mark.parametrize("select", [lambda m, x: x[x[..., 0] > 0], lambda m, x: x[:, m.fc.weight[:4, 0] > 0]])

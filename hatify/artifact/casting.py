@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -35,12 +37,13 @@ def named(name: str) -> torch.dtype:
     return FLOATS[name]
 
 
-def cast(key: str, tensor: Tensor, dtype: torch.dtype | None, embedding: bool = False) -> Tensor:
+def cast(key: str, tensor: Tensor, dtype: torch.dtype | None, embedding: bool = False, file: Path | None = None) -> Tensor:
     """The tensor in another type; itself where it has no floating-point type, or ``dtype`` is None.
 
     Args:
         key: its name, for the error.
         embedding: it is a mask embedding: the binary mask stays as it is, however the numbers are rounded.
+        file: where it was read, for the error.
 
     Raises:
         ArtifactError: a finite number has no finite neighbour in that type (locks need finite weights).
@@ -51,7 +54,7 @@ def cast(key: str, tensor: Tensor, dtype: torch.dtype | None, embedding: bool = 
     if not made.is_meta and not made.isfinite().all() and bool((tensor.isfinite() & ~made.isfinite()).any()):
         raise ArtifactError(
             "a number is too large for the type",
-            where=key,
+            where=key if file is None else f"{file}: {key}",
             why=f"its largest is {tensor[tensor.isfinite()].abs().max():.4g}; {dtype} ends at {torch.finfo(dtype).max:.4g}",
             fix="dtype=torch.bfloat16, which reaches as far as float32",
         )

@@ -95,7 +95,7 @@ def constant_from(data: Any, node: Callable[[str], fx.Node] | None = None) -> An
             raise ValueError(f"the device {value[:60]!r}")
         return torch.device(value)
     kind = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}[tag]
-    found = getattr(torch, value, None) if value.isidentifier() else None
+    found = vars(torch).get(value)  # not getattr, which imports what torch loads late
     if not isinstance(found, kind):
         raise ValueError(f"{value[:60]!r} is no {tag}")
     return found

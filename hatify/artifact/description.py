@@ -207,10 +207,10 @@ class Rebuilt:
                     "switches", "can_train", "asks", "selections", "plans", "rows", "report", "verification")  # fmt: skip
         self.fields = fields
         known = list(known)
-        classes = {f"{c.__module__}:{c.__qualname__}": c for c in known}
+        modules = [cls for cls in known if issubclass(cls, nn.Module)]
+        classes = {f"{c.__module__}:{c.__qualname__}": c for c in known if c not in modules}
         ids = StoredIds(gates, gates_file)
         recipes = [_recipe_head(part, classes) for part in fields.at("recipes").items()]
-        modules = [cls for cls in known if issubclass(cls, nn.Module)]
         self.tree = TreeReader(fields.at("modules"), training, config, LayerReader(recipes, modules), ids, inventory)
         own = fields.at("own_code") if fields.has("own_code") and fields.data["own_code"] is not None else None
         held = [*self.tree.modules()]
@@ -251,12 +251,12 @@ class Rebuilt:
         _plans_from(fields.at("plans"), analysis)
         program = compile_gates(analysis.table, analysis.sizes)
         bind_masks(self.tree, program, analysis.table.describe)
-        signature = signature_from(fields.at("signature"))
+        signature = signature_from(fields.at("signature"), classes)
         sizes = _sizes_from(fields.at("sizes"), signature.names)
         if [(t.dim(), t.dtype.is_floating_point) for t in inputs] != [(t.dim(), t.dtype.is_floating_point) for t in sizes.example]:
             raise fields.at("sizes").wrong("other inputs", "the ranks of the example inputs")
         held = fields.at("outputs").only("eval", "train")
-        outputs = {mode: _bound(structure_from(held.at(mode)), classes) for mode in ("eval", "train")}
+        outputs = {mode: structure_from(held.at(mode), classes) for mode in ("eval", "train")}
         _check_calls(fields, self.graphs, outputs, len(signature.names) + 1)  # and the task
         indexed = fields.at("indexed").only("paths", "parameters", "buffers")
         original = fields.at("original").only("keys", "names")
@@ -326,7 +326,9 @@ class Rebuilt:
         owner, _, name = fields.is_a(str).rpartition(".")
         module, value = self.tree.module(owner), gates.get(f"selections.{number}")
         buffer = None if module is None else module._buffers.get(name)
-        if buffer is None or value is None or value.shape != buffer.shape:
+        fits = buffer is not None and value is not None and value.shape == buffer.shape
+        # the buffer may be stored as another floating-point type
+        if not fits or (value.dtype != buffer.dtype and not (value.is_floating_point() and buffer.dtype.is_floating_point)):
             raise fields.wrong(repr(fields.data[:100]), f"a buffer, and its value in {file}")
         return value
 
@@ -379,8 +381,8 @@ def _check_modes(fields: Fields, graphs: Mapping[str, Any]) -> None:
 
 def _recipe_head(fields: Fields, classes: Mapping[str, type]) -> Recipe:
     fields.only("was", "graphs", "outputs", "signature", "sizes", "meaning")
-    signature = signature_from(fields.at("signature"))
-    outputs = {mode: _bound(structure_from(part), classes) for mode, part in fields.at("outputs").pairs()}
+    signature = signature_from(fields.at("signature"), classes)
+    outputs = {mode: structure_from(part, classes) for mode, part in fields.at("outputs").pairs()}
     if [*outputs] != [*fields.at("graphs").is_a(dict)]:
         raise fields.at("outputs").wrong(str([*outputs])[:80], "one for each graph")
     return Recipe(
@@ -401,7 +403,3 @@ def _recipe_body(recipe: Recipe, fields: Fields, users: Sequence[nn.Module]) -> 
             check_places(part, recipe.graphs[mode], user, BY_ITEM)
     _check_modes(fields, recipe.graphs)
     _check_calls(fields, recipe.graphs, recipe.outputs, len(recipe.signature.names))
-
-
-def _bound(structure: Structure, classes: Mapping[str, type]) -> Structure:
-    return structure.bound(classes)

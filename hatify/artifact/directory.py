@@ -243,7 +243,7 @@ def load(
     Args:
         path: the directory.
         factory: returns the original model (any weights), for :func:`hatify.verify` to compare with; without it, parity cannot be
-            measured. A directory of format 1 needs it, unless the model is one of timm, torchvision or transformers.
+            measured. A directory of format 1 needs it.
         layers: classes of yours that the directory names (it says so if it needs one): layers, and classes of what the model returns.
         device: where the tensors go, a few at a time (default: torch's default device); ``"meta"`` gives the model without values.
         dtype: the type of all floating-point tensors, as in :func:`hatify.save`.
@@ -383,7 +383,9 @@ class _Reader:
         for key, tensor in weights.found():
             if not (meta and inventory.is_state(key)):  # which says what is finished
                 tensor = tensor if self.device is None else tensor.to(self.device)
-                tensor = tensor if self.dtype is None else cast(key, tensor, self.dtype, inventory.is_embedding(key))
+                if self.dtype is not None:
+                    file = next(file.path for file in weights.files if key in file.expected)
+                    tensor = cast(key, tensor, self.dtype, inventory.is_embedding(key), file)
             yield key, tensor
 
     def _split(self, names: list[str], expected: dict[str, Any]) -> list[dict[str, Any]]:
@@ -404,13 +406,13 @@ class _Reader:
         described = []
         for part in self.config.at("example_inputs").items():
             part.only("dtype", "shape")
-            dtype = getattr(torch, part.get("dtype", str), None)
+            dtype = vars(torch).get(part.get("dtype", str))
             if not isinstance(dtype, torch.dtype):
                 raise part.at("dtype").wrong(repr(part.data["dtype"])[:60], "a type")
             described.append((dtype, part.at("shape").counts()))
         expected = {f"input_{i}": entry for i, entry in enumerate(described)}
         found = self._tensors(INPUTS, expected)
-        return [cast(name, found[name], self.dtype) for name in expected]
+        return [cast(name, found[name], self.dtype, file=self.directory / INPUTS) for name in expected]
 
     def _tensors(self, name: str, expected: Any) -> dict[str, Tensor]:
         return read_tensors(self.directory / name, expected, self._entry(name))

@@ -261,7 +261,7 @@ class Fields:
         if type(key) is str:
             value = (self.data if type(self.data) is dict else self.is_a(dict)).get(key, _MISSING)
         else:
-            value = self.is_a(list)[key] if key < len(self.data) else _MISSING
+            value = self.data[key] if key < len(self.is_a(list)) else _MISSING
         part = Fields(value, self.file, key, self)
         if value is _MISSING:
             raise ArtifactError("a field is missing", where=f"{self.file}: {part.path}", fix="save again")

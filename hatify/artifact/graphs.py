@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import keyword
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import cache
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from ..errors import ArtifactError
@@ -127,6 +130,8 @@ def _target(entry: Fields, op: str, args: tuple, kwargs: dict[str, Any], root: n
         found = entry.at("target").decoded(operator_from, "an operator")
         if found is getattr and (kwargs or len(args) != 2 or not isinstance(args[0], fx.Node) or args[1] not in ATTRIBUTES):
             raise entry.at("args").wrong(str(args)[:60], f"a node and one of {ATTRIBUTES}")
+        if not _takes(found, args, kwargs):
+            raise entry.wrong(f"{len(args)} arguments {[*kwargs]}"[:100], f"those of {target}")
         return found
     if op == "placeholder":
         if not _is_argument(target) or kwargs or args not in ((), (None,)):
@@ -138,6 +143,23 @@ def _target(entry: Fields, op: str, args: tuple, kwargs: dict[str, Any], root: n
             repr(target[:100]), "the path of a module" if op == "call_module" else "the path of a tensor"
         )
     return target
+
+
+def _takes(function: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a function of Python or hatify can be called so; generated code spells some of them as operators, between their operands."""
+    signature = None if isinstance(function, torch._ops.OpOverload) else _signature(function)
+    try:
+        return signature is None or signature.bind(*args, **kwargs) is not None
+    except TypeError:
+        return False
+
+
+@cache
+def _signature(function: Callable) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except ValueError:  # a few built-in ones do not say
+        return None
 
 
 def check_places(fields: Fields, graph: fx.Graph, root: nn.Module, hidden: Collection[str]) -> None:

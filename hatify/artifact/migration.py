@@ -1,4 +1,4 @@
-"""Directories of format 1, which held weights and settings only: the model is built again from its source, and converted again."""
+"""Directories of format 1, which held weights and settings only: the user's original is converted again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..conversion import OPTIONS
-from ..errors import ArtifactError, HatifyError
+from ..errors import ArtifactError
 from ..sources import Source
 from ..structure import Structure, unflatten
 from .config import hat_config_of, settings_of, source_of
@@ -35,43 +35,70 @@ def load_first(directory: Path, config: Fields, factory: Callable[[], nn.Module]
     """The model of a directory of format 1; ``hatify.save`` then writes it in the present format.
 
     Args:
-        factory: returns the original (any weights), where it is not one of timm, torchvision or transformers.
+        factory: returns the original (any weights).
 
     Raises:
         ArtifactError: the original is needed, or another one than ``factory``'s; or a file that is not as it was written.
     """
     config.only(*_FIELDS)
     settings, source = settings_of(config), source_of(config)
-    hat_config = None if config.data["settings"]["config"] is None else hat_config_of(config)
+    if factory is None:
+        raise _needs_original(directory, source)
+    hat_config = None if config.at("settings").at("config").data is None else hat_config_of(config)
     training = config.get("training", bool)
     stored = config.at("example_inputs")
     structure = None if stored.data is None else structure_from(stored)
     state = _tensors(directory / WEIGHTS)
+    _check_counts(config.at("settings"), state)
     inputs = _example_inputs(directory, structure)
 
     from .. import convert
 
     with torch.random.fork_rng(devices=[]):  # the random weights of the new model are overwritten below
-        model = _build(directory, config, source, factory)
-        _take_dtypes(model, state)
-        hat = convert(
-            model,
-            tasks=settings["classes"] or settings["tasks"],
-            example_inputs=inputs,
-            config=hat_config,
-            **{name: settings[name] for name in OPTIONS},
-            verify=False,
-            inplace=True,
-        )
+        model = factory()
+        if not isinstance(model, nn.Module):
+            raise ArtifactError("the factory does not give a model", why=f"it returned a {type(model).__name__}")
+        try:
+            _take_dtypes(model, state)
+            hat = convert(
+                model,
+                tasks=settings["classes"] or settings["tasks"],
+                example_inputs=inputs,
+                config=hat_config,
+                **{name: settings[name] for name in OPTIONS},
+                verify=False,
+                inplace=True,
+            )
+            _take_dtypes(hat, state)
+            _check_keys(directory, hat.state_dict(), state)
+            hat.load_state_dict(state, strict=True)
+        except ArtifactError:
+            raise
+        except Exception as error:  # of the libraries too, for what the files say of the user's model
+            raise _other_model(directory, f"{type(error).__name__}: {error}") from error
     hat.source = source
-    _take_dtypes(hat, state)
-    _check_keys(directory, hat.state_dict(), state)
-    try:
-        hat.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise _other_model(directory, str(error)) from error
     hat.train(training)
     return hat
+
+
+def _needs_original(directory: Path, source: Source | None) -> ArtifactError:
+    """Names and options of a file would decide which code of a library runs, what it reads and what it fetches: they are only shown."""
+    said = "" if source is None else f"; it says that it was made of {source.text[:100]!r}"
+    return ArtifactError(
+        "the original model is needed",
+        where=str(directory),
+        why=f"a directory of format 1 holds no graph, and it does not decide which code is run{said}",
+        fix=f"hatify.load({str(directory)!r}, factory=make_model); make_model() returns the original",
+    )
+
+
+def _check_counts(settings: Fields, state: dict[str, Tensor]) -> None:
+    """Whether there are weights for so many tasks and classes, before memory is taken for them."""
+    longest = max((size for tensor in state.values() if tensor.numel() for size in tensor.shape), default=0)
+    settings.at("tasks").count(1, max(1, len(state)))
+    for part in () if settings.at("classes").data is None else settings.at("classes").items():
+        if part.data is not None:
+            part.count(1, max(1, longest))
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -86,34 +113,6 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise ArtifactError(
             "a file cannot be read", where=str(path), why=f"{type(error).__name__}: {error}", fix="convert and save again"
         ) from error
-
-
-def _build(directory: Path, config: Fields, source: Source | None, factory: Callable[[], nn.Module] | None) -> nn.Module:
-    if factory is not None:
-        model = factory()
-        if not isinstance(model, nn.Module):
-            raise ArtifactError("the factory does not give a model", why=f"it returned a {type(model).__name__}")
-        return model
-    if source is not None and source.kind != "factory":
-        try:
-            return source.build()
-        except HatifyError:
-            raise
-        except Exception as error:  # the library's own refusal of a name or an argument that the file gave
-            raise ArtifactError(
-                "the model cannot be built",
-                where=f"{config.file}: source",
-                why=f"{source.text}: {type(error).__name__}: {error}",
-                fix=f"hatify.load({str(directory)!r}, factory=make_model)",
-            ) from error
-    if source is None:
-        why = "a directory of format 1 does not say which model it was made of"
-        fix = f"hatify.load({str(directory)!r}, factory=make_model); make_model() returns the original"
-    else:
-        module, _, name = source.name.partition(":")
-        why = f"it was made by {source.name}, and a directory does not decide which code is run"
-        fix = f"from {module} import {name}; hatify.load({str(directory)!r}, factory={name})"
-    raise ArtifactError("the original model is needed", where=str(directory), why=why, fix=fix)
 
 
 def _example_inputs(directory: Path, structure: Structure | None) -> Any:

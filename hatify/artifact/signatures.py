@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from ..calling import Signature, Structure
 from ..errors import CallError
-from ..structure import flatten, unflatten
+from ..structure import check_classes, flatten, unflatten
 from .fields import Fields
 
 __all__ = ["signature_from", "signature_to"]
@@ -52,8 +53,8 @@ def _is_plain(structure: Structure) -> bool:
     return structure.type in (None, "builtins:dict") and all(_is_plain(child) for child in structure.children)
 
 
-def signature_from(fields: Fields) -> Signature:
-    """The signature again.
+def signature_from(fields: Fields, classes: Mapping[str, type]) -> Signature:
+    """The signature again; ``classes`` are the user's, as for :func:`structure_from`.
 
     Raises:
         ArtifactError: it is none.
@@ -75,22 +76,24 @@ def signature_from(fields: Fields) -> Signature:
         kind = KINDS[entry.at("kind").one_of(*KINDS)]
         parameters.append(entry.decoded(lambda _, n=name, k=kind, d=default: inspect.Parameter(n, k, default=d), "a parameter"))
         if entry.has("captured"):
-            captured[name] = structure_from(entry.at("captured"))
+            captured[name] = structure_from(entry.at("captured"), classes)
     fields.decoded(lambda _: inspect.Signature(parameters), "a signature")
     return Signature(parameters, fields.at("positional").count(), captured)
 
 
-def structure_from(fields: Fields) -> Structure:
-    """A stored structure.
+def structure_from(fields: Fields, classes: Mapping[str, type] | None = None) -> Structure:
+    """A stored structure, of the user's ``classes`` (by "module:qualified name") where it names them.
 
     Raises:
         ArtifactError: it is none.
     """
-    return fields.decoded(_structure, "the structure of a value")
+    return fields.decoded(lambda data: _structure(data, classes or {}), "the structure of a value")
 
 
-def _structure(data: Any) -> Structure:
+def _structure(data: Any, classes: Mapping[str, type]) -> Structure:
     try:
-        return Structure.from_json(data)
+        structure = Structure.from_json(data).bound(classes)
+        check_classes(structure)
     except CallError as error:
         raise ValueError(error.why or str(error)) from error
+    return structure
