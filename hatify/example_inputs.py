@@ -159,7 +159,8 @@ def _transformers(model: Any, make: _Maker) -> dict[str, Any] | None:
 
 
 def _ids(config: Any, make: _Maker) -> Tensor:
-    length = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    length = min(_TOKENS, positions) if positions > 0 else _TOKENS  # some say -1 for any number
     specials = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
     avoid = {token for name in specials if isinstance(token := getattr(config, name, None), int)}
     return make.tokens(config.vocab_size, length, avoid)

@@ -216,7 +216,7 @@ def _take_apart(value: Any, where: str) -> tuple[Structure, list[Any]]:
         f"a value of type {cls.__module__}.{cls.__qualname__} cannot be passed through a captured model",
         where=where,
         why=f"supported are {_SUPPORTED}",
-        fix="pass its tensors, as a tuple or a dict",
+        fix="pass its tensors, as a tuple or a dict, or leave it out (transformers' models return no cache with use_cache=False)",
     )
 
 

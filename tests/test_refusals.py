@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import hatify
-from hatify.errors import CaptureError
+from hatify.errors import CaptureError, HatifyError
 
 
 class Chooses(nn.Module):
@@ -72,3 +72,66 @@ def test_no_part_is_named_where_the_weights_are_what_cannot_be_traced() -> None:
     with pytest.raises(CaptureError) as refused:
         hatify.convert(model, 2, example_inputs=torch.randn(2, 3, 8, 8))
     assert "convert a part" not in refused.value.fix
+
+
+class Runs(torch.autograd.Function):
+    """Runs layers that it is given, as reversible networks do."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layers: nn.ModuleList) -> Tensor:
+        for layer in layers:
+            x = x + layer(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple:
+        return gradient, None
+
+
+class Reversible(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Runs.apply(x, self.layers))
+
+
+def test_a_function_that_is_given_modules_is_refused_by_its_line() -> None:
+    with pytest.raises(CaptureError, match="ModuleList is an argument") as refused:
+        hatify.convert(Reversible(), 2, example_inputs=torch.randn(4, 8))
+    assert "Runs.apply(x, self.layers)" in refused.value.where and "hatify.register" in refused.value.fix
+
+
+class Cache:
+    """An object that holds tensors and says nothing of it."""
+
+
+class Remembers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> dict:
+        return {"logits": self.head(x), "past": Cache()}
+
+
+def test_a_result_that_is_no_tensor_is_named_with_what_helps() -> None:
+    with pytest.raises(CaptureError, match="Cache cannot be passed") as refused:
+        hatify.convert(Remembers(), 2, example_inputs=torch.randn(4, 8))
+    assert "'past'" in refused.value.where and "use_cache=False" in refused.value.fix
+
+
+class Filtered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[x[:, 0] > 0])
+
+
+def test_a_size_that_depends_on_data_is_refused_by_its_line() -> None:
+    with pytest.raises(HatifyError, match="depends on data") as refused:
+        hatify.convert(Filtered(), 2, example_inputs=torch.randn(4, 8))
+    assert "self.layer(x)[x[:, 0] > 0]" in (refused.value.where or "")

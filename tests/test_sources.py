@@ -320,6 +320,8 @@ def test_transformers_say_their_main_input():
     text = transformers.BertModel(transformers.BertConfig(vocab_size=50, max_position_embeddings=12, **tiny))
     _, kwargs = runs(text)
     assert kwargs["input_ids"].shape == (2, 12) and kwargs.get("use_cache", False) is False
+    endless = transformers.XLNetModel(transformers.XLNetConfig(vocab_size=50, d_model=8, n_layer=1, n_head=2, d_inner=8))
+    assert endless.config.max_position_embeddings == -1 and runs(endless)[1]["input_ids"].shape == (2, 16)
     vision = transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=16, **tiny))
     assert runs(vision)[1]["pixel_values"].shape == (2, 3, 32, 32)
     t5 = transformers.T5Model(transformers.T5Config(vocab_size=50, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))

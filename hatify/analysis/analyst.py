@@ -126,7 +126,11 @@ class Analyst:
             self.captured = captured
             for node in captured.graph.nodes:
                 self.node = node
-                self.env[node] = self._visit(node)
+                try:
+                    self.env[node] = self._visit(node)
+                except ConversionError as error:
+                    error.where = error.where or node.meta.get("line") or node.name
+                    raise
                 if captured is self.graphs[0]:
                     self.analysis.values[node] = self.env[node]
             for value in captured.writes.values():

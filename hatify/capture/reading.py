@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -21,6 +21,7 @@ from hatify.capture.names import scope_of, telling_name
 from hatify.capture.regions import enter_autocast, exit_autocast
 from hatify.capture.repeats import MARK, REPEAT, Copier
 from hatify.capture.tree import LEAF, FunctionCall, arguments, forget_call
+from hatify.errors import CaptureError
 from hatify.modules.grouped import EQUIVALENT
 
 DROPPED = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "sym_constrain_range", "_assert_async"}
@@ -83,9 +84,27 @@ def read_program(program: ExportedProgram, signature: Signature, structure: Any,
                 if isinstance(r, fx.Node) and r.name in buffers:
                     captured.writes[buffers[r.name].removeprefix("root.")] = env[r]
             graph.output(tuple(env[v] if isinstance(v, fx.Node) else v for v in values))
+    _check_arguments(graph)
     captured.fixed_sizes = _fixed_sizes(signature, placeholders)
     captured.guards = _guards(placeholders)
     return captured
+
+
+def _check_arguments(graph: fx.Graph) -> None:
+    """That no function is given a module: nobody would see its weights.
+
+    Raises:
+        CaptureError: one is.
+    """
+    for node in graph.nodes:
+        held = next((a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, nn.Module)), None)
+        if held is not None:
+            raise CaptureError(
+                f"a {type(held).__name__} is an argument of a function of your own",
+                where=node.meta.get("line") or str(node.target),
+                why="what its weights do in there, and in the backward pass, cannot be seen",
+                fix="keep the module that calls it whole: hatify.register(ThatModule, hatify.TaskIndexedLayer())",
+            )
 
 
 class _Env(dict):

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from hatify.errors import CaptureError
+from hatify.errors import CaptureError, HatifyError
 
 
 def untraceable(error: Exception, model: nn.Module, root: nn.Module, called: Collection[str] = ()) -> CaptureError:
@@ -26,6 +26,10 @@ def untraceable(error: Exception, model: nn.Module, root: nn.Module, called: Col
     part = _largest_part(model, module, {path.partition(".")[0] for path in called})
     if part:
         ways += f"; or convert a part of it alone: model.{part} = hatify.convert(model.{part}, example_inputs=...)"
+    if isinstance(error, HatifyError):  # what stood in the way is known already
+        found = CaptureError(f"{type(model).__name__} cannot be traced: {error.what}", **dict(error.parts()))
+        found.module = module
+        return found
     found = CaptureError(
         f"{type(model).__name__} cannot be traced" + (": its control flow depends on data" if data_dependent else ""),
         where=line,
