@@ -347,9 +347,10 @@ def _fits(cls: type, structure: Structure) -> bool:
 @cache
 def _stand_in(kind: str, name: str, labels: tuple[str, ...]) -> type:
     """A class with the parts of one that is not there."""
-    for word in (name, *(labels if kind in ("namedtuple", "dataclass") else ())):
+    fields = labels if kind in ("namedtuple", "dataclass") else ()
+    for word in (name, *fields):
         plain = word == unicodedata.normalize("NFKC", word)  # Python reads some letters of a name as others
-        if not (plain and word.isidentifier()) or keyword.iskeyword(word) or (word is not name and word.startswith("__")):
+        if not (plain and word.isidentifier()) or keyword.iskeyword(word) or (word in fields and word.startswith("__")):
             raise CallError("a stored structure cannot be read", where=name, why=f"a class or field is called {word[:60]!r}")
     if kind == "dict":
         return type(name, (_Output,), {"__doc__": f"Stands for a {name}, whose library is not imported."})

@@ -419,15 +419,13 @@ def test_results_are_records_and_no_other_class_of_a_library_is_made(saved):
     from torchvision.models.googlenet import GoogLeNetOutputs
     from transformers.modeling_outputs import ImageClassifierOutput
 
-    held = set(sys.modules)
     late = "TrainingArguments"
     out = returned(saved, "dataclass", f"transformers:{late}", "output_dir")
     assert type(out).__name__ == late and type(out).__module__ != "transformers.training_args" and out.output_dir.shape == (2, 3)
-    assert late not in vars(transformers) and not {name for name in set(sys.modules) - held if name.startswith("transformers")}
+    assert late not in vars(transformers)
     assert type(returned(saved, "dict", "transformers.modeling_outputs:ImageClassifierOutput", "logits")) is ImageClassifierOutput
-    assert (
-        type(returned(saved, "dict", "transformers.modeling_outputs:ImageClassifierOutput", "other")) is not ImageClassifierOutput
-    )
+    other = returned(saved, "dict", "transformers.modeling_outputs:ImageClassifierOutput", "other")
+    assert type(other) is not ImageClassifierOutput and list(other) == ["other"]
     fields = GoogLeNetOutputs._fields
     assert type(returned(saved, "namedtuple", "torchvision.models.googlenet:GoogLeNetOutputs", *fields)) is GoogLeNetOutputs
     assert type(returned(saved, "namedtuple", "torchvision.models.googlenet:GoogLeNetOutputs", "x")) is not GoogLeNetOutputs
