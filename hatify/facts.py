@@ -56,13 +56,13 @@ class Sizes:
             return
         for name, tensor, example in zip(self.names, tensors, self.example):
             if tensor.dim() != example.dim():
-                raise _refused(name, f"it has {tensor.dim()} dimensions, captured were {example.dim()}", tensor)
+                raise self._refused(name, f"it has {tensor.dim()} dimensions, captured were {example.dim()}", tensor)
             if tensor.dtype.is_floating_point != example.dtype.is_floating_point:
-                raise _refused(name, f"it is {tensor.dtype}, captured was {example.dtype}", tensor)
+                raise self._refused(name, f"it is {tensor.dtype}, captured was {example.dtype}", tensor)
             for dim, size in enumerate(tensor.shape):
                 fixed = self.fixed.get((name, dim), size)
                 if fixed != size:
-                    raise _refused(name, f"dimension {dim} is {size}; the capture fixed it at {fixed}", tensor)
+                    raise self._refused(name, f"dimension {dim} is {size}; the capture fixed it at {fixed}", tensor)
         for guard in self.guards:
             if not guard.holds(tensors):
                 raise CallError(
@@ -73,12 +73,9 @@ class Sizes:
                 )
         self.seen.add(key)
 
-
-def _refused(name: str, why: str, tensor: Tensor) -> CallError:
-    shape = ", ".join(str(s) for s in tensor.shape)
-    return CallError(
-        f"the input {name} does not fit the capture",
-        where=name,
-        why=why,
-        fix=f"hatify.convert(model, example_inputs=torch.randn({shape}))",
-    )
+    def _refused(self, name: str, why: str, tensor: Tensor) -> CallError:
+        alone = len(self.names) == 1 and tensor.is_floating_point()
+        shape = ", ".join(map(str, tensor.shape))
+        example = f"torch.randn({shape})" if alone else f"...), in which {name} is {tensor.dtype} of the shape ({shape}"
+        fix = f"hatify.convert(model, example_inputs={example})"
+        return CallError(f"the input {name} does not fit the capture", where=name, why=why, fix=fix)

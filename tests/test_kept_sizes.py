@@ -9,6 +9,7 @@ from torch import nn
 
 import hatify
 from hatify.capture import capture, tree
+from hatify.errors import CallError
 
 
 @pytest.fixture
@@ -118,3 +119,18 @@ def test_a_layer_that_looks_into_its_data_is_told_by_real_runs(kept):
 def test_a_layer_that_is_given_what_it_does_not_take_is_refused_with_its_own_words():
     with pytest.raises(hatify.errors.CaptureError, match="should contain 8 elements not 7"):
         hatify.convert(convolution(nn.BatchNorm2d(7)), tasks=2, example_inputs=torch.randn(2, 3, 9, 11))
+
+
+def test_an_input_of_another_size_is_asked_for_as_what_it_is() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(9, 8), nn.Linear(40, 3)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embed(ids).flatten(1))
+
+    hat = hatify.convert(Tokens(), 2, example_inputs=torch.randint(0, 9, (4, 5)))
+    with pytest.raises(CallError, match="ids does not fit") as refused:
+        hat(torch.randint(0, 9, (4, 6)))
+    assert "torch.int64 of the shape (4, 6)" in refused.value.fix
