@@ -29,7 +29,7 @@ def snapshot(hat: HATModel) -> dict[str, Any]:
         "maskers": report.maskers,
         "mask nodes": report.mask_nodes,
         "live masks of norms": report.gates,
-        "gate expressions": len(hat._facts.analysis.table.keys),
+        "gate expressions": len(hat._facts.analysis.table),
         "fixed sizes": [f"{f['input']}[{f['dim']}] = {f['size']}" for f in report.fixed_sizes],
         "graphs": 2 if report.two_graphs else 1,
         "operators": dict(sorted(report.operators.items())),

@@ -57,6 +57,13 @@ def test_what_a_layer_carries_wrongly_is_seen(name: str, patch: Callable, monkey
     assert differ(soft_step(hat, (x,), {}, 3.0), soft_step(other, (x,), {}, 3.0))
 
 
+def test_no_layer_carries_what_would_take_too_long_to_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    hat, x = drawn(LAYERS["views"][0], 100)
+    monkeypatch.setattr(carrying, "MOST_NAMED", -1)
+    assert carriers(hat) == ["second"]
+    assert not differ(soft_step(hat, (x,), {}, 3.0), soft_step(uncarried(hat), (x,), {}, 3.0))
+
+
 class _Never(set):
     """Has nothing in it, whatever is added."""
 

@@ -22,7 +22,7 @@ from ..report import ConversionReport
 from ..verification import VerificationReport
 from .expressions import guard_from, guard_to
 from .fields import Fields, typed
-from .gates import TABLE, Ids, StoredIds, table_from, uses_from, uses_to
+from .gates import TABLE, Budget, Ids, StoredIds, table_from, uses_from, uses_to
 from .graphs import check_places, graph_from, graph_to
 from .layers import LayerReader, LayerWriter
 from .lowered import BY_ITEM, Recipe
@@ -249,7 +249,8 @@ class Rebuilt:
         analysis.table = table_from(gates[TABLE], [*paths], analysis.sizes, gates_file)
         analysis.uses = uses_from(fields.at("uses"), ids, self.tree.numel)
         _plans_from(fields.at("plans"), analysis)
-        program = compile_gates(analysis.table, analysis.sizes)
+        budget = Budget(len(analysis.table) + ids.ids.numel(), gates_file)
+        program = compile_gates(analysis.table, analysis.sizes, budget)
         bind_masks(self.tree, program, analysis.table.describe)
         signature = signature_from(fields.at("signature"), classes)
         sizes = _sizes_from(fields.at("sizes"), signature.names)

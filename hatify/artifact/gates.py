@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,19 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
-from ..gates import GateTable, Use
-from ..gates.table import StoredTable
+from ..gates import Use
+from ..gates.table import KINDS, Expressions
 from .fields import Fields
 
-__all__ = ["Ids", "StoredIds", "table_from", "uses_from", "uses_to"]
+__all__ = ["Budget", "Ids", "StoredIds", "table_from", "uses_from", "uses_to"]
 
 TABLE, IDS, POSITIONS = "table", "ids", "positions"
+
+PROGRAMS = 1 << 16
+"""Vector programs of a model: 205 for ResNet-152, 202 for Swin-T."""
+ELEMENTS, TIMES = 1 << 24, 16
+"""Elements of all programs, and how many more for each row and id: 6.4 million for 5.6 million rows and ids in Mixer-S/16, and never
+more than 1.1 for each."""
 
 
 class Ids:
@@ -91,19 +98,46 @@ class StoredIds:
         return found
 
 
-def table_from(entries: Tensor, maskers: list[str], sizes: Mapping[str, int], file: str) -> GateTable:
-    """The table of the stored entries, checked as a whole; its expressions are built when they are first asked for.
+class StoredTable(Expressions):
+    """The table whose :meth:`GateTable.stored` is ``entries``; read when it is first asked for, which many uses of a model never do.
+
+    Only steps are kept, no normal form: nothing is combined with what is stored, and the members of all expressions of a deep stream
+    would need memory that is quadratic in its depth.
+    """
+
+    def __init__(self, maskers: list[str], entries: Tensor) -> None:
+        self._maskers, self._entries = maskers, entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @cached_property
+    def _rows(self) -> list[list[int]]:
+        return self._entries.tolist()
+
+    def step(self, gate: int) -> tuple:
+        kind, a, b = self._rows[gate]
+        return (KINDS[kind], self._maskers[a] if kind == 2 else a, b) if kind > 1 else (KINDS[kind],)
+
+    def stored(self, maskers: list[str]) -> Tensor:
+        """The entries; ``maskers`` are the same as ever."""
+        return self._entries
+
+
+def table_from(entries: Tensor, maskers: list[str], sizes: Mapping[str, int], file: str) -> StoredTable:
+    """The table of the stored entries, checked as a whole.
 
     Here and with the ids, numpy: other threads read and hash at the same time, and torch's own would get in their way.
 
     Raises:
         ArtifactError: an entry that is none.
     """
-    where = f"{file}: {TABLE}"
+
+    def wrong(why: str) -> ArtifactError:
+        return ArtifactError("the table of gates is wrong", where=f"{file}: {TABLE}", why=why, fix="save again")
+
     if entries.dim() != 2 or entries.shape[1] != 3 or entries[:2].tolist() != [[0, 0, 0], [1, 0, 0]]:
-        raise ArtifactError(
-            "the table of gates is wrong", where=where, why=f"its shape is {tuple(entries.shape)}", fix="save again"
-        )
+        raise wrong(f"its shape is {tuple(entries.shape)}")
     kind, a, b = entries.numpy().T.copy()
     number = np.arange(len(entries))
     channels = np.array([sizes[m] for m in maskers] or [0])
@@ -112,8 +146,25 @@ def table_from(entries: Tensor, maskers: list[str], sizes: Mapping[str, int], fi
     good = atom | joined | (number < 2)
     if not good.all():
         row = int(np.flatnonzero(~good)[0])
-        raise ArtifactError("the table of gates is wrong", where=where, why=f"row {row}: {entries[row].tolist()}", fix="save again")
+        raise wrong(f"row {row}: {entries[row].tolist()}")
     return StoredTable(maskers, entries)
+
+
+class Budget:
+    """Counts what is compiled from the gates of a file, which can say in a few rows what takes forever to compute.
+
+    Raises:
+        ArtifactError: it is more than gates that were written by this library need.
+    """
+
+    def __init__(self, stored: int, file: str) -> None:
+        self.file, self.programs, self.elements = file, PROGRAMS, ELEMENTS + TIMES * stored
+
+    def __call__(self, size: int) -> None:
+        self.programs, self.elements = self.programs - 1, self.elements - size
+        if self.programs < 0 or self.elements < 0:
+            why = "its expressions share more parts than can be computed"
+            raise ArtifactError("the table of gates is wrong", where=f"{self.file}: {TABLE}", why=why, fix="save again")
 
 
 def uses_to(uses: Mapping[str, list[Use]], ids: Ids) -> list[dict[str, Any]]:

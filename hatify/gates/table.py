@@ -22,8 +22,82 @@ MAX_ATOMS_MIXED = 8
 
 KINDS = ("const", "top", "atom", "or", "and")
 
+LONGEST = 1 << 16
+"""Characters of an expression in words, and steps to find them; a longer one reads "…"."""
 
-class GateTable:
+
+class Expressions:
+    """Gate expressions named by integers, each made of earlier ones: what it takes to evaluate them, and to put them in words."""
+
+    def step(self, gate: int) -> tuple:
+        """How an expression is made: ``("const",)``, ``("top",)``, ``("atom", masker, channel)``, or ``("or", a, b)`` and ``("and", a, b)``
+        of two earlier expressions."""
+        raise NotImplementedError
+
+    def describe(self, ids: Tensor) -> str:
+        """The gates in words, channels of one masker gathered into ranges: ``conv1[0:64] | conv3[0:64]``."""
+        distinct = torch.unique_consecutive(ids.reshape(-1)).tolist()
+        words: list[str] = []
+        runs: list[list] = []  # [shape of the expression, first channel, last channel]
+        for gate in distinct:
+            if len(runs) > 4:
+                break
+            shape, channel = self._shape(gate)
+            if runs and runs[-1][0] == shape and channel is not None and channel == runs[-1][2] + 1:
+                runs[-1][2] = channel
+            else:
+                runs.append([shape, channel, channel])
+        for shape, first, last in runs[:4]:
+            words.append(shape if first is None else shape.replace("#", f"{first}:{last + 1}"))
+        return ", ".join(words) + (", …" if len(runs) > 4 else "")
+
+    def _shape(self, gate: int) -> tuple[str, int | None]:
+        """The expression with its channel replaced by ``#`` when all its atoms share one channel."""
+        if gate in (CONST, TOP):
+            return self.step(gate)[0].upper(), None
+        found: dict[int, tuple[str, list]] = {}
+        left, todo = LONGEST, [gate]
+        while todo and left > 0:
+            one = todo.pop()
+            if one not in found:
+                kind, inside, steps = self._flat(one, left)
+                found[one], left = (kind, inside), left - steps
+                todo += inside if kind != "atom" else ()
+        channels = {inside[1] for kind, inside in found.values() if kind == "atom"}
+        shared = channels.pop() if len(channels) == 1 else None
+        words: dict[int, str] = {}
+        for one in sorted(found):  # what it is made of comes before it
+            kind, inside = found[one]
+            left -= sum(len(words[i]) for i in inside) if kind != "atom" and left > 0 else 0
+            if left <= 0:
+                return "…", None
+            if kind == "atom":
+                words[one] = f"{inside[0]}[{'#' if shared is not None else inside[1]}]"
+            else:
+                words[one] = f"({(' | ' if kind == 'or' else ' & ').join(sorted(words[i] for i in inside))})"
+        text = words[gate]
+        return text[1:-1] if text.startswith("(") else text, shared
+
+    def _flat(self, gate: int, most: int) -> tuple[str, list, int]:
+        """What an expression is, its masker and channel or its members, and the steps that took; no more than ``most``."""
+        kind, *inside = self.step(gate)
+        if kind == "atom":
+            return kind, inside, 1
+        members: list[int] = []
+        seen: set[int] = set()
+        while inside and len(seen) < most:
+            part = inside.pop()
+            if part not in seen:
+                seen.add(part)
+                below, *parts = self.step(part)
+                if below == kind:
+                    inside += parts
+                else:
+                    members.append(part)
+        return kind, members, len(seen)
+
+
+class GateTable(Expressions):
     """Gate expressions in a normal form, each stored once and named by an integer.
 
     An expression is CONST, TOP, an atom ``(masker, channel)``, or an OR / AND of at least two expressions. OR and AND
@@ -39,6 +113,13 @@ class GateTable:
         self._nested: list[bool] = [False, False]  # whether a member may be an AND in an OR, an OR in an AND
         self._most: list[int] = [0, 0]  # upper bounds of the number of an expression's atoms, past all limits at most
         self._most_tensor = torch.zeros(2, dtype=torch.int64)
+
+    def step(self, gate: int) -> tuple:
+        parts = self.parts[gate]
+        return self.keys[gate] if parts is None else (self.keys[gate][0], *parts)
+
+    def __len__(self) -> int:
+        return len(self.keys)
 
     def atoms(self, masker: str, channels: int) -> Tensor:
         """The gates of all channels of one masker, in order: int64, shape ``(channels,)``."""
@@ -214,41 +295,6 @@ class GateTable:
             rows.append((2, numbers[key[1]], key[2]) if parts is None else (KINDS.index(key[0]), *parts))
         return torch.tensor(rows, dtype=torch.int32)
 
-    def describe(self, ids: Tensor) -> str:
-        """The gates in words, channels of one masker gathered into ranges: ``conv1[0:64] | conv3[0:64]``."""
-        distinct = torch.unique_consecutive(ids.reshape(-1)).tolist()
-        words: list[str] = []
-        runs: list[list] = []  # [shape of the expression, first channel, last channel]
-        for gate in distinct:
-            if len(runs) > 4:
-                break
-            shape, channel = self._shape(gate)
-            if runs and runs[-1][0] == shape and channel is not None and channel == runs[-1][2] + 1:
-                runs[-1][2] = channel
-            else:
-                runs.append([shape, channel, channel])
-        for shape, first, last in runs[:4]:
-            words.append(shape if first is None else shape.replace("#", f"{first}:{last + 1}"))
-        return ", ".join(words) + (", …" if len(runs) > 4 else "")
-
-    def _shape(self, gate: int) -> tuple[str, int | None]:
-        """The expression with its channel replaced by ``#`` when all its atoms share one channel."""
-        key = self.keys[gate]
-        if key[0] in ("const", "top"):
-            return key[0].upper(), None
-        channels = {channel for _, channel in self.atoms_in(gate)}
-        shared = channels.pop() if len(channels) == 1 else None
-
-        def spell(g: int) -> str:
-            k = self.keys[g]
-            if k[0] == "atom":
-                return f"{k[1]}[{'#' if shared is not None else k[2]}]"
-            joined = (" | " if k[0] == "or" else " & ").join(sorted(spell(m) for m in k[1]))
-            return f"({joined})"
-
-        text = spell(gate)
-        return text[1:-1] if text.startswith("(") else text, shared
-
 
 _HALF = 32
 
@@ -256,27 +302,3 @@ _HALF = 32
 def _pair_number(a: Any, b: Any) -> Any:
     """Two expressions as one number: to sort numbers is much faster than to sort columns, and to hash them than to hash tuples."""
     return a << _HALF | b
-
-
-class StoredTable(GateTable):
-    """The table whose :meth:`GateTable.stored` is ``entries``; built when it is first asked for, which many uses of a model never do."""
-
-    def __init__(self, maskers: list[str], entries: Tensor) -> None:
-        self._maskers, self._entries = maskers, entries
-
-    def stored(self, maskers: list[str]) -> Tensor:
-        return self._entries if maskers == self._maskers and "keys" not in self.__dict__ else super().stored(maskers)
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("keys", "parts", "_ids", "_pairs", "_atoms", "_nested", "_most", "_most_tensor"):
-            raise AttributeError(name)
-        super().__init__()
-        for kind, a, b in self._entries[2:].tolist():
-            if kind == 2:
-                self._intern(("atom", self._maskers[a], b), None)
-            else:
-                op = KINDS[kind]
-                self._intern((op, self._members(op, a) | self._members(op, b)), (a, b))
-        if len(self.keys) != len(self._entries):
-            raise ValueError("an expression is stored twice")
-        return self.__dict__[name]

@@ -51,6 +51,8 @@ LINEAR = {"mul": (0, 1), "div": (0,), "truediv": (0,), "matmul": (0, 1), "bmm": 
 """Operators that are linear in each of these arguments, the others fixed. Behind the latter a zero may be -0."""
 PYTHON = {operator.mul: "mul", operator.truediv: "truediv", operator.getitem: "getitem", torch.reshape: "reshape"}
 """Functions in generated code that are not operators of torch's dispatcher."""
+MOST_NAMED = 1 << 24
+"""Elements that may be looked at to find which rows a layer's masks are made of; where there are more, none is carried."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,11 @@ def _common(masks: list[Gated], masker: str, rows: int) -> Program | None:
     """
     gates = torch.cat([m.ids.reshape(-1) for m in masks])
     gate_of, place = torch.full((rows + 1,), -1), torch.full((rows + 1,), -1)  # one more, for what names no row
-    for named in _stacked([_named(m.program, masker, rows) for m in masks]):
+    channels = _Named(masker, rows)
+    parts = [channels.of(m.program) for m in masks]
+    if any(part is None for part in parts):
+        return None
+    for named in _stacked(parts):
         for reduce in ("amin", "amax"):
             found = gate_of.scatter_reduce(0, named, gates, reduce, include_self=False)
             if not torch.equal(torch.where(gate_of < 0, found, gate_of)[:rows], found[:rows]):
@@ -200,17 +206,32 @@ def _common(masks: list[Gated], masker: str, rows: int) -> Program | None:
     return Program("pick", rows, index=tuple(place[:rows].tolist()), parts=tuple(m.program for m in masks))
 
 
-def _named(program: Program, masker: str, rows: int) -> torch.Tensor:
+class _Named:
     """The channels of a masker that each element of a program is made of, ``(some number, size)``; ``rows`` where there is none."""
-    if program.op == "atom" and program.masker == masker:
-        return (torch.arange(program.size) if program.index is None else program.index_tensor).view(1, -1)
-    if not program.parts:
-        return torch.full((1, program.size), rows)
-    parts = [_named(part, masker, rows) for part in program.parts]
-    if program.op != "pick":
-        return torch.cat(parts)
-    joined = _stacked(parts)
-    return joined if program.index is None else joined[:, program.index_tensor]
+
+    def __init__(self, masker: str, rows: int) -> None:
+        self.masker, self.rows, self.left = masker, rows, MOST_NAMED
+        self.found: dict[Program, torch.Tensor] = {}
+
+    def of(self, program: Program) -> torch.Tensor | None:
+        """None where more than ``MOST_NAMED`` elements would have to be looked at, those of earlier programs included."""
+        for step in program.steps(self.found):
+            parts = [self.found[part] for part in step.parts]
+            self.left -= step.size * sum(len(part) for part in parts)
+            if self.left < 0:
+                return None
+            self.found[step] = self._made(step, parts)
+        return self.found[program]
+
+    def _made(self, program: Program, parts: list[torch.Tensor]) -> torch.Tensor:
+        if program.op == "atom" and program.masker == self.masker:
+            return (torch.arange(program.size) if program.index is None else program.index_tensor).view(1, -1)
+        if not parts:
+            return torch.full((1, program.size), self.rows)
+        if program.op != "pick":
+            return torch.unique(torch.cat(parts), dim=0)
+        joined = _stacked(parts)
+        return joined if program.index is None else joined[:, program.index_tensor]
 
 
 def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:
