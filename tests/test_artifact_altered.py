@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from test_artifact_safety import reseal
 from torch import Tensor, nn
+from torch.utils._sympy import functions
 
 import hatify
-from hatify.artifact.expressions import guard_from
+from hatify.artifact.expressions import guard_from, guard_to
 from hatify.artifact.fields import Fields, parse
+from hatify.capture import ShapeGuard
 from hatify.errors import ArtifactError
 
 
@@ -122,15 +127,58 @@ def test_a_configuration_of_other_types(saved: Path, field: str) -> None:
         ["sympy.Eq", 1 << 70, "s0"],
         ["sympy.Add", "s0", 1],
         "s0",
+        ["sympy.Ge", ["sympy.floor", ["sympy.Pow", 2.0, 1e18]], "s0"],
+        ["sympy.Ge", ["sympy.Mul", *[1 << 62] * 100], "s0"],
+        ["sympy.Ge", ["sympy.Pow", ["sympy.Mul", *["s0"] * 60], "s0"], 0],
+        ["sympy.Ge", ["sympy.Pow", -1, 0.5], "s0"],
+        ["sympy.Ge", ["sympy.Add", *["s0"] * 1000], 0],
     ],
 )
 def test_a_condition_that_is_none_or_takes_for_ever(condition: Any) -> None:
-    def guard(condition: Any) -> Any:
-        return guard_from(Fields({"text": "", "line": "", "condition": condition, "symbols": {"s0": [0, 0]}}, "model.json"), [2])
-
-    assert guard(["sympy.Eq", ["sympy.Mod", ["sympy.Pow", "s0", 2], 4], 0])
+    assert _guard(["sympy.Eq", ["sympy.Mod", ["sympy.Pow", "s0", 2], 4], 0], 1)
     with pytest.raises(ArtifactError, match="condition"):
-        guard(condition)
+        _guard(condition, 1)
+
+
+def _guard(condition: Any, symbols: int) -> Any:
+    places = {f"s{i}": [0, i] for i in range(symbols)}
+    return guard_from(Fields({"text": "", "line": "", "condition": condition, "symbols": places}, "model.json"), [symbols])
+
+
+def test_a_condition_on_many_sizes_takes_no_longer_than_it_is_long() -> None:
+    names = [f"s{i}" for i in range(40)]
+    power = ["sympy.Pow", ["sympy.Add", *names], 4]
+    product = ["sympy.Mul", *(["sympy.Add", name, 1] for name in names)]
+    for divided in (["sympy.Mod", power, ["sympy.Add", *names, 1]], ["torch.ModularIndexing", product, names[0], product]):
+        start = time.monotonic()
+        assert _guard(["sympy.Ge", divided, 0], 40).holds([torch.empty([2] * 40, device="meta")])
+        assert time.monotonic() - start < 5  # symbols took minutes
+
+
+def test_a_size_that_is_a_power_is_no_larger_than_can_be_computed() -> None:
+    guard = _guard(["sympy.Ge", ["sympy.Pow", 2, "s0"], 8], 1)
+    assert [guard.holds([torch.empty(size, device="meta")]) for size in (2, 3, 1 << 40)] == [False, True, False]
+
+
+def test_a_stored_condition_is_the_condition() -> None:
+    a, b = (sympy.Symbol(name, integer=True, positive=True) for name in "ab")
+    conditions = [
+        sympy.Eq(functions.Mod(a * b, 6), 0),
+        sympy.Ne(functions.FloorDiv(a + 3, b), 2),
+        sympy.And(a + 2 * b < 9, sympy.Or(sympy.Max(a, b) >= 4, a**2 > b)),
+        sympy.Eq(functions.ModularIndexing(a * b, 2, 3), 1),
+        sympy.floor(a / 3 + sympy.Rational(1, 2)) <= b,
+        functions.IntTrueDiv(a, b) > 1.5,
+        sympy.Eq(functions.FloorDiv(a, b - 2), 1),
+    ]
+    for condition in conditions:
+        guard = ShapeGuard(str(condition), "line", condition, {"a": (0, 0), "b": (0, 1)})
+        stored = guard_to(guard)
+        again = guard_from(Fields(json.loads(json.dumps(stored)), "model.json"), [2])
+        assert guard_to(again) == stored
+        for sizes in itertools.product(range(1, 9), repeat=2):
+            x = [torch.empty(sizes, device="meta")]
+            assert again.holds(x) == (sizes[1] != 2 and guard.holds(x) if condition is conditions[-1] else guard.holds(x))
 
 
 def test_a_key_that_is_there_twice_is_found_at_once() -> None:

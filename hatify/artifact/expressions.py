@@ -1,18 +1,20 @@
-"""Conditions on input sizes as data: a closed list of functions, evaluated on small integers only."""
+"""Conditions on input sizes as data: a closed list of functions, evaluated on numbers only, for sympy may think forever about symbols."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
-from sympy.core.relational import Relational
-from sympy.logic.boolalg import BooleanAtom, BooleanFunction
+from sympy.logic.boolalg import BooleanAtom
+from torch import Tensor
 from torch.utils._sympy import functions
 
 from ..capture.captured import ShapeGuard
 from .fields import Fields
 
-__all__ = ["guard_from", "guard_to"]
+__all__ = ["StoredGuard", "guard_from", "guard_to"]
 
 _PLAIN = ("Add", "Mul", "Pow", "Mod", "Max", "Min", "Abs", "floor", "ceiling", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not",
           "Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan")  # fmt: skip
@@ -23,16 +25,39 @@ FUNCTIONS = {f"sympy.{n}": getattr(sympy, n) for n in _PLAIN}
 FUNCTIONS |= {f"torch.{n}": getattr(functions, n) for n in _TORCH if hasattr(functions, n)}
 _NAMES = {function: name for name, function in FUNCTIONS.items()}
 LARGEST = 1000
+"""Parts of a condition."""
+BITS = 4096
+"""Of a number on the way; products of sizes have some hundreds."""
+TRIED = 1009
+"""Size from which a condition is tried when it is read: a prime, so that nothing is divided by zero by accident."""
 
 
-def guard_to(guard: ShapeGuard) -> dict[str, Any]:
+@dataclass(frozen=True)
+class StoredGuard:
+    """A condition as it is stored, in the place of :class:`ShapeGuard`."""
+
+    text: str
+    line: str
+    condition: Any
+    symbols: dict[str, tuple[int, int]]
+
+    def holds(self, tensors: list[Tensor]) -> bool:
+        """Whether the condition is true of the sizes of these inputs; what cannot be computed is not."""
+        try:
+            return bool(_value(self.condition, {name: tensors[n].shape[dim] for name, (n, dim) in self.symbols.items()}))
+        except (ArithmeticError, TypeError, ValueError):
+            return False
+
+
+def guard_to(guard: ShapeGuard | StoredGuard) -> dict[str, Any]:
     """A guard as JSON.
 
     Raises:
         ValueError: its condition uses a function that is not stored.
     """
     symbols = {name: list(place) for name, place in guard.symbols.items()}
-    return {"text": guard.text, "line": guard.line.rpartition("/")[2], "condition": _to(guard.expression), "symbols": symbols}
+    condition = guard.condition if isinstance(guard, StoredGuard) else _to(guard.expression)
+    return {"text": guard.text, "line": guard.line.rpartition("/")[2], "condition": condition, "symbols": symbols}
 
 
 def _to(expression: Any) -> Any:
@@ -52,7 +77,7 @@ def _to(expression: Any) -> Any:
     return [name, *(_to(a) for a in expression.args)]
 
 
-def guard_from(fields: Fields, ranks: list[int]) -> ShapeGuard:
+def guard_from(fields: Fields, ranks: list[int]) -> StoredGuard:
     """The guard again; ``ranks`` are those of the inputs.
 
     Raises:
@@ -63,23 +88,34 @@ def guard_from(fields: Fields, ranks: list[int]) -> ShapeGuard:
     for name, part in fields.at("symbols").pairs():
         number = part.at(0).count(most=len(ranks) - 1)
         places[name] = (number, part.at(1).count(most=ranks[number] - 1))
-    symbols = {name: sympy.Symbol(name, integer=True, positive=True) for name in places}
-    left = [LARGEST]
+    sizes = {name: TRIED + 2 * i for i, name in enumerate(places)}
+    part = fields.at("condition")
+    if not isinstance(part.decoded(lambda data: _value(data, sizes), "a condition on sizes"), BooleanAtom):
+        raise part.wrong(str(part.data)[:60], "a condition on sizes")
+    return StoredGuard(fields.get("text", str), fields.get("line", str), part.data, places)
 
-    def build(data: Any, power: bool = False, in_power: bool = False) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
+
+def _value(condition: Any, sizes: Mapping[str, int]) -> Any:
+    """What a condition is for these sizes: a number or truth value of sympy's.
+
+    Raises:
+        ValueError, TypeError, KeyError, ArithmeticError: it is none, or absurdly large.
+    """
+    left = LARGEST
+
+    def value(data: Any, power: bool = False, in_power: bool = False) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
             raise ValueError(f"more than {LARGEST} parts")
         if type(data) is bool:
             return sympy.true if data else sympy.false
         if type(data) is str:
-            return symbols[data]
-        if type(data) is int:
-            if not -(2**63) <= data < 2**63 or power and not -4 <= data <= 4:
+            return sympy.Integer(sizes[data])
+        if type(data) in (int, float):
+            if type(data) is int and not -(2**63) <= data < 2**63 or power and not -4 <= data <= 4:
                 raise ValueError(f"the {'power' if power else 'number'} {str(data)[:20]}")
-            return sympy.Integer(data)
-        if type(data) is float:
-            return sympy.Float(data)
+            return sympy.Integer(data) if type(data) is int else sympy.Float(data)
         if type(data) is not list or not data or type(data[0]) is not str:
             raise ValueError("no condition")
         name, *parts = data
@@ -92,9 +128,22 @@ def guard_from(fields: Fields, ranks: list[int]) -> ShapeGuard:
         is_power = name in ("sympy.Pow", "torch.FloatPow", "torch.PowByNatural")
         if is_power and in_power:
             raise ValueError("a power of a power")
-        return FUNCTIONS[name](*(build(p, is_power and i == 1, is_power or in_power) for i, p in enumerate(parts)))
+        values = [value(p, is_power and i == 1, is_power or in_power) for i, p in enumerate(parts)]
+        if is_power and len(values) == 2 and isinstance(values[0], sympy.Rational) and values[1] * _bits(values[0]) > 4 * BITS:
+            raise ValueError("a power that is too large")
+        return _small(values[0] if name == "torch.Identity" else FUNCTIONS[name](*values))
 
-    expression = fields.at("condition").decoded(build, "a condition on sizes")
-    if not isinstance(expression, Relational | BooleanAtom | BooleanFunction):
-        raise fields.at("condition").wrong(str(expression)[:60], "a condition on sizes")
-    return ShapeGuard(fields.get("text", str), fields.get("line", str), expression, places)
+    return value(condition)
+
+
+def _small(value: Any) -> Any:
+    """The number or truth value, if it is one that can be computed with at once."""
+    if not isinstance(value, sympy.Rational | sympy.Float | BooleanAtom):
+        raise ValueError("no number")
+    if _bits(value) > BITS if isinstance(value, sympy.Rational) else isinstance(value, sympy.Float) and abs(value) >= 2**BITS:
+        raise ValueError(f"a number of more than {BITS} bits")
+    return value
+
+
+def _bits(value: sympy.Rational) -> int:
+    return max(abs(int(value.p)), int(value.q)).bit_length()
