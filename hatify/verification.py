@@ -15,7 +15,7 @@ from hatify.proof.drift import drift_and_control
 from hatify.proof.gradients import prove_by_gradients
 from hatify.proof.inputs import batch_size, input_batches
 from hatify.proof.keeping import kept
-from hatify.proof.parity import Parity, measure_parity
+from hatify.proof.parity import Parity, measure_parity, takes
 
 __all__ = ["VerificationError", "VerificationReport", "measure_drift", "prove", "prove_by_gradients", "verify"]
 
@@ -139,15 +139,15 @@ def _measure(hat: HATModel, without_locks: Sequence[str], without_masks: Sequenc
     parity = Parity(None, None, None, None)
     if hat._facts.reference is None:
         notes.append("loaded without the original's code, so parity is not measured: hatify.load(directory, factory=make_model)")
+        batches = [batches[0], *(tensors for tensors in batches[1:] if takes(hat, tensors, notes))]
     else:
         parity = measure_parity(hat, batches, seed, notes)
         batches = parity.served or batches
     seconds["parity"] = time.perf_counter() - start
     start = time.perf_counter()
+    tried = [batches[0], *batches[1:][-1:]]  # the example's and the smallest batch
     for attempt in range(SEEDS):
-        drift, control = drift_and_control(
-            hat, [batches[0], *batches[1:][-1:]], without_locks, without_masks, seed + attempt, notes
-        )
+        drift, control = drift_and_control(hat, tried, without_locks, without_masks, seed + attempt, notes)
         if drift != 0.0 or control != 0.0:  # masks may leave one channel of a narrow layer, which hides everything: draw again
             break
     seconds["drift"] = time.perf_counter() - start

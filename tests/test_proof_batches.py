@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -45,8 +47,11 @@ class Pairs(nn.Module):
         return self.head(self.layer(x).relu().reshape(x.shape[0] // 2, 2, 16).mean(1))
 
 
-def test_batches_that_the_original_does_not_take_are_left_out() -> None:
+def test_batches_that_the_original_does_not_take_are_left_out(tmp_path: Path) -> None:
     hat = hatify.convert(Pairs(), 3, example_inputs=torch.randn(4, 8))
-    proof = hatify.verify(hat)
-    assert proof.ok and proof.batch_sizes == [4] and sum("itself fails at batch size" in note for note in proof.notes) == 2
-    assert not hatify.verify(hat, without_locks=["layer.weight"]).ok
+    loaded = hatify.load(hatify.save(hat, tmp_path / "saved"))
+    for model, who in ((hat, "the original itself"), (loaded, "the model")):
+        proof = hatify.verify(model)
+        assert proof.ok and proof.batch_sizes == [4]
+        assert sum(note.startswith(f"{who} fails at batch size") for note in proof.notes) == 2
+        assert not hatify.verify(model, without_locks=["layer.weight"]).ok

@@ -38,7 +38,9 @@ def _node_to(node: fx.Node, where: str) -> dict[str, Any]:
     if node.op == "call_function":
         entry["target"] = operator_name(node.target)
         if entry["target"] is None:
-            raise _not_stored(node, where, f"it calls {_spelled(node.target)}, which only your code has", node.target)
+            of_torch = getattr(node.target, "namespace", "") == "aten"
+            why = "no directory may call" if of_torch else "only your code has"
+            raise _not_stored(node, where, f"it calls {_spelled(node.target)}, which {why}", node.target)
     elif node.op != "output":
         entry["target"] = node.target
     try:
@@ -179,23 +181,19 @@ def _is_there(root: nn.Module, path: str, op: str, hidden: Collection[str] | Non
     owner: Any = root
     *parents, last = path.split(".")
     for part in parents:
-        by_item = owner is root and (hidden is None or part in hidden)
-        owner = owner._modules.get(part) if by_item or _is_reached(owner, part) else None
-        if owner is None or not _is_plain(part):
+        owner = owner._modules.get(part) if _is_reached(owner, part, owner is root, hidden) else None
+        if owner is None:
             return False
-    by_item = owner is root and (hidden is None or last in hidden)
-    if not _is_plain(last) or not (by_item or _is_reached(owner, last)):
+    if not _is_reached(owner, last, owner is root, hidden):
         return False
-    if op == "call_module":
-        return owner._modules.get(last) is not None
-    return owner._parameters.get(last) is not None or owner._buffers.get(last) is not None
+    shelves = (owner._modules,) if op == "call_module" else (owner._parameters, owner._buffers)
+    return any(shelf.get(last) is not None for shelf in shelves)
 
 
-def _is_plain(name: str) -> bool:
-    """Whether Python reads a name in code as it is, and has no meaning of its own for it."""
-    return name == unicodedata.normalize("NFKC", name) and not name.startswith("__")
-
-
-def _is_reached(owner: nn.Module, name: str) -> bool:
-    """Whether code that asks a module for a child by that name gets it: what its class has, and what it keeps itself, comes first."""
-    return not hasattr(type(owner), name) and name not in vars(owner)
+def _is_reached(owner: nn.Module, name: str, top: bool, hidden: Collection[str] | None) -> bool:
+    """Whether code that asks a module for a child by that name gets it: Python reads some letters as others, and looks at what the class
+    has, and at what the module keeps itself, first; but where it is written ``self["name"]``."""
+    if name != unicodedata.normalize("NFKC", name) or name.startswith("__"):
+        return False
+    by_item = top and (hidden is None or name in hidden)
+    return by_item or not (hasattr(type(owner), name) or name in vars(owner))

@@ -262,7 +262,8 @@ class _Transcriber:
             else:
                 self.new[node] = self._copied(node)
         kept = (write_buffer, *SWITCHES)
-        unread = {new for node, new in self.new.items() if not node.users}  # the capture has kept these on purpose
+        # what nobody reads, the capture has kept on purpose
+        unread = {new for node, new in self.new.items() if not node.users}
         self.graph.eliminate_dead_code(
             is_impure_node=lambda n: n.op in ("placeholder", "output") or n.target in kept or n in unread
         )

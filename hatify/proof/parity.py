@@ -57,13 +57,27 @@ def _parity_eval(hat: HATModel, original: nn.Module, tensors: list[Tensor], note
         except Exception as error:
             if tensors[0].shape == hat._facts.inputs[0].shape:
                 raise
-            notes.append(
-                f"the original itself fails at batch size {batch_size(tensors)} ({type(error).__name__}): not compared there"
-            )
+            notes.append(_left_out("the original itself", tensors, error))
             return None
     args, kwargs = hat.signature.rebuild([t.clone() for t in tensors])
     with buffers_kept(hat), seeded(seed):
         return difference(expected, [o.detach() for o in flatten(hat(*args, task=None, **kwargs))[0]])
+
+
+def takes(hat: HATModel, tensors: list[Tensor], notes: list[str]) -> bool:
+    """Whether a model whose original is not there takes these inputs: the original may not take every batch."""
+    args, kwargs = hat.signature.rebuild([t.clone() for t in tensors])
+    try:
+        with buffers_kept(hat.eval()), torch.no_grad():
+            hat(*args, task=None, **kwargs)
+    except Exception as error:
+        notes.append(_left_out("the model", tensors, error))
+        return False
+    return True
+
+
+def _left_out(who: str, tensors: list[Tensor], error: Exception) -> str:
+    return f"{who} fails at batch size {batch_size(tensors)} ({type(error).__name__}): not compared there"
 
 
 def _parity_without_gradients(hat: HATModel, batches: list[list[Tensor]], notes: list[str], seed: int) -> float:

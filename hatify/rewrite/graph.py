@@ -89,9 +89,8 @@ class _Rewriter:
                     self._write(name, self.analysis.steps[value, "write"])
                 results = self._operands(self.analysis.steps[node].args)[0]
                 self.graph.output(tuple(results))
-        unread = {
-            self.new[node] for node in nodes if node.op != "output" and not node.users
-        }  # the capture has kept these on purpose
+        # what nobody reads, the capture has kept on purpose
+        unread = {self.new[node] for node in nodes if node.op != "output" and not node.users}
         self.graph.eliminate_dead_code(
             is_impure_node=lambda n: n.op in ("placeholder", "output") or n.target in EFFECTS or n in unread
         )
