@@ -159,6 +159,9 @@ def test_a_budget_ends_a_sweep_and_the_next_one_begins_with_what_is_left(
     _run("run", "--all", "--budget", "10", *args)
     verdicts = {name: line["verdict"] for name, line in snapshots.read_names("timm").items()}
     assert verdicts == {"Good": "converted", "Forgetful": "converted", "Undecided": "refused"}
+    _run("run", "Forgetful", "--all", *args)
+    assert {name: line["verdict"] for name, line in snapshots.read_names("timm").items()} == verdicts, "lines of others stay"
+    assert not snapshots.path_of(found[1].key).exists(), "it is no representative"
 
 
 def test_what_had_no_time_keeps_its_snapshot(folder: Path) -> None:

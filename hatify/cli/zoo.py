@@ -97,7 +97,7 @@ def run(
             check_writable()
         with quiet(debug), contextlib.redirect_stdout(sys.stderr):
             found = _sweep(pattern, source, every, asked, directory, jobs, timeout, memory, force, budget)
-        written = _update(found, every and pattern is None) if update else []
+        written = _update(found, every) if update else []
         if as_json:
             typer.echo(json.dumps([record.to_dict() for record in found], indent=2))
         else:
@@ -146,15 +146,15 @@ def _share(jobs: int) -> int:
         return 0
 
 
-def _update(found: list[Any], whole: bool) -> list[Path]:
-    """Snapshots of what ran; of a whole library those of its representatives, and all names in one file, with those that did not run.
+def _update(found: list[Any], every: bool) -> list[Path]:
+    """Snapshots of what ran; of all names those of representatives, and a line for each in one file, with those that did not run.
 
     What ended for want of time or memory says nothing about the rules: the snapshot that there is stays.
     """
     from ..zoo import catalogue, page, snapshots
 
     stays = {r.key for r in found if r.verdict == "failed" and not r.files and snapshots.path_of(r.key).exists()}
-    if not whole:
+    if not every:
         return [*(snapshots.write(snapshots.snapshot_of(record)) for record in found if record.key not in stays), page.write()]
     written: list[Path] = []
     for source in dict.fromkeys(record.source for record in found):
