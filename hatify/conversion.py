@@ -6,7 +6,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,14 +14,16 @@ from torch import Tensor, fx, nn
 
 from hatify.analysis import Analysis, analyse
 from hatify.capture import Captured, capture
+from hatify.capture.questions import answered
 from hatify.capture.regions import SWITCHES
 from hatify.capture.tree import copy_tree
-from hatify.errors import ConversionError
+from hatify.errors import CaptureError, ConversionError
 from hatify.facts import Facts, Sizes
 from hatify.gates import compile_gates
 from hatify.model import HATModel
 from hatify.modules import HATConfig
 from hatify.modules.copies import copy_module
+from hatify.proof.parity import equals_original
 from hatify.report import make_report
 from hatify.rewrite import Surgery, rewrite_graph
 from hatify.rewrite.scope import scoped
@@ -78,24 +80,71 @@ def convert(
     options = dict(heads=heads, locking=locking, norms=norms, residuals=residuals)
     config, classes = _settings(model, tasks, config, options)
     tell, seconds = progress or (lambda step: None), {}
-    args, kwargs = example_call(model, example_inputs)
-
-    with _timed("capture", seconds, tell):
-        evaluated, trained, notes = capture(model, args, kwargs)
-    graphs = [g for g in (evaluated, trained) if g is not None]
-    with _timed("analyse", seconds, tell), _without_collections():
-        analysis = analyse(graphs, model, heads, norms, residuals, locking)
-        if classes is not None and any(c is not None for c in classes):
-            check_class_heads(analysis, fix="hatify.convert(model, tasks=3) without class counts")
-    with _timed("rewrite", seconds, tell), _without_collections():
-        hat = _rewrite(model, graphs, analysis, config, classes, inplace, options)
-    hat.report = make_report(hat, analysis, graphs, notes, seconds)
+    job = _Job(model, *example_call(model, example_inputs), config, classes, options, inplace, seconds, tell)
+    hat = _as_the_model_runs(job)
     if verify:
         from hatify.verification import prove
 
         with _timed("verify", seconds, tell):
             hat.verification = prove(hat, None if inplace else model)
         hat.report.seconds = dict(seconds)
+    return hat
+
+
+@dataclass
+class _Job:
+    """What is to be converted, and how; ``seconds`` is filled in."""
+
+    model: nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+    config: HATConfig
+    classes: list[int | None] | None
+    options: dict[str, str]
+    inplace: bool
+    seconds: dict[str, float]
+    tell: Progress
+
+
+def _as_the_model_runs(job: _Job) -> HATModel:
+    """Converted. A model that asks whether it is traced is captured on the path that it takes then, which leaves more sizes open; where
+    that cannot be followed, or computes something else, on that of an ordinary call.
+
+    Raises:
+        CaptureError: neither can be traced; says why the first cannot.
+    """
+    asked: list[str] = []
+    hat = first = None
+    try:
+        hat = _converted(job, asked, traced=True)
+    except CaptureError as error:
+        first = error
+    if asked and (hat is None or not (job.inplace or equals_original(hat))):
+        asks = f"asks whether it is traced, and computes something else then\n{', '.join(asked)}"
+        try:
+            hat = _converted(job, asked, traced=False)
+            hat.report.notes.append(f"{asks}: captured as in an ordinary call")
+        except CaptureError as error:
+            if hat is not None:  # the proof refuses it
+                hat.report.notes.append(f"{asks}: parity does not hold, and an ordinary call cannot be traced\n{error}")
+    if hat is None:
+        raise first
+    return hat
+
+
+def _converted(job: _Job, asked: list[str], traced: bool) -> HATModel:
+    """Captured, analysed and rewritten; a model that asks whether it is traced is answered ``traced``, and ``asked`` gets the places."""
+    model, options = job.model, job.options
+    with _timed("capture", job.seconds, job.tell), answered(traced, asked):
+        evaluated, trained, notes = capture(model, job.args, job.kwargs)
+    graphs = [g for g in (evaluated, trained) if g is not None]
+    with _timed("analyse", job.seconds, job.tell), _without_collections():
+        analysis = analyse(graphs, model, options["heads"], options["norms"], options["residuals"], options["locking"])
+        if job.classes is not None and any(c is not None for c in job.classes):
+            check_class_heads(analysis, fix="hatify.convert(model, tasks=3) without class counts")
+    with _timed("rewrite", job.seconds, job.tell), _without_collections():
+        hat = _rewrite(model, graphs, analysis, job.config, job.classes, job.inplace, options)
+    hat.report = make_report(hat, analysis, graphs, notes, job.seconds)
     return hat
 
 
@@ -259,4 +308,4 @@ class _timed:
         self.start = time.perf_counter()
 
     def __exit__(self, *exc: Any) -> None:
-        self.seconds[self.step] = time.perf_counter() - self.start
+        self.seconds[self.step] = self.seconds.get(self.step, 0.0) + time.perf_counter() - self.start

@@ -1,4 +1,4 @@
-"""Whether a model's own code asks for gradients: a graph has one answer in it, the code may act on another."""
+"""Whether a model's own code asks for gradients, or whether it is traced: a graph has one answer in it, the code may act on another."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 
 QUESTIONS = ((torch, "is_grad_enabled"), (torch, "is_inference_mode_enabled"), (torch.overrides, "has_torch_function"))
 """What is asked before another path is taken; the last one guards the fused kernels of torch's own transformer layers."""
+ABOUT_TRACING = ((torch.compiler, "is_compiling"), (torch.compiler, "is_exporting"))
+"""What code asks that leaves out what a trace cannot follow, or keeps more sizes open than an ordinary call needs."""
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _LAYERS = os.path.join(_TORCH, "nn", "modules") + os.sep
@@ -26,27 +29,66 @@ def noted_questions() -> Iterator[list[str]]:
     torch's own inside asks all the time and is not meant; its layers are.
     """
     places: list[str] = []
-    kept = [(room, name, getattr(room, name)) for room, name in QUESTIONS]
-    for room, name, function in kept:
-        setattr(room, name, _noting(function, places))
-    try:
+
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            _note(sys._getframe(1), places)
+            return function(*args, **kwargs)
+
+        return ask
+
+    with _replaced(QUESTIONS, noting):
         yield places
+
+
+@contextlib.contextmanager
+def answered(traced: bool, places: list[str]) -> Iterator[None]:
+    """A model that is traced inside the block and asks whether it is, is answered ``traced``; ``places`` gets those where it asks.
+
+    torch's own code is told the truth.
+    """
+
+    def answering(function: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            frame = sys._getframe(1)
+            if frame.f_code.co_filename.startswith((_TORCH, _OWN)):
+                return function(*args, **kwargs)
+            _note(_asker(frame), places)
+            return function(*args, **kwargs) and traced
+
+        return ask
+
+    with _replaced(ABOUT_TRACING, answering):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(questions: tuple, answering: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    kept = [(room, name, getattr(room, name)) for room, name in questions]
+    for room, name, function in kept:
+        setattr(room, name, answering(function))
+    try:
+        yield
     finally:
         for room, name, function in kept:
             setattr(room, name, function)
 
 
-def _noting(function: Callable[..., Any], places: list[str]) -> Callable[..., Any]:
-    def ask(*args: Any, **kwargs: Any) -> Any:
-        frame = sys._getframe(1)
-        if _of_a_model(frame):
-            owner = frame.f_locals.get("self")
-            place = frame.f_code.co_name if owner is None else f"{type(owner).__name__}.{frame.f_code.co_name}"
-            if place not in places:
-                places.append(place)
-        return function(*args, **kwargs)
+def _note(frame: FrameType, places: list[str]) -> None:
+    if not _of_a_model(frame):
+        return
+    owner = frame.f_locals.get("self")
+    place = frame.f_code.co_name if owner is None else f"{type(owner).__name__}.{frame.f_code.co_name}"
+    if place not in places:
+        places.append(place)
 
-    return ask
+
+def _asker(frame: FrameType) -> FrameType:
+    """The method of a module that asks, also where it has a function ask."""
+    caller: FrameType | None = frame
+    while caller is not None and not isinstance(caller.f_locals.get("self"), nn.Module):
+        caller = caller.f_back
+    return frame if caller is None else caller
 
 
 def _of_a_model(frame: FrameType) -> bool:

@@ -15,8 +15,8 @@ from hatify.calling import flatten
 from hatify.model import HATModel
 from hatify.original import original_of
 from hatify.proof.differences import difference
-from hatify.proof.inputs import batch_size
-from hatify.proof.keeping import buffers_kept, own_buffers, seeded
+from hatify.proof.inputs import batch_size, input_batches
+from hatify.proof.keeping import buffers_kept, kept, own_buffers, seeded
 
 
 @dataclass
@@ -45,6 +45,18 @@ def measure_parity(hat: HATModel, batches: list[list[Tensor]], seed: int, notes:
     no_grad = _parity_without_gradients(hat, served, notes, seed)
     training, gradients = _parity_train(hat, original, batches[0], seed, notes) if hat.can_train else (None, None)
     return Parity(evaluation, no_grad, training, gradients, served)
+
+
+def equals_original(hat: HATModel) -> bool:
+    """Whether the outputs without a task equal those of the original's code in eval mode, with and without gradients, to the bit, on the
+    inputs of the proof."""
+    batches = list(input_batches(hat))
+    with kept(hat):
+        with _all_trainable(hat):
+            original = original_of(hat)
+            found = [_parity_eval(hat, original, tensors, [], 0) for tensors in batches]
+        served = [tensors for tensors, parity in zip(batches, found) if parity is not None]
+        return not any(found) and _parity_without_gradients(hat, served, [], 0) == 0.0
 
 
 def _parity_eval(hat: HATModel, original: nn.Module, tensors: list[Tensor], notes: list[str], seed: int) -> float | None:
