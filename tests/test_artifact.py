@@ -336,7 +336,7 @@ def test_weights_are_not_read_on_when_the_rest_is_refused(tied, tmp_path, monkey
     before, filled = threading.active_count(), []
     monkeypatch.setattr(TreeReader, "fill", lambda self, key, tensor: filled.append(key))
 
-    def refuse(*arguments):
+    def refuse(*arguments, **options):
         raise ArtifactError("the graphs are wrong")
 
     monkeypatch.setattr("hatify.artifact.description.graph_from", refuse)

@@ -24,6 +24,7 @@ from .expressions import guard_from, guard_to
 from .fields import Fields, typed
 from .gates import TABLE, Budget, Ids, StoredIds, table_from, uses_from, uses_to
 from .graphs import check_places, graph_from, graph_to
+from .known import name_of
 from .layers import LayerReader, LayerWriter
 from .lowered import BY_ITEM, Recipe
 from .lowering import lower_layers
@@ -57,7 +58,7 @@ class Description:
         graphs = {"eval": hat.graph, **({} if hat.train_graph is None else {"train": hat.train_graph})}
         self.data: dict[str, Any] = {
             "name": facts.name,
-            "graphs": {name: graph_to(graph, name) for name, graph in graphs.items()},
+            "graphs": {name: graph_to(graph, name, own=True) for name, graph in graphs.items()},
             "outputs": {"eval": facts.output.to_json(), "train": facts.train_output.to_json()},
             "signature": signature_to(facts.signature),
             "sizes": _sizes_to(facts.check_sizes),
@@ -227,7 +228,8 @@ class Rebuilt:
                 raise part.wrong("a recipe of no layer", "one that a layer names")
             _recipe_body(recipe, part, users)
         root = self.tree.root
-        self.graphs = {name: graph_from(part, root) for name, part in fields.at("graphs").pairs()}
+        functions = {name_of(c): c for c in known if issubclass(c, torch.autograd.Function)}
+        self.graphs = {name: graph_from(part, root, functions=functions) for name, part in fields.at("graphs").pairs()}
         _check_modes(fields, self.graphs)
         analysis = Analysis()
         paths = {}

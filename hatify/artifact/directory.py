@@ -244,7 +244,8 @@ def load(
         path: the directory.
         factory: returns the original model (any weights), for :func:`hatify.verify` to compare with; without it, parity cannot be
             measured. A directory of format 1 needs it.
-        layers: classes of yours that the directory names (it says so if it needs one): layers, and classes of what the model returns.
+        layers: classes of yours that the directory names (it says so if it needs one): layers, autograd functions, and classes of what the
+            model returns.
         device: where the tensors go, a few at a time (default: torch's default device); ``"meta"`` gives the model without values.
         dtype: the type of all floating-point tensors, as in :func:`hatify.save`.
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import inspect
 import keyword
 import unicodedata
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from ..capture.tree import FunctionCall
 from ..errors import ArtifactError
 from .constants import constant_from, constant_to
 from .fields import Fields
+from .known import YOURS, name_of, not_brought
 from .operators import ATTRIBUTES, operator_from, operator_name
 
 __all__ = ["check_places", "graph_from", "graph_to"]
@@ -24,19 +27,20 @@ NOTES = ("scope", "line", "gates", "norm")
 """Metadata of a node that is kept: text for people."""
 
 
-def graph_to(graph: fx.Graph, where: str) -> list[dict[str, Any]]:
-    """The nodes of a graph, in order.
+def graph_to(graph: fx.Graph, where: str, own: bool = False) -> list[dict[str, Any]]:
+    """The nodes of a graph, in order. ``own``: it may call autograd functions of the user's, who brings them again.
 
     Raises:
         ArtifactError: a function or a constant that cannot be stored; names the node and its source line.
     """
-    return [_node_to(node, where) for node in graph.nodes]
+    return [_node_to(node, where, own) for node in graph.nodes]
 
 
-def _node_to(node: fx.Node, where: str) -> dict[str, Any]:
+def _node_to(node: fx.Node, where: str, own: bool) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": node.name, "op": node.op}
     if node.op == "call_function":
-        entry["target"] = operator_name(node.target)
+        of_user = own and isinstance(node.target, FunctionCall)
+        entry["target"] = YOURS + name_of(node.target.function) if of_user else operator_name(node.target)
         if entry["target"] is None:
             of_torch = getattr(node.target, "namespace", "") == "aten"
             why = "no directory may call" if of_torch else "only your code has"
@@ -71,11 +75,14 @@ def _not_stored(node: fx.Node, where: str, why: str, target: Any) -> ArtifactErr
     )
 
 
-def graph_from(fields: Fields, root: nn.Module, hidden: Collection[str] | None = None) -> fx.Graph:
+def graph_from(
+    fields: Fields, root: nn.Module, hidden: Collection[str] | None = None, functions: Mapping[str, type] = MappingProxyType({})
+) -> fx.Graph:
     """The graph over the modules and tensors of ``root``.
 
     Args:
         hidden: children of ``root`` that its code asks for by ``self["name"]``; None: all that need it.
+        functions: autograd functions that the user passes, by name.
 
     Raises:
         ArtifactError: an operator, a reference, a name or a constant that does not belong there.
@@ -103,7 +110,10 @@ def graph_from(fields: Fields, root: nn.Module, hidden: Collection[str] | None =
             kwargs = entry.at("kwargs").decoded(lambda k: constant_from({"dict": k}, known), "keywords")
             if not all(_is_argument(word) for word in kwargs):
                 raise entry.at("kwargs").wrong(str([*kwargs])[:60], "names of arguments")
-        target = _target(entry, op, args, kwargs, root, hidden)
+        if op == "call_function":
+            target = _function(entry, args, kwargs, functions)
+        else:
+            target = _target(entry, op, args, kwargs, root, hidden)
         if op == "placeholder" and (target in arguments or arguments.add(target)):
             raise entry.at("target").wrong(repr(target[:60]), "an argument of its own")
         node = graph.create_node(op, target, args, kwargs, name=name)
@@ -128,13 +138,6 @@ def _target(entry: Fields, op: str, args: tuple, kwargs: dict[str, Any], root: n
             raise entry.wrong("another output", "a tuple of results")
         return "output"
     target = entry.get("target", str)
-    if op == "call_function":
-        found = entry.at("target").decoded(operator_from, "an operator")
-        if found is getattr and (kwargs or len(args) != 2 or not isinstance(args[0], fx.Node) or args[1] not in ATTRIBUTES):
-            raise entry.at("args").wrong(str(args)[:60], f"a node and one of {ATTRIBUTES}")
-        if not _takes(found, args, kwargs):
-            raise entry.wrong(f"{len(args)} arguments {[*kwargs]}"[:100], f"those of {target}")
-        return found
     if op == "placeholder":
         if not _is_argument(target) or kwargs or args not in ((), (None,)):
             raise entry.at("target").wrong(repr(target[:60]), "the name of an argument")
@@ -145,6 +148,23 @@ def _target(entry: Fields, op: str, args: tuple, kwargs: dict[str, Any], root: n
             repr(target[:100]), "the path of a module" if op == "call_module" else "the path of a tensor"
         )
     return target
+
+
+def _function(entry: Fields, args: tuple, kwargs: dict[str, Any], functions: Mapping[str, type]) -> Callable:
+    target = entry.get("target", str)
+    if target.startswith(YOURS):
+        name = target.removeprefix(YOURS)
+        if name not in functions:
+            raise not_brought(entry.at("target"), name, "calls your own function")
+        if kwargs:
+            raise entry.at("kwargs").wrong(str([*kwargs])[:60], "no keywords")
+        return FunctionCall(functions[name])
+    found = entry.at("target").decoded(operator_from, "an operator")
+    if found is getattr and (kwargs or len(args) != 2 or not isinstance(args[0], fx.Node) or args[1] not in ATTRIBUTES):
+        raise entry.at("args").wrong(str(args)[:60], f"a node and one of {ATTRIBUTES}")
+    if not _takes(found, args, kwargs):
+        raise entry.wrong(f"{len(args)} arguments {[*kwargs]}"[:100], f"those of {target}")
+    return found
 
 
 def _takes(function: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:

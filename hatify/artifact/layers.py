@@ -10,20 +10,16 @@ from torch import nn
 from ..errors import ArtifactError
 from ..modules import HATLayer, HATRecurrent, TaskIndexed
 from .fields import Fields
+from .known import YOURS, name_of, not_brought
 from .lowered import Lowered, Recipe
 from .torch_layers import LAYERS, attributes_from, attributes_to, empty_layer, plain_class, settle
 
-__all__ = ["OURS", "LayerReader", "LayerWriter", "class_of", "name_of"]
+__all__ = ["OURS", "LayerReader", "LayerWriter", "class_of"]
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
     """The class that a raised layer has in the original."""
     return type(module).plain_class if isinstance(module, HATLayer | HATRecurrent | TaskIndexed) else type(module)
-
-
-def name_of(cls: type) -> str:
-    """How a class of the user's is named in a file."""
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 class LayerWriter:
@@ -49,7 +45,7 @@ class LayerWriter:
         try:
             if name is not None:
                 return {"class": name, "attributes": attributes_to(module, name)}
-            return {"class": f"your {name_of(cls)}", "attributes": _own_attributes(module)}
+            return {"class": f"{YOURS}{name_of(cls)}", "attributes": _own_attributes(module)}
         except ValueError as error:
             refusal = self._refusals.get(path.partition(".tasks.")[0], "")
             raise ArtifactError(
@@ -115,19 +111,15 @@ class LayerReader:
             return made
         if name in LAYERS:
             return empty_layer(name, attributes_from(entry.at("attributes"), name))
-        if not name.startswith("your "):
+        if not name.startswith(YOURS):
             raise entry.at("class").wrong(repr(name[:100]), "a layer of torch.nn, a recipe, or a class of yours")
-        return self._own(entry, name.removeprefix("your "))
+        return self._own(entry, name.removeprefix(YOURS))
 
     def _own(self, entry: Fields, name: str) -> nn.Module:
         cls = self.known.get(name)
         if cls is None:
-            short = name.rpartition(".")[2]
-            raise ArtifactError(
-                f"the model has layers of your own class {name[:200]}",
-                where=f"{entry.file}: {entry.path}.class",
-                why="what it computes could not be stored, and a directory does not decide which code is run",
-                fix=f"hatify.load(directory, layers=[{short}]), or hatify.register({short}, ...) before loading",
+            raise not_brought(
+                entry.at("class"), name, "has layers of your own class", ", or hatify.register({}, ...) before loading"
             )
         made = cls.__new__(cls)
         nn.Module.__init__(made)

@@ -1,0 +1,99 @@
+"""Autograd functions of the user's: their code is in no directory, so loading asks for them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from networks.functional import ScaledSign
+from test_artifact_safety import reseal
+from torch import Tensor, nn
+
+import hatify
+from hatify.errors import ArtifactError
+
+
+class Split(torch.autograd.Function):
+    """Two results, an argument that is no tensor, and a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        ctx.factor = factor
+        return x * factor, x + 1
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, other: Tensor) -> tuple[Tensor, None]:
+        return 3 * grad + other, None
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = Split.apply(self.fc1(x), 0.5)
+        return self.fc2(ScaledSign.apply(a) * b)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[hatify.HATModel, Path]:
+    hat = hatify.convert(Net(), tasks=2, example_inputs=torch.randn(4, 6))
+    hatify.save(hat, tmp_path / "net")
+    return hat, tmp_path / "net"
+
+
+def gradients(hat: hatify.HATModel, x: Tensor, task: int | None) -> list[Tensor]:
+    hat.zero_grad()
+    hat.train()(x, task=task).square().sum().backward()
+    return [p.grad for p in hat.parameters() if p.grad is not None]
+
+
+def test_outputs_and_gradients_are_the_same_with_the_functions(saved):
+    hat, path = saved
+    again = hatify.load(path, layers=[Split, ScaledSign])
+    x = torch.randn(5, 6)
+    for task in (None, 1):
+        assert torch.equal(again(x, task=task), hat(x, task=task))
+        mine, theirs = gradients(hat, x, task), gradients(again, x, task)
+        assert len(mine) == len(theirs) > 0 and all(torch.equal(a, b) for a, b in zip(mine, theirs))
+    assert hatify.verify(hatify.load(path, layers=[Split, ScaledSign], factory=Net)).ok
+
+
+def test_what_was_loaded_is_saved_again(saved, tmp_path):
+    hat, path = saved
+    hatify.save(hatify.load(path, layers=[Split, ScaledSign]), tmp_path / "again")
+    x = torch.randn(5, 6)
+    assert torch.equal(hatify.load(tmp_path / "again", layers=[Split, ScaledSign])(x, task=1), hat(x, task=1))
+
+
+@pytest.mark.parametrize(("given", "missing"), [((), "Split"), ((Split,), "ScaledSign"), ((ScaledSign, nn.ReLU), "Split")])
+def test_a_function_that_is_missing_is_named(saved, given, missing):
+    with pytest.raises(ArtifactError, match=rf"calls your own function .*{missing}\n(.*\n)*.*layers=\[{missing}\]"):
+        hatify.load(saved[1], layers=given)
+
+
+def test_a_function_is_never_imported(saved):
+    """Another process in which its module could be imported, but is not."""
+    code = "import hatify, sys\ntry: hatify.load(sys.argv[1])\nexcept hatify.HatifyError: print('test_artifact_functions' in sys.modules)"
+    places = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", code, str(saved[1])], capture_output=True, text=True, env=places, check=True)
+    assert run.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "name", ["os.system", "builtins.eval", "torch.autograd.function.Function", f"{__name__}.Net", "pickle.loads"]
+)
+def test_another_name_is_not_called(saved, name):
+    _, path = saved
+    data = json.loads((path / "model.json").read_text())
+    node = next(n for n in data["graphs"]["eval"] if str(n.get("target", "")).startswith("your "))
+    node["target"] = f"your {name}"
+    (path / "model.json").write_text(json.dumps(data))
+    reseal(path)
+    with pytest.raises(ArtifactError, match="calls your own function"):
+        hatify.load(path, layers=[Split, ScaledSign, Net])
