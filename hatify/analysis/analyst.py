@@ -143,6 +143,9 @@ class Analyst:
         if node.op == "get_attr":
             return self._held(node)
         if node.op == "output":
+            for value in pytree.tree_leaves([self.env[n] for n in node.all_input_nodes]):
+                if isinstance(value, Value) and value.origin is not None:  # made of weights alone: whoever reads it, reads them all
+                    self.other_use.update(value.origin.names)
             args = pytree.tree_map(lambda n: self._materialised(self.env[n]) if isinstance(n, fx.Node) else n, node.args)
             self.analysis.steps[node] = Step(args, {}, None)
             return None

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from sympy import Eq
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -252,7 +253,8 @@ def _fixed_sizes(signature: Signature, placeholders: list[fx.Node]) -> list[Fixe
 
 
 def _guards(placeholders: list[fx.Node]) -> list[ShapeGuard]:
-    """Guards that the model's own lines put on sizes; those of PyTorch's internals only concern strides and size one."""
+    """Guards that the model's own lines put on sizes, and equations of PyTorch's (``x.split(2)`` has as many parts as it had); the other
+    guards of its internals concern strides and size one."""
     symbols: dict[str, tuple[int, int]] = {}
     environment = None
     for number, node in enumerate(placeholders):
@@ -267,7 +269,7 @@ def _guards(placeholders: list[fx.Node]) -> list[ShapeGuard]:
         own = "/torch/" not in filename
         expression = environment.simplify(guard.expr)
         free = {str(s) for s in expression.free_symbols}
-        if own and free and free <= set(symbols):
+        if (own or isinstance(expression, Eq)) and free and free <= set(symbols):
             line = f"{filename}:{getattr(place, 'lineno', '?')}: {getattr(place, 'line', '')}"
             found.append(ShapeGuard(str(expression), line, expression, {s: symbols[s] for s in free}))
     return found

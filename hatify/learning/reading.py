@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from hatify.learning.protection import Locked
 from hatify.modules.shards import sharded
+from hatify.modules.task_indexed import write_buffer
 
 
 class Reading:
@@ -35,6 +36,7 @@ class Reading:
         values = {id(e.tensor): e for e in needed if e.free is None or e.name in plain}
         modules = list(module.modules())
         held = {id(t) for m in modules for t in _beside(m)}
+        held |= {id(t) for t in _written(module)}
         values = {key: e for key, e in values.items() if key not in held and not sharded(e.tensor)}
         self.rest = [e for e in needed if id(e.tensor) not in values]
         self._places = [
@@ -54,6 +56,16 @@ class Reading:
         for shelf, name, tensor, value in self._places:
             if shelf[name] is value:
                 shelf[name] = tensor
+
+
+def _written(module: nn.Module) -> Iterator[Tensor]:
+    """Buffers that a converted network's own code writes in eval mode: the kept value must not be what it writes to."""
+    for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+        if node.target is write_buffer:
+            place = node.args[0]
+            yield from (
+                module.get_submodule(place.target).buffers() if place.op == "call_module" else [module.get_buffer(place.target)]
+            )
 
 
 def _beside(module: nn.Module) -> list[Tensor]:

@@ -242,7 +242,8 @@ class _Specialiser:
             return self.graph.call_function(aten.copy_.default, (args[0], value))
         if target is enter_autocast:
             device, dtype, enabled, cache = args
-            return self.graph.call_function(torch.amp.autocast_mode._enter_autocast, (device, dtype, enabled, cache))
+            kind = self.graph.call_function(getattr, (device, "type")) if isinstance(device, fx.Node) else torch.device(device).type
+            return self.graph.call_function(torch.amp.autocast_mode._enter_autocast, (kind, dtype, enabled, cache))
         if target is exit_autocast:
             return self.graph.call_function(torch.amp.autocast_mode._exit_autocast, args)
         return self.graph.create_node("call_function", target, args, kwargs, name=node.name)
