@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -197,7 +198,17 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
     # modes and devices
 
     def train(self, mode: bool = True) -> HATModel:
-        """As any module's; a finished task's norms and heads stay in eval mode, so that a replay leaves their statistics alone."""
+        """As any module's; a finished task's norms and heads stay in eval mode, so that a replay leaves their statistics alone.
+
+        Warns:
+            UserWarning: train mode could not be captured, so layers are in train mode, but the code around them is that of eval mode.
+        """
+        if mode and not self.can_train:
+            warnings.warn(
+                f"train mode of {self._facts.name} could not be captured (hat.report.notes says why): layers like dropout are in "
+                "train mode, the code around them is that of eval mode",
+                stacklevel=2,
+            )
         super().train(mode)
         network_of(self).rest()
         return self

@@ -97,3 +97,23 @@ def test_another_name_is_not_called(saved, name):
     reseal(path)
     with pytest.raises(ArtifactError, match="calls your own function"):
         hatify.load(path, layers=[Split, ScaledSign, Net])
+
+
+class Transformer(nn.Module):
+    """A spatial transformer, and a quantile: functions whose names hold those of others that no directory may call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place, self.last = nn.Linear(16, 6), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = nn.functional.affine_grid(self.place(x.flatten(1)).view(-1, 2, 3), [x.shape[0], 1, 4, 4], align_corners=False)
+        x = nn.functional.grid_sample(x, grid, align_corners=False).flatten(1)
+        return self.last(x) + x.quantile(0.5, dim=1, keepdim=True)
+
+
+def test_functions_of_torch_are_called_without_being_brought(tmp_path):
+    hat = hatify.convert(Transformer(), tasks=2, example_inputs=torch.randn(4, 1, 4, 4))
+    again = hatify.load(hatify.save(hat, tmp_path / "net"))
+    x = torch.randn(3, 1, 4, 4)
+    assert all(torch.equal(again(x, task=task), hat(x, task=task)) for task in (None, 1))

@@ -1,6 +1,8 @@
 """What a finished task must not notice: buffers that its own evaluation writes, outputs that are made of weights; sizes that torch took
 for granted."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -106,3 +108,20 @@ def test_a_number_of_parts_is_not_taken_for_granted():
 def test_a_region_of_autocast_on_the_inputs_device_is_extracted():
     hat, x = learned(Autocast(), 4, 6)
     assert torch.equal(hatify.extract(hat, 0)(x), hat(x, task=0))
+
+
+class ByChance(Penalty):
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        return self.last(x * 2 if self.training and torch.rand(()) < 0.9 else x)
+
+
+def test_a_train_mode_that_was_not_captured_is_not_entered_silently():
+    hat = hatify.convert(ByChance(), tasks=2, example_inputs=torch.randn(4, 6))
+    assert not hat.can_train
+    with pytest.warns(UserWarning, match="train mode of ByChance could not be captured"):
+        hat.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hat.eval()
+        hatify.convert(Halves(), tasks=2, example_inputs=torch.randn(2, 4, 6)).train()

@@ -74,8 +74,8 @@ FUNCTIONAL = {
 """Functional operators whose public name is another one."""
 REFUSED = {"from_file", "set_", "save", "load", "compile", "vmap", "apply_", "map_", "data", "numpy", "storage", "resize"}
 UNCHECKED = re.compile(
-    "sparse|coo_|quant|fbgemm|mkldnn|miopen|cudnn|nested|rnn|lstm|gru|native_batch_norm|flash_attention|native_multi_head_attention"
-    "|transformer_encoder|weight_norm_interface|pin_memory|seed|generator"
+    "sparse|coo_|quant(?!ile)|fbgemm|mkldnn|miopen|cudnn|nested|rnn|lstm|gru|native_batch_norm|flash_attention|native_multi_head_attention"
+    "|transformer_encoder|weight_norm_interface|pin_memory|seed|(?<!grid_)generator"
 )
 """Kernels that read or write beyond tensors whose sizes do not fit one another, and what changes more than its result. Captures hold the
 operators above them, which look at sizes first."""
