@@ -55,3 +55,16 @@ def test_batches_that_the_original_does_not_take_are_left_out(tmp_path: Path) ->
         assert proof.ok and proof.batch_sizes == [4]
         assert sum(note.startswith(f"{who} fails at batch size") for note in proof.notes) == 2
         assert not hatify.verify(model, without_locks=["layer.weight"]).ok
+
+
+class Parts(Pairs):
+    """As many parts as the example has rows of two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([self.layer(part).relu() for part in x.split(2)]))
+
+
+def test_batches_that_the_capture_does_not_take_are_left_out() -> None:
+    proof = hatify.verify(hatify.convert(Parts(), 3, example_inputs=torch.randn(4, 8)))
+    assert proof.ok and proof.batch_sizes == [4]
+    assert sum(note.startswith("the capture fails at batch size") for note in proof.notes) == 2

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hatify.calling import flatten
+from hatify.errors import CallError
 from hatify.model import HATModel
 from hatify.original import original_of
 from hatify.proof.differences import difference
@@ -60,7 +61,7 @@ def equals_original(hat: HATModel) -> bool:
 
 
 def _parity_eval(hat: HATModel, original: nn.Module, tensors: list[Tensor], notes: list[str], seed: int) -> float | None:
-    """None where the original itself does not take other inputs than the example's."""
+    """None where the original itself, or the capture, does not take other inputs than the example's."""
     args, kwargs = hat.signature.rebuild([t.clone() for t in tensors])
     hat.eval(), original.eval()
     with own_buffers(original), seeded(seed):
@@ -71,6 +72,11 @@ def _parity_eval(hat: HATModel, original: nn.Module, tensors: list[Tensor], note
                 raise
             notes.append(_left_out("the original itself", tensors, error))
             return None
+    try:
+        hat._facts.check_sizes(tensors)
+    except CallError as error:
+        notes.append(_left_out("the capture", tensors, error))
+        return None
     args, kwargs = hat.signature.rebuild([t.clone() for t in tensors])
     with buffers_kept(hat), seeded(seed):
         return difference(expected, [o.detach() for o in flatten(hat(*args, task=None, **kwargs))[0]])
