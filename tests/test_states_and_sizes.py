@@ -125,3 +125,12 @@ def test_a_train_mode_that_was_not_captured_is_not_entered_silently():
         warnings.simplefilter("error")
         hat.eval()
         hatify.convert(Halves(), tasks=2, example_inputs=torch.randn(2, 4, 6)).train()
+
+
+def test_a_network_with_a_number_of_parts_is_extracted():
+    class Rows(Penalty):
+        def forward(self, x):
+            return self.last(torch.cat([F.relu(self.first(part)) for part in x.split(2)]))
+
+    hat, x = learned(Rows(), 4, 6)
+    torch.testing.assert_close(hatify.extract(hat, 0)(x), hat(x, task=0))

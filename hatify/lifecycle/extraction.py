@@ -21,7 +21,7 @@ from hatify.lifecycle.slimming import slim_down
 from hatify.model import HATModel
 from hatify.modules.numbers import task_number
 from hatify.proof.differences import difference
-from hatify.proof.inputs import input_batches
+from hatify.proof.inputs import taken_batches
 from hatify.structure import unflatten
 
 ROUNDING = 1e3
@@ -145,7 +145,7 @@ def measured(hat: HATModel, task: int, module: torch.nn.Module) -> tuple[float, 
     worst, scale = 0.0, 0.0
     device = next((p.device for p in hat.parameters()), torch.device("cpu"))
     with _evaluating(hat), torch.no_grad():
-        for tensors in input_batches(hat):
+        for tensors in taken_batches(hat):
             outs = []
             for model, how, call in ((hat, {"task": task}, hat.signature.rebuild), (module, {}, partial(plain_call, hat))):
                 args, kwargs = call([t.clone().to(device) for t in tensors])
@@ -164,7 +164,7 @@ def measured(hat: HATModel, task: int, module: torch.nn.Module) -> tuple[float, 
 def _inexact(hat: HATModel, task: int, module: fx.GraphModule) -> list[str]:
     device = next((p.device for p in hat.parameters()), torch.device("cpu"))
     found: list[str] = []
-    for tensors in input_batches(hat):
+    for tensors in taken_batches(hat):
         tensors = [t.to(device) for t in tensors]
         with _evaluating(hat), torch.no_grad(), torch.random.fork_rng(devices=[]):
             found += inexact_nodes(hat, task, module, [t.clone() for t in tensors], values_of(hat, [t.clone() for t in tensors]))

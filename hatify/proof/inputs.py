@@ -34,5 +34,10 @@ def input_batches(hat: HATModel, seed: int = 0) -> Iterator[list[Tensor]]:
         yield tensors
 
 
+def taken_batches(hat: HATModel) -> Iterator[list[Tensor]]:
+    """Those of :func:`input_batches` that the capture takes."""
+    return (tensors for tensors in input_batches(hat) if hat._facts.check_sizes.fit(tensors))
+
+
 def batch_size(tensors: list[Tensor]) -> int:
     return next((int(t.shape[0]) for t in tensors if t.dim()), 0)
