@@ -8,6 +8,7 @@ import time
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hatify.zoo.entry import Entry
 
@@ -39,7 +40,7 @@ class Forgetful(Good):
     """Another function in the process that checks than in the one that captures: no parity."""
 
     def forward(self, x: Tensor) -> Tensor:
-        capturing = torch.compiler.is_exporting()
+        capturing = isinstance(x, FakeTensor)
         return super().forward(x) + (0.0 if capturing else 1.0)
 
 
