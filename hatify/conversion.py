@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hatify.analysis import Analysis, analyse
+from hatify.calling import Signature
 from hatify.capture import Captured, capture
 from hatify.capture.questions import answered
 from hatify.capture.regions import SWITCHES
@@ -24,6 +25,7 @@ from hatify.model import HATModel
 from hatify.modules import HATConfig
 from hatify.modules.copies import copy_module
 from hatify.proof.parity import equals_original
+from hatify.proof.small_sizes import settle
 from hatify.report import make_report
 from hatify.rewrite import Surgery, rewrite_graph
 from hatify.rewrite.scope import scoped
@@ -81,7 +83,7 @@ def convert(
     config, classes = _settings(model, tasks, config, options)
     tell, seconds = progress or (lambda step: None), {}
     job = _Job(model, *example_call(model, example_inputs), config, classes, options, inplace, seconds, tell)
-    hat = _as_the_model_runs(job)
+    hat = _for_the_example(job)
     if verify:
         from hatify.verification import prove
 
@@ -93,7 +95,7 @@ def convert(
 
 @dataclass
 class _Job:
-    """What is to be converted, and how; ``seconds`` is filled in."""
+    """What is to be converted, and how; ``seconds`` is filled in. A batch of one is ``doubled`` while the model is captured."""
 
     model: nn.Module
     args: tuple
@@ -104,6 +106,16 @@ class _Job:
     inplace: bool
     seconds: dict[str, float]
     tell: Progress
+    doubled: bool = True
+
+
+def _for_the_example(job: _Job) -> HATModel:
+    """Converted, for the example inputs at least: a model that takes another path for a batch of one is captured as it is called."""
+    hat = _as_the_model_runs(job)
+    _, tensors = Signature.from_call(job.model.forward, job.args, job.kwargs)
+    if hat._facts.check_sizes.fit(tensors):
+        return hat
+    return _as_the_model_runs(replace(job, doubled=False))
 
 
 def _as_the_model_runs(job: _Job) -> HATModel:
@@ -129,6 +141,7 @@ def _as_the_model_runs(job: _Job) -> HATModel:
                 hat.report.notes.append(f"{asks}: parity does not hold, and an ordinary call cannot be traced\n{error}")
     if hat is None:
         raise first
+    settle(hat)
     return hat
 
 
@@ -136,7 +149,7 @@ def _converted(job: _Job, asked: list[str], traced: bool) -> HATModel:
     """Captured, analysed and rewritten; a model that asks whether it is traced is answered ``traced``, and ``asked`` gets the places."""
     model, options = job.model, job.options
     with _timed("capture", job.seconds, job.tell), answered(traced, asked):
-        evaluated, trained, notes = capture(model, job.args, job.kwargs)
+        evaluated, trained, notes = capture(model, job.args, job.kwargs, job.doubled)
     graphs = [g for g in (evaluated, trained) if g is not None]
     with _timed("analyse", job.seconds, job.tell), _without_collections():
         analysis = analyse(graphs, model, options["heads"], options["norms"], options["residuals"], options["locking"])

@@ -24,13 +24,15 @@ class FixedSize:
 class ShapeGuard:
     """A condition on input sizes that the model's own code branched on, with the line that did.
 
-    ``symbols`` maps a symbol to (input number, dimension).
+    ``symbols`` maps a symbol to (input number, dimension). ``doubted`` has every such place of each symbol where only sizes of zero and
+    one break the condition: see :func:`hatify.proof.small_sizes.settle`.
     """
 
     text: str
     line: str
     expression: Any
     symbols: dict[str, tuple[int, int]]
+    doubted: dict[str, list[tuple[int, int]]] | None = None
 
     def holds(self, tensors: list[Tensor]) -> bool:
         """Whether the condition is true of the sizes of these inputs."""

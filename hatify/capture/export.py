@@ -15,6 +15,7 @@ from torch._dynamo import config
 from torch.export import Dim, ExportedProgram
 
 from hatify.calling import Signature, flatten
+from hatify.capture.branches import noted_branches
 from hatify.capture.captured import Captured
 from hatify.capture.effects import has_effect
 from hatify.capture.enclosed import clear_regions, enclose, written_across
@@ -100,9 +101,9 @@ def _export_once(
     leaves = mark_leaves(root, stubs, through, repeats)
     flat = _Flat(root, signature)
     try:
-        with noted_questions() as asks, known_selections(root, model) as selections:
+        with noted_questions() as asks, noted_branches() as branches, known_selections(root, model) as selections:
             program, opened = _export(flat, inputs, model, open_sizes)
-        captured = read_program(program, signature, flat.seen.structure, inputs)
+        captured = read_program(program, signature, flat.seen.structure, inputs, branches)
         written = written_through_leaves(captured.graph)
         if written - through:
             return captured, written
@@ -126,7 +127,7 @@ def _export_once(
             if program.graph_signature.parameters_to_mutate:
                 names = list(program.graph_signature.parameters_to_mutate.values())
                 raise writes_parameter(names, line_of_write(captured.graph, parameters))
-            captured = read_program(program, signature, flat.seen.structure, inputs)
+            captured = read_program(program, signature, flat.seen.structure, inputs, branches)
             writes = make_functional(captured.graph, set(), parameters)
             if writes is None:
                 raise CaptureError(

@@ -18,17 +18,19 @@ from hatify.errors import CaptureError
 NUMBERS = (bool, int, float)
 
 
-def capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Captured, Captured | None, list[str]]:
+def capture(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], doubled: bool = True
+) -> tuple[Captured, Captured | None, list[str]]:
     """Captures ``model`` on example inputs, in ``eval`` and in ``train`` mode.
 
     Returns the eval capture, the train capture where it differs by more than constants (else None), and notes. A batch of one is
-    doubled, so that the batch size stays open.
+    ``doubled``, so that the batch size stays open.
 
     Raises:
         CaptureError: eval mode cannot be traced.
     """
     with _untouched(model):
-        return _both_modes(model, args, kwargs)
+        return _both_modes(model, args, kwargs, doubled)
 
 
 @contextlib.contextmanager
@@ -45,13 +47,15 @@ def _untouched(model: nn.Module) -> Iterator[None]:
                 now.update(held)
 
 
-def _both_modes(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Captured, Captured | None, list[str]]:
+def _both_modes(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], doubled: bool
+) -> tuple[Captured, Captured | None, list[str]]:
     signature, inputs = Signature.from_call(model.forward, args, kwargs)
     notes: list[str] = []
-    evaluated = _capture_open_batch(model, signature, inputs, training=False)
+    evaluated = _capture_open_batch(model, signature, inputs, doubled, training=False)
     follow_dtypes(evaluated, model, signature, training=False)
     try:
-        trained = _capture_open_batch(model, signature, inputs, training=True, open_sizes=evaluated.open_sizes)
+        trained = _capture_open_batch(model, signature, inputs, doubled, training=True, open_sizes=evaluated.open_sizes)
     except CaptureError as error:
         notes.append(f"train mode cannot be traced ({error.where}); training uses the eval graph only on request\n{error}")
         evaluated.eval_only = True
@@ -75,13 +79,13 @@ def _asking(captured: Captured) -> list[str]:
 
 
 def _capture_open_batch(
-    model: nn.Module, signature: Signature, inputs: list[Tensor], training: bool, open_sizes: bool = True
+    model: nn.Module, signature: Signature, inputs: list[Tensor], doubled: bool, training: bool, open_sizes: bool = True
 ) -> Captured:
     batched = [t for t in inputs if t.dim() > 0]
-    if batched and all(t.shape[0] == 1 for t in batched):
+    if doubled and batched and all(t.shape[0] == 1 for t in batched):
         try:
-            doubled = [t.repeat(2, *[1] * (t.dim() - 1)) if t.dim() else t for t in inputs]
-            return export_mode(model, signature, doubled, training, open_sizes=open_sizes)
+            pairs = [t.repeat(2, *[1] * (t.dim() - 1)) if t.dim() else t for t in inputs]
+            return export_mode(model, signature, pairs, training, open_sizes=open_sizes)
         except CaptureError:
             pass  # the leading dimension is no batch: captured as it is
     return export_mode(model, signature, inputs, training, open_sizes=open_sizes)

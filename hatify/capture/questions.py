@@ -75,7 +75,7 @@ def _replaced(questions: tuple, answering: Callable[[Callable[..., Any]], Callab
 
 
 def _note(frame: FrameType, places: list[str]) -> None:
-    if not _of_a_model(frame):
+    if not of_a_model(frame):
         return
     owner = frame.f_locals.get("self")
     place = frame.f_code.co_name if owner is None else f"{type(owner).__name__}.{frame.f_code.co_name}"
@@ -91,6 +91,7 @@ def _asker(frame: FrameType) -> FrameType:
     return frame if caller is None else caller
 
 
-def _of_a_model(frame: FrameType) -> bool:
+def of_a_model(frame: FrameType) -> bool:
+    """Whether a model's own code runs in ``frame``, or one of torch's layers."""
     file = frame.f_code.co_filename
     return file.startswith(_LAYERS) or not file.startswith((_TORCH, _OWN))

@@ -9,12 +9,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from sympy import Eq
+from sympy import Eq, Symbol
+from sympy.printing.str import StrPrinter
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from hatify.calling import Signature
+from hatify.capture.branches import Branch
 from hatify.capture.captured import Captured, FixedSize, ShapeGuard
 from hatify.capture.enclosed import ENCLOSED, SETTINGS, region_of
 from hatify.capture.functional import copied
@@ -29,12 +31,15 @@ DROPPED = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for
 """Checks of the exporter's own: what it assumed of sizes is read from its guards."""
 
 
-def read_program(program: ExportedProgram, signature: Signature, structure: Any, inputs: list[Tensor]) -> Captured:
+def read_program(
+    program: ExportedProgram, signature: Signature, structure: Any, inputs: list[Tensor], branches: list[Branch]
+) -> Captured:
     """The graph of a program whose leaves are markers, with the sizes that it fixed and the writes that it names.
 
     Args:
         structure: of the model's output, whose tensors the program gives flat.
         inputs: the tensors that it was captured with, in the signature's order.
+        branches: on sizes, of which the exporter keeps no guard.
     """
     graph = fx.Graph()
     captured = Captured(graph=graph, signature=signature, output=structure, inputs=inputs)
@@ -87,7 +92,7 @@ def read_program(program: ExportedProgram, signature: Signature, structure: Any,
             graph.output(tuple(env[v] if isinstance(v, fx.Node) else v for v in values))
     _check_arguments(graph)
     captured.fixed_sizes = _fixed_sizes(signature, placeholders)
-    captured.guards = _guards(placeholders)
+    captured.guards = _guards(signature, placeholders, branches)
     return captured
 
 
@@ -252,24 +257,43 @@ def _fixed_sizes(signature: Signature, placeholders: list[fx.Node]) -> list[Fixe
     return sizes
 
 
-def _guards(placeholders: list[fx.Node]) -> list[ShapeGuard]:
+def _guards(signature: Signature, placeholders: list[fx.Node], branches: list[Branch]) -> list[ShapeGuard]:
     """Guards that the model's own lines put on sizes, and equations of PyTorch's (``x.split(2)`` has as many parts as it had); the other
     guards of its internals concern strides and size one."""
-    symbols: dict[str, tuple[int, int]] = {}
+    symbols: dict[str, list[tuple[int, int]]] = {}
     environment = None
     for number, node in enumerate(placeholders):
         for dim, size in enumerate(node.meta["val"].shape):
             if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
                 environment = size.node.shape_env
-                symbols.setdefault(str(size.node.expr), (number, dim))
-    found = []
-    for guard in environment.guards if environment is not None else []:
+                symbols.setdefault(str(size.node.expr), []).append((number, dim))
+    if environment is None:
+        return []
+    held = [(environment.replace(branch.condition), branch.line, True) for branch in branches]
+    for guard in environment.guards:
         place = guard.sloc.framework_loc
         filename = getattr(place, "filename", str(place))
-        own = "/torch/" not in filename
         expression = environment.simplify(guard.expr)
-        free = {str(s) for s in expression.free_symbols}
-        if (own or isinstance(expression, Eq)) and free and free <= set(symbols):
-            line = f"{filename}:{getattr(place, 'lineno', '?')}: {getattr(place, 'line', '')}"
-            found.append(ShapeGuard(str(expression), line, expression, {s: symbols[s] for s in free}))
-    return found
+        if "/torch/" not in filename or isinstance(expression, Eq):
+            held.append((expression, f"{filename}:{getattr(place, 'lineno', '?')}: {getattr(place, 'line', '')}", False))
+    found: dict[Any, ShapeGuard] = {}
+    for expression, line, doubted in held:
+        names = [str(s) for s in expression.free_symbols]
+        if names and set(names) <= set(symbols):
+            first = {name: symbols[name][0] for name in names}
+            text = _readable(expression, first, signature)
+            found[expression] = ShapeGuard(text, line, expression, first, {n: symbols[n] for n in names} if doubted else None)
+    return list(found.values())
+
+
+def _readable(expression: Any, places: dict[str, tuple[int, int]], signature: Signature) -> str:
+    """The condition with ``x.shape[1]`` for a symbol of the exporter's."""
+    names = {s: f"{signature.names[places[str(s)][0]]}.shape[{places[str(s)][1]}]" for s in expression.free_symbols}
+    return _Infix().doprint(expression.xreplace({s: Symbol(name, integer=True) for s, name in names.items()}))
+
+
+class _Infix(StrPrinter):
+    """``a != b`` instead of sympy's ``Ne(a, b)``."""
+
+    def _print_Relational(self, expression: Any) -> str:
+        return f"{self._print(expression.lhs)} {expression.rel_op} {self._print(expression.rhs)}"

@@ -60,6 +60,26 @@ def equals_original(hat: HATModel) -> bool:
         return not any(found) and _parity_without_gradients(hat, served, [], 0) == 0.0
 
 
+def equals_original_on(hat: HATModel, tensors: list[Tensor]) -> bool:
+    """Whether outputs, statistics and gradients without a task equal those of the original's code on these inputs, to the bit, in eval and
+    in train mode. Inputs that either does not take are not equal; a train mode that the original itself refuses is not compared."""
+    with _all_trainable(hat):
+        original = original_of(hat)
+        try:
+            if _parity_eval(hat, original, tensors, [], 0) != 0.0:
+                return False
+        except Exception:
+            return False
+        try:
+            _train_step(original, hat, tensors, 0, None)
+        except Exception:
+            return True
+        try:
+            return not hat.can_train or _parity_train(hat, original, tensors, 0, []) in ((0.0, 0.0), (0.0, None))
+        except Exception:
+            return False
+
+
 def _parity_eval(hat: HATModel, original: nn.Module, tensors: list[Tensor], notes: list[str], seed: int) -> float | None:
     """None where the original itself, or the capture, does not take other inputs than the example's."""
     args, kwargs = hat.signature.rebuild([t.clone() for t in tensors])

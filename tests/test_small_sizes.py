@@ -1,0 +1,171 @@
+"""Sizes of one, which the exporter never thinks of: a model's branch on them is followed, or refused."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import hatify
+from hatify import conversion
+from hatify.capture import reading
+from hatify.errors import CallError
+
+EXAMPLE = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(0))
+QUESTIONS: dict[str, Callable] = {
+    "n > 1": lambda n: n > 1,
+    "n != 1": lambda n: n != 1,
+    "n == 1": lambda n: n == 1,
+    "n < 2": lambda n: n < 2,
+    "n - 1": lambda n: bool(n - 1),
+    "n // 2": lambda n: n // 2 > 0,
+}
+
+
+class Asks(nn.Module):
+    """Another computation for inputs whose size in ``dim`` is such and such."""
+
+    def __init__(self, dim: int, question: Callable, other: Callable = lambda h, dim: h.cumsum(dim) * 2) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.dim, self.question, self.other = dim, question, other
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.first(x))
+        if self.question(h.shape[self.dim]):
+            h = self.other(h, self.dim)
+        return self.out(h)
+
+
+class Expands(nn.Module):
+    """As masks are made in transformers: expanded unless the batch is one, which makes no difference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out, self.places = nn.Linear(6, 16), nn.Linear(16, 3), nn.Parameter(torch.randn(1, 1, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = self.places
+        if x.shape[0] != places.shape[0]:
+            places = places.expand(x.shape[0], -1, -1)
+        return self.out(torch.relu(self.first(x)) + places)
+
+
+class Scales(nn.Module):
+    """A gain of one, until it is trained, for more than one step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out, self.gain = nn.Linear(6, 16), nn.Linear(16, 3), nn.Parameter(torch.ones(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.first(x))
+        return self.out(h * self.gain if x.shape[1] > 1 else h)
+
+
+class Product(nn.Module):
+    """Asks about two sizes at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.first(x))
+        return self.out(h * 2 if x.shape[0] * x.shape[1] > 1 else h)
+
+
+def of_size(dim: int, size: int) -> torch.Tensor:
+    shape = list(EXAMPLE.shape)
+    shape[dim] = size
+    return torch.randn(shape, generator=torch.Generator().manual_seed(size))
+
+
+def follows(hat: nn.Module, model: nn.Module, x: torch.Tensor) -> bool:
+    return torch.equal(hat.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_branch_on_a_size_of_one_is_refused_with_its_line(dim: int, question: str) -> None:
+    model = Asks(dim, QUESTIONS[question])
+    hat = hatify.convert(model, 2, example_inputs=EXAMPLE)
+    for size in (2, 3, 9):
+        assert follows(hat, model, of_size(dim, size))
+    with pytest.raises(CallError, match=rf"x\.shape\[{dim}\]") as refused:
+        hat(of_size(dim, 1))
+    assert "test_small_sizes.py" in str(refused.value)
+
+
+def test_unnoted_the_branch_would_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: without the notes of the branches, a call of size one silently follows the path of larger ones."""
+    guards = reading._guards
+    monkeypatch.setattr(reading, "_guards", lambda signature, placeholders, branches: guards(signature, placeholders, []))
+    model = Asks(1, QUESTIONS["n > 1"])
+    hat = hatify.convert(model, 2, example_inputs=EXAMPLE)
+    assert not follows(hat, model, of_size(1, 1))
+
+
+def test_a_branch_that_makes_no_difference_refuses_nothing() -> None:
+    model = Expands()
+    hat = hatify.convert(model, 2, example_inputs=EXAMPLE)
+    for size in (1, 2, 9):
+        assert follows(hat, model, of_size(0, size))
+
+
+def test_it_would_be_refused_without_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "settle", lambda hat: None)
+    hat = hatify.convert(Expands(), 2, example_inputs=EXAMPLE)
+    with pytest.raises(CallError):
+        hat(of_size(0, 1))
+
+
+def test_a_weight_that_does_nothing_yet_does_not_hide_a_branch() -> None:
+    hat = hatify.convert(Scales(), 2, example_inputs=EXAMPLE)
+    with pytest.raises(CallError, match=r"x\.shape\[1\] > 1"):
+        hat(of_size(1, 1))
+
+
+def test_the_trial_leaves_the_model_as_it_was() -> None:
+    model = Expands()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    hat = hatify.convert(model, 2, example_inputs=EXAMPLE, verify=False)
+    held = hat.state_dict()
+    assert all(torch.equal(held[name], tensor) and torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_an_example_of_batch_one_decides_the_branch() -> None:
+    model = Asks(0, QUESTIONS["n > 1"])
+    hat = hatify.convert(model, 2, example_inputs=EXAMPLE[:1])
+    assert follows(hat, model, of_size(0, 1))
+    with pytest.raises(CallError, match="dimension 0 is 2"):
+        hat(of_size(0, 2))
+
+
+def test_an_example_of_batch_one_leaves_the_batch_open_otherwise() -> None:
+    model = Expands()
+    hat = hatify.convert(model, 2, example_inputs=EXAMPLE[:1])
+    for size in (1, 2, 5):
+        assert follows(hat, model, of_size(0, size))
+
+
+def test_two_sizes_are_tried_together() -> None:
+    """The product of both is one only if both are."""
+    model = Product()
+    hat = hatify.convert(model, 2, example_inputs=EXAMPLE)
+    assert follows(hat, model, of_size(0, 1)) and follows(hat, model, of_size(1, 1))
+    with pytest.raises(CallError):
+        hat(EXAMPLE[:1, :1])
+
+
+def test_a_stored_model_refuses_and_takes_the_same(tmp_path) -> None:
+    for model, taken in ((Expands(), True), (Scales(), False)):
+        hat = hatify.convert(model, 2, example_inputs=EXAMPLE)
+        hat.save_pretrained(tmp_path / str(taken))
+        loaded = hatify.load(tmp_path / str(taken))
+        dim = 0 if taken else 1
+        if taken:
+            assert follows(loaded, model, of_size(dim, 1))
+        else:
+            with pytest.raises(CallError):
+                loaded(of_size(dim, 1))
