@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from hatify.analysis import Analysis, analyse
 from hatify.calling import Signature
@@ -273,12 +273,7 @@ def _rewrite(
 
 def own_copy(model: nn.Module) -> nn.Module:
     """A deep copy, weights included (memory is shared until written), also of models that hold computed tensors."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    copied = copy_module(model, memo)
+    copied = copy_module(model)
     for module in copied.modules():
         for parameter in module._parameters.values():
             if parameter is not None:

@@ -28,6 +28,10 @@ _SAFE_OVERRIDES = {"__init__", "__doc__", "__module__", "extra_repr", "reset_par
                    "__static_attributes__", "__getstate__", "__setstate__", "_load_from_state_dict", "__class_getitem__"}  # fmt: skip
 
 
+class Traced:
+    """A forward that stands for a module's own while it is traced; the same for all that is alike."""
+
+
 def register(layer_class: type[nn.Module], description: Layer | None = None):
     """Tells hatify what a layer class means, so that it is kept whole and converted by that meaning.
 
@@ -68,9 +72,20 @@ def registered_classes() -> list[type[nn.Module]]:
 def describe(module: nn.Module) -> Layer | None:
     """What ``module`` means as a layer, or None where it is traced through."""
     _load_integrations()
-    if module._forward_hooks or module._forward_pre_hooks:
-        return None  # a layer with hooks around it is not its plain class
-    return describe_as(module, type(module))
+    if module._forward_hooks or module._forward_pre_hooks or _has_own_forward(module):
+        return None  # a layer with something around it is not its plain class
+    meaning = describe_as(module, type(module))
+    return None if isinstance(meaning, Weighted) and _holds_buffer(module, meaning.weight) else meaning
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether ``module.forward = ...`` was written; what stands for a layer while it is traced does not count."""
+    return not isinstance(vars(module).get("forward"), Traced | None)
+
+
+def _holds_buffer(module: nn.Module, name: str) -> bool:
+    """Whether a weight was made a buffer: frozen by hand."""
+    return module._buffers.get(name) is not None
 
 
 def describe_as(module: nn.Module, cls: type) -> Layer | None:

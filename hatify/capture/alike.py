@@ -16,16 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hatify.registry import Traced
+
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, type(None))
 _OBJECTS = (type, FunctionType, BuiltinFunctionType)
 """Compared by identity."""
 _SHELVES = {"_parameters", "_buffers", "_modules"}
 _HEAP_TYPE = 1 << 9
 """Of ``type.__flags__``: a class that is made by Python code (or says that it could have been)."""
-
-
-class Traced:
-    """A forward that stands for a module's own while it is traced; the same for all that is alike."""
 
 
 class _Incomparable(Exception):

@@ -6,6 +6,7 @@ import operator
 import re
 from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from hatify.capture.regions import enter_autocast, exit_autocast
 from hatify.capture.repeats import MARK, REPEAT, Copier
 from hatify.capture.tree import LEAF, FunctionCall, arguments, forget_call
 from hatify.errors import CaptureError
+from hatify.modules.closures import reached
 from hatify.modules.grouped import EQUIVALENT
 
 DROPPED = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "sym_constrain_range", "_assert_async"}
@@ -65,6 +67,7 @@ def read_program(
             value = _constant(program, name) if name else operator.attrgetter(node.target)(program.graph_module)
             if isinstance(value, fx.GraphModule):  # the body of a region, inlined where it is called
                 return value
+            _check_constant(program, value, node)
             target = f"constant_{len(captured.constants)}"
             captured.constants[target] = value
             new = graph.create_node("get_attr", target)
@@ -96,21 +99,59 @@ def read_program(
     return captured
 
 
+def _check_constant(program: ExportedProgram, value: Any, node: fx.Node) -> None:
+    """That no tensor which the model reads past its modules (in a closure, a view made before) is a parameter: nobody would train it.
+
+    Raises:
+        CaptureError: it shares memory with one.
+    """
+    if not isinstance(value, Tensor):
+        return
+    memory = value.untyped_storage()._cdata
+    shared = (n for n in program.graph_signature.parameters if program.state_dict[n].untyped_storage()._cdata == memory)
+    name = next(shared, None)
+    if name is not None:
+        name = name.removeprefix("root.")
+        raise CaptureError(
+            f"forward reads the parameter {name}, or a view of it, past the module that owns it",
+            where=next((line for user in node.users if (line := _line_of(user))), name),
+            why="what is held by a function or in another object stays the original's",
+            fix=f"read self.{name} in forward",
+        )
+
+
 def _check_arguments(graph: fx.Graph) -> None:
-    """That no function is given a module: nobody would see its weights.
+    """That no function of the user's holds or is given what has weights: nobody would see them.
 
     Raises:
         CaptureError: one is.
     """
     for node in graph.nodes:
-        held = next((a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, nn.Module)), None)
-        if held is not None:
-            raise CaptureError(
-                f"a {type(held).__name__} is an argument of a function of your own",
-                where=node.meta.get("line") or str(node.target),
-                why="what its weights do in there, and in the backward pass, cannot be seen",
-                fix="keep the module that calls it whole: hatify.register(ThatModule, hatify.TaskIndexedLayer())",
-            )
+        given = pytree.tree_leaves((node.args, node.kwargs))
+        held = next((a for a in given if isinstance(a, nn.Module) or (callable(a) and not isinstance(a, type))), None)
+        role = "an argument"
+        if held is None and isinstance(node.target, FunctionCall):
+            held, role = _closed_over(node.target.function), "closed over by forward or backward"
+        if held is None:
+            continue
+        kind = type(held).__name__
+        raise CaptureError(
+            f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} is {role} of a function of your own",
+            where=node.meta.get("line") or str(node.target),
+            why="what its weights do in there, and in the backward pass, cannot be seen",
+            fix="give the function the tensors that it needs, or keep the module that calls it whole: "
+            "hatify.register(ThatModule, hatify.TaskIndexedLayer())",
+        )
+
+
+def _closed_over(function: type[torch.autograd.Function]) -> Any:
+    """A module or tensor that a user's function reads from where it was written, not from its arguments."""
+    methods = [m for base in function.__mro__ if base is not torch.autograd.Function for m in vars(base).values()]
+    functions = [m.__func__ if isinstance(m, staticmethod | classmethod) else m for m in methods]
+    own = [f for f in functions if isinstance(f, FunctionType) and not f.__module__.startswith("torch.")]
+    by_name = [f.__globals__.get(name) for f in own for name in f.__code__.co_names]
+    read = [*own, *(value for value in by_name if isinstance(value, nn.Module | nn.Parameter))]
+    return next((value for value in reached(read) if isinstance(value, nn.Module | Tensor)), None)
 
 
 class _Env(dict):
@@ -242,10 +283,15 @@ def _path_to(tree: Any, number: int) -> list:
 def _note(new: fx.Node, old: fx.Node) -> None:
     new.meta["val"] = old.meta.get("val")
     new.meta["scope"] = scope_of(old)
-    trace = old.meta.get("stack_trace") or ""
+    new.meta["line"] = _line_of(old)
+
+
+def _line_of(node: fx.Node) -> str:
+    """The user's innermost line behind a node of a program; empty where there is none."""
+    trace = node.meta.get("stack_trace") or ""
     places = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n\s*([^\n]*)', trace)
     own = [p for p in places if "/hatify/capture/" not in p[0] and "/torch/" not in p[0]]
-    new.meta["line"] = f"{own[-1][0]}:{own[-1][1]}: {own[-1][2]}" if own else ""
+    return f"{own[-1][0]}:{own[-1][1]}: {own[-1][2]}" if own else ""
 
 
 def _fixed_sizes(signature: Signature, placeholders: list[fx.Node]) -> list[FixedSize]:

@@ -21,10 +21,10 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from hatify.capture.alike import Traced, again, likeness, looks
+from hatify.capture.alike import again, likeness, looks
 from hatify.capture.names import telling_name
 from hatify.gates.layers import Elementwise
-from hatify.registry import describe
+from hatify.registry import Traced, describe
 
 _LIBRARY = torch.library.Library("hatify", "FRAGMENT")
 _LIBRARY.define("mark(Tensor[] values, str key) -> ()")

@@ -16,11 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from hatify.capture.alike import Traced, again, likeness, looks
+from hatify.capture.alike import again, likeness, looks
 from hatify.capture.repeats import clear_repeats, mark_blocks, repeated_paths
 from hatify.gates.layers import ChannelNorm, Elementwise, MixingNorm
 from hatify.gates.recurrent import Recurrent
-from hatify.registry import describe
+from hatify.modules.closures import whole_copy
+from hatify.registry import Traced, describe
 
 _LIBRARY = torch.library.Library("hatify", "DEF")
 _LIBRARY.define("leaf(Tensor[] inputs, SymInt[] sizes, str key) -> Tensor[]")
@@ -78,14 +79,8 @@ class _Sym:
 
 
 def copy_tree(model: nn.Module) -> nn.Module:
-    """A deep copy of the tree and of everything held in plain containers, sharing all tensors."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
-        for tensor in held:
-            if isinstance(tensor, Tensor):
-                memo[id(tensor)] = tensor
-    return copy.deepcopy(model, memo)
+    """A deep copy of the tree and of everything held in plain containers and closures, sharing all tensors."""
+    return whole_copy(model, {}, lambda tensor: tensor)
 
 
 def mark_leaves(

@@ -19,7 +19,6 @@ What may be copied so is a property of the tensor and of who reads it; all else 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+
+from .closures import whole_copy
 
 READERS = (
     nn.Linear,
@@ -86,12 +87,12 @@ def shareable(root: nn.Module) -> Iterator[Tensor]:
     yield from (t for key, t in held.items() if key not in otherwise and can_share(t))
 
 
-def copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """``copy.deepcopy(module, memo)`` whose weights share memory with the module's until either side is written."""
-    memo = {} if memo is None else memo
+def copy_module(module: nn.Module) -> nn.Module:
+    """A deep copy whose weights share memory with the module's until either side is written; computed tensors are copied detached."""
+    memo: dict[int, Any] = {}
     for tensor in list(shareable(module)):
         if isinstance(tensor, nn.Parameter):
             memo[id(tensor)] = nn.Parameter(copy_of(tensor), tensor.requires_grad)
         elif not vars(tensor) and not tensor.requires_grad:
             memo[id(tensor)] = copy_of(tensor)
-    return copy.deepcopy(module, memo)
+    return whole_copy(module, memo, lambda t: None if t.is_leaf else t.detach().clone())
