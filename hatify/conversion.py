@@ -266,6 +266,7 @@ def _rewrite(
         switches=any(n.target in SWITCHES for g in graphs for n in g.graph.nodes),
         can_train=not graphs[0].eval_only,
         asks=graphs[0].asks,
+        own_modes=graphs[0].own_modes,
         selections=graphs[0].selections,
     )
     return HATModel(root, rewritten[0], rewritten[1] if len(rewritten) > 1 else None, facts)

@@ -15,7 +15,7 @@ class Facts:
 
     ``uses`` are the uses of every shared parameter, ``masker_paths`` where each masker lives, ``original_keys`` the keys of the
     original's state dict in order, ``reference`` the original's tree on the meta device (its code, without its weights), ``stand_in``
-    what a directory holds of it.
+    what a directory holds of it, ``own_modes`` the modules that the original's ``train(mode)`` leaves in the other mode, by mode.
     """
 
     def __init__(self, **facts: Any) -> None:

@@ -198,7 +198,8 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
     # modes and devices
 
     def train(self, mode: bool = True) -> HATModel:
-        """As any module's; a finished task's norms and heads stay in eval mode, so that a replay leaves their statistics alone.
+        """As the original's, which may leave modules in the other mode (frozen batch norms); a finished task's norms and heads stay in
+        eval mode, so that a replay leaves their statistics alone.
 
         Warns:
             UserWarning: train mode could not be captured, so layers are in train mode, but the code around them is that of eval mode.
@@ -210,6 +211,12 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
                 stacklevel=2,
             )
         super().train(mode)
+        for path in self._facts.own_modes.get(mode, ()):
+            module = self.get_submodule(path)
+            if isinstance(module, Scope):
+                module.training = not mode
+            else:
+                module.train(not mode)
         network_of(self).rest()
         return self
 

@@ -77,6 +77,7 @@ class Description:
             "switches": facts.switches,
             "can_train": facts.can_train,
             "asks": {"train" if mode else "eval": list(places) for mode, places in facts.asks.items()},
+            "own_modes": {"train" if mode else "eval": list(paths) for mode, paths in facts.own_modes.items()},
             "plans": _plans_to(facts.analysis),
             "rows": [_row_to(row, ids) for row in rows_of(hat)],
             "report": None if hat.report is None else hat.report.to_dict(),
@@ -205,7 +206,7 @@ class Rebuilt:
     ) -> None:
         fields.only("name", "graphs", "outputs", "signature", "sizes", "modules", "own_code", "recipes", "room", "maskers",
                     "indexed", "uses", "original",
-                    "switches", "can_train", "asks", "selections", "plans", "rows", "report", "verification")  # fmt: skip
+                    "switches", "can_train", "asks", "own_modes", "selections", "plans", "rows", "report", "verification")  # fmt: skip
         self.fields = fields
         known = list(known)
         modules = [cls for cls in known if issubclass(cls, nn.Module)]
@@ -295,6 +296,7 @@ class Rebuilt:
                 mode == "train": [place.is_a(str) for place in part.items()]
                 for mode, part in fields.at("asks").only("train", "eval").pairs()
             },
+            own_modes=self._own_modes(),
             stand_in=None if own is None else self._own_code(own, own_tree, classes, original),
         )
         self.model = self._made()
@@ -306,6 +308,16 @@ class Rebuilt:
             recipe = _recipe_head(part, classes)
             _recipe_body(recipe, part, [tree.root])
         return own_code_from(tree, recipe, own, original.list("names", str))
+
+    def _own_modes(self) -> dict[bool, list[str]]:
+        """The modules that the original's ``train()`` and ``eval()`` leave in the other mode."""
+        found: dict[bool, list[str]] = {}
+        for mode, part in self.fields.at("own_modes").only("train", "eval").pairs() if self.fields.has("own_modes") else ():
+            found[mode == "train"] = list(part.data)
+            for path in part.items():
+                if self.tree.module(path.is_a(str)) is None:
+                    raise path.wrong(repr(path.data[:100]), "the path of a module")
+        return found
 
     def _room(self) -> str:
         room = self.fields.at("room").name()

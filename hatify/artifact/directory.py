@@ -335,7 +335,7 @@ class _Reader:
                 rebuilt.fill(key, tensor)
         rebuilt.filled()
         hat = rebuilt.model
-        hat.train(training) if hat.training != training else None
+        hat.train(training)  # modules that its own train() leaves in the other mode included
         hat.source = source
         hat.active_task = active
         if factory is not None:

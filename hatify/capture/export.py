@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch._dynamo import config
 from torch.export import Dim, ExportedProgram
 
 from hatify.calling import Signature, flatten
+from hatify.capture.aside import set_aside
 from hatify.capture.branches import noted_branches
 from hatify.capture.captured import Captured
 from hatify.capture.effects import has_effect
@@ -98,6 +98,7 @@ def _export_once(
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     root = copy_tree(model)
     root.train(training) if training else root.eval()
+    own_modes = [path for path, module in root.named_modules() if path and module.training != training]
     leaves = mark_leaves(root, stubs, through, repeats)
     flat = _Flat(root, signature)
     try:
@@ -143,6 +144,7 @@ def _export_once(
     captured.leaves = leaves
     captured.open_sizes = opened
     captured.asks = {training: asks}
+    captured.own_modes = {training: own_modes}
     captured.selections = selections
     return captured, set()
 
@@ -153,7 +155,7 @@ def _export(flat: _Flat, inputs: list[Tensor], model: nn.Module, open_sizes: boo
     The exporter's memory of operators costs more than it saves where sizes are open; leaves have one of their own (alike.py).
     """
     memory = config.patch(fake_tensor_cache_enabled=False)
-    with _quiet(), torch.enable_grad(), mark_functions(), _undecided_masks(), memory:
+    with _quiet(), torch.enable_grad(), mark_functions(), set_aside(), memory:
         first: Exception | None = None
         if open_sizes:
             try:
@@ -166,18 +168,6 @@ def _export(flat: _Flat, inputs: list[Tensor], model: nn.Module, open_sizes: boo
             return torch.export.export(flat, tuple(inputs), dynamic_shapes=(shapes,), strict=False), False
         except Exception as error:
             raise untraceable(first or error, model, flat.root, called_paths()) from (first or error)
-
-
-@contextlib.contextmanager
-def _undecided_masks() -> Iterator[None]:
-    """torch's transformer looks into the values of a mask to choose a fused kernel; while tracing it takes the caller's word."""
-    room = torch.nn.modules.transformer
-    original = room._detect_is_causal_mask
-    room._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
-    try:
-        yield
-    finally:
-        room._detect_is_causal_mask = original
 
 
 class _quiet:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from hatify.calling import Signature
+from hatify.capture.aside import hooks_left
 from hatify.capture.captured import ByMode, Captured
 from hatify.capture.dtypes import follow_dtypes
 from hatify.capture.export import export_mode
@@ -51,17 +52,20 @@ def _both_modes(
     model: nn.Module, args: tuple, kwargs: dict[str, Any], doubled: bool
 ) -> tuple[Captured, Captured | None, list[str]]:
     signature, inputs = Signature.from_call(model.forward, args, kwargs)
-    notes: list[str] = []
     evaluated = _capture_open_batch(model, signature, inputs, doubled, training=False)
+    notes = hooks_left(model, evaluated.leaves)
     follow_dtypes(evaluated, model, signature, training=False)
     try:
         trained = _capture_open_batch(model, signature, inputs, doubled, training=True, open_sizes=evaluated.open_sizes)
     except CaptureError as error:
-        notes.append(f"train mode cannot be traced ({error.where}); training uses the eval graph only on request\n{error}")
+        notes.append(
+            f"train mode cannot be traced ({error.where}); train mode runs the code of eval mode, with its layers in train mode\n{error}"
+        )
         evaluated.eval_only = True
         notes += [*_asking(evaluated), *words(evaluated.selections)]
         return evaluated, None, notes
     evaluated.asks.update(trained.asks)
+    evaluated.own_modes.update(trained.own_modes)
     evaluated.selections.update(trained.selections)
     notes += [*_asking(evaluated), *words(evaluated.selections)]
     if _merge(evaluated, trained):

@@ -15,6 +15,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import CheckpointFunction
 
 from hatify.capture.alike import again, likeness, looks
 from hatify.capture.repeats import clear_repeats, mark_blocks, repeated_paths
@@ -120,6 +121,9 @@ def mark_functions() -> Iterator[None]:
 
     @classmethod
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if cls is CheckpointFunction:  # recomputed in the backward pass: the same numbers, and gradients that a graph can have
+            run, _, *given = args
+            return run(*given)
         if cls.__module__.partition(".")[0] == "torch":
             return _APPLY.__get__(None, cls)(*args, **kwargs)
         return _Marker("", FunctionCall(cls))(*args)

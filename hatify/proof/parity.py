@@ -44,7 +44,11 @@ def measure_parity(hat: HATModel, batches: list[list[Tensor]], seed: int, notes:
     served = [tensors for tensors, parity in zip(batches, found) if parity is not None]
     evaluation = max(parity for parity in found if parity is not None)
     no_grad = _parity_without_gradients(hat, served, notes, seed)
-    training, gradients = _parity_train(hat, original, batches[0], seed, notes) if hat.can_train else (None, None)
+    training, gradients = None, None
+    if hat.can_train:
+        training, gradients = _parity_train(hat, original, batches[0], seed, notes)
+    else:
+        notes.append("train mode could not be captured: not compared")
     return Parity(evaluation, no_grad, training, gradients, served)
 
 
@@ -176,10 +180,11 @@ def _train_step(model: nn.Module, hat: HATModel, tensors: list[Tensor], seed: in
     with buffers_kept(model) if model is hat else own_buffers(model), seeded(seed):
         args, kwargs = hat.signature.rebuild([t.clone() for t in tensors])
         out = flatten(model(*args, **kwargs))[0]
-        gradients = _gradients(out, {n: t for n, t in held.items() if isinstance(t, nn.Parameter)}, seed, whole)
         named = dict(model.named_buffers(remove_duplicate=False))
-        # a buffer that the original replaced by one of another shape is a cache, no statistic
+        # before the backward pass, in which checkpoints compute again what counts once; a buffer that the original replaced by one of
+        # another shape is a cache, no statistic
         statistics = {n: b.clone() for n, b in named.items() if n in held and held[n].shape == b.shape}
+        gradients = _gradients(out, {n: t for n, t in held.items() if isinstance(t, nn.Parameter)}, seed, whole)
     return [o.detach() for o in out], gradients, statistics
 
 

@@ -1,0 +1,94 @@
+"""What models do around a computation: recomputation, checks of arguments, hooks on gradients."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import hatify
+from hatify.capture import tree
+from hatify.errors import CaptureError
+from hatify.verification import VerificationError
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool, norm: bool = False) -> None:
+        super().__init__()
+        self.first, self.out, self.reentrant = nn.Linear(8, 8), nn.Linear(8, 3), reentrant
+        self.block = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16) if norm else nn.ReLU(), nn.Linear(16, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.out(x + checkpoint(self.block, x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(reentrant: bool, norm: bool) -> None:
+    proof = hatify.convert(Checkpointed(reentrant, norm), 2, example_inputs=X).verification
+    assert (proof.parity, proof.parity_train, proof.gradients, proof.drift) == (0.0, 0.0, 0.0, 0.0)
+
+
+def test_a_reentrant_checkpoint_that_is_traced_as_it_is_has_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control."""
+    monkeypatch.setattr(tree, "CheckpointFunction", None)
+    with pytest.raises(VerificationError, match="gradients inf"):
+        hatify.convert(Checkpointed(True), 2, example_inputs=X)
+
+
+class Policy(nn.Module):
+    """Distributions look at their arguments' values, to check them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mean, self.log_std = nn.Linear(8, 16), nn.Linear(16, 3), nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = torch.distributions.Normal(self.mean(torch.tanh(self.first(x))), self.log_std.exp())
+        return found.log_prob(action).sum(-1), found.entropy().sum(-1)
+
+
+def test_distributions() -> None:
+    hat = hatify.convert(Policy(), 2, example_inputs=(X, X[:, :3]))
+    assert hat.verification.parity == hat.verification.parity_train == 0.0
+    with pytest.raises(ValueError):  # outside of a conversion they go on checking
+        torch.distributions.Normal(torch.zeros(1), -torch.ones(1))
+
+
+class Hooked(nn.Module):
+    """Reverses a gradient by a hook."""
+
+    def __init__(self, asks: bool) -> None:
+        super().__init__()
+        self.first, self.out, self.asks = nn.Linear(8, 16), nn.Linear(16, 3), asks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.first(x))
+        if h.requires_grad if self.asks else torch.is_grad_enabled():
+            h.register_hook(lambda gradient: -gradient)
+        return self.out(h)
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_hook_on_a_gradient_is_refused_with_its_line(asks: bool) -> None:
+    with pytest.raises(CaptureError, match="registers a hook on a gradient") as refused:
+        hatify.convert(Hooked(asks), 2, example_inputs=X, verify=False)
+    assert "test_aside.py" in str(refused.value)
+    value = torch.ones(1, requires_grad=True)
+    value.register_hook(lambda gradient: gradient * 2)  # and the tensors of others are as before
+    value.sum().backward()
+    assert value.grad == 2 and "requires_grad" not in vars(torch.Tensor)
+
+
+def test_hooks_that_are_left_behind_are_noted() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Sequential(nn.Linear(16, 16), nn.ReLU()), nn.Linear(16, 3))
+    model[0].register_full_backward_pre_hook(lambda module, gradients: tuple(g * 2 for g in gradients))
+    model[1].register_full_backward_hook(lambda module, given, gradients: given)
+    model[2].weight.register_hook(lambda gradient: gradient * 2)
+    hat = hatify.convert(model, 2, example_inputs=X)
+    notes = [note for note in hat.report.notes if "hooks" in note]
+    assert [note.partition("\n")[2] for note in notes] == ["1", "2.weight"]
+    model.train()(X).sum().backward(), hat.train()(X).sum().backward()
+    assert torch.equal(hat.get_parameter("0.weight").grad, model[0].weight.grad)  # a layer's own hooks go along
