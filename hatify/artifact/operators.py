@@ -53,29 +53,29 @@ UNDERSCORED = {
     "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "_weight_norm", "__and__", "__or__", "__xor__",
     "__lshift__", "__rshift__", "_fft_c2c", "_fft_c2r", "_fft_r2c", "_pack_padded_sequence", "_pad_packed_sequence", "_trilinear",
     "_cdist_forward", "_stack", "_euclidean_dist", "_pdist_forward", "_assert_tensor_metadata", "_local_scalar_dense", "_reshape_copy",
-    "_embedding_bag", "_safe_softmax", "_to_dense", "_grouped_mm",
+    "_embedding_bag", "_safe_softmax", "_standard_gamma", "_to_dense", "_grouped_mm",
 }  # fmt: skip
 FUNCTIONAL = {
     "sym_size", "sym_numel", "sym_stride", "sym_storage_offset", "pad", "native_layer_norm", "native_group_norm",
     "native_dropout", "convolution", "lift_fresh_copy", "alias", "alias_copy", "scalar_tensor", "max_pool2d_with_indices",
-    "max_pool3d_with_indices", "linalg_vector_norm", "linalg_matrix_norm", "view_copy", "im2col", "col2im",
+    "max_pool3d_with_indices", "view_copy", "im2col", "col2im",
     "matrix_H", "numpy_T", "replication_pad1d",
     "replication_pad2d", "replication_pad3d", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "constant_pad_nd",
     "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d",
     "upsample_trilinear3d", "upsample_bicubic2d", "grid_sampler", "glu", "hardswish", "mish", "silu", "gelu", "elu", "leaky_relu",
     "hardtanh", "hardsigmoid", "softplus", "log_sigmoid", "unbind", "new_empty_strided", "full_like", "fill", "masked_fill",
-    "affine_grid_generator", "fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2",
-    "fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn", "fft_fftshift", "fft_ifftshift", "fft_fftfreq", "fft_rfftfreq",
-    "special_expm1", "special_erf", "special_logit", "special_log_softmax", "special_softmax", "special_xlogy", "linalg_norm",
-    "linalg_inv", "linalg_solve", "linalg_det", "linalg_cross", "linalg_svd", "linalg_qr", "linalg_eigh", "max_pool1d_with_indices",
+    "affine_grid_generator", "max_pool1d_with_indices", "cross_entropy_loss", "nll_loss_nd", "nll_loss2d",
+    "uniform", "exponential", "cauchy", "geometric", "log_normal", "random", "normal_functional",
     "embedding_renorm", "reshape_as", "type_as", "expand_as", "view_as", "to", "slice",
     "copy", "new_empty", "new_zeros", "new_ones", "new_full", "item", "max_pool1d", "lift_fresh", "linear", "sum_to_size",
 }  # fmt: skip
 """Functional operators whose public name is another one."""
+ROOMS = {"linalg": torch.linalg, "special": torch.special, "fft": torch.fft}
+"""Modules of torch whose functions are operators of these names after a prefix."""
 REFUSED = {"from_file", "set_", "save", "load", "compile", "vmap", "apply_", "map_", "data", "numpy", "storage", "resize"}
 UNCHECKED = re.compile(
     "sparse|coo_|quant(?!ile)|fbgemm|mkldnn|miopen|cudnn|nested|rnn|lstm|gru|native_batch_norm|flash_attention|native_multi_head_attention"
-    "|transformer_encoder|weight_norm_interface|pin_memory|seed|(?<!grid_)generator"
+    "|transformer_encoder|weight_norm_interface|pin_memory|seed|(?<!grid_)generator|lu_solve|ldl_solve|ormqr"
 )
 """Kernels that read or write beyond tensors whose sizes do not fit one another, and what changes more than its result. Captures hold the
 operators above them, which look at sizes first."""
@@ -85,7 +85,8 @@ TORCHVISION = ("deform_conv2d", "nms", "roi_align", "roi_pool", "ps_roi_align", 
 @cache
 def _public() -> frozenset[str]:
     names = {*dir(torch), *dir(torch.nn.functional), *dir(torch.Tensor)}
-    found = ({n for n in names if not n.startswith("_")} - REFUSED) | UNDERSCORED | FUNCTIONAL
+    rooms = {f"{prefix}_{name}" for prefix, room in ROOMS.items() for name in dir(room) if not name.startswith("_")}
+    found = rooms | ({n for n in names if not n.startswith("_")} - REFUSED) | UNDERSCORED | FUNCTIONAL
     return frozenset(n for n in found if UNCHECKED.search(n) is None)
 
 
