@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from extracting import finished
 from torch import Tensor, nn
+from torchvision.ops import roi_align
 
 import hatify
+from hatify.calling import flatten
 
 
 class Squeezed(nn.Module):
@@ -68,3 +71,56 @@ def test_batches_that_the_capture_does_not_take_are_left_out() -> None:
     proof = hatify.verify(hatify.convert(Parts(), 3, example_inputs=torch.randn(4, 8)))
     assert proof.ok and proof.batch_sizes == [4]
     assert sum(note.startswith("the capture fails at batch size") for note in proof.notes) == 2
+
+
+class Edges(nn.Module):
+    """A layer over a graph, whose edges number the rows of the other input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.message, self.own, self.out = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        gathered = torch.zeros_like(x).index_add(0, edges[1], x[edges[0]])
+        return self.out(torch.relu(self.message(gathered) + self.own(x)))
+
+
+class States(nn.Module):
+    """A recurrent layer whose first state is an input: its batch is not in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.out = nn.GRU(4, 6, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        found, state = self.layer(x, state)
+        return self.out(found), state
+
+
+class Boxes(nn.Module):
+    """Regions of images, by the image's number: an image that is not there is read past the end of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 2)
+
+    def forward(self, images: Tensor, boxes: Tensor) -> Tensor:
+        return self.out(roi_align(self.conv(images).relu(), boxes, 2).mean((2, 3)))
+
+
+INPUTS = {
+    "edges": (Edges, (torch.randn(7, 5), torch.randint(1, 7, (2, 12)))),
+    "states": (States, (torch.randn(3, 5, 4), torch.zeros(1, 3, 6))),
+    "boxes": (Boxes, (torch.randn(2, 3, 8, 8), torch.tensor([[0.0, 1, 1, 6, 6], [1, 0, 0, 5, 5], [1, 2, 2, 7, 7]]))),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_that_number_one_another_are_proved_and_extracted(name: str) -> None:
+    make, inputs = INPUTS[name]
+    hat = hatify.convert(make(), 2, example_inputs=inputs)
+    finished(hat, 0)
+    for slim in (False, True):
+        module = hatify.extract(hat, 0, slim=slim)
+        expected, got = hat.eval()(*inputs, task=0), module.eval()(*inputs)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(flatten(expected)[0], flatten(got)[0]))

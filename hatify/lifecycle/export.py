@@ -15,7 +15,8 @@ from hatify.artifact.atomic import new_file
 from hatify.artifact.tensors import write_tensors
 from hatify.errors import HatifyError
 from hatify.lifecycle.extraction import plain_call
-from hatify.proof.inputs import taken_batches
+from hatify.proof.inputs import batch_size
+from hatify.proof.parity import taken_batches
 
 if TYPE_CHECKING:
     from hatify.model import HATModel
@@ -27,8 +28,8 @@ def exported(hat: HATModel, module: nn.Module) -> ExportedProgram:
     Raises:
         HatifyError: torch.export cannot.
     """
-    batches = list(taken_batches(hat))
-    tensors = batches[1] if len(batches) > 1 else batches[0]  # a batch of one would be taken for a constant
+    example, *others = taken_batches(hat)
+    tensors = next((t for t in others if batch_size(t) > 1), example)  # a batch of one would be taken for a constant
     fixed = set(hat._facts.check_sizes.fixed)
     shapes = ShapesCollection()
     for name, tensor in zip(hat.signature.names, tensors):

@@ -21,7 +21,7 @@ from hatify.lifecycle.slimming import slim_down
 from hatify.model import HATModel
 from hatify.modules.numbers import task_number
 from hatify.proof.differences import difference
-from hatify.proof.inputs import taken_batches
+from hatify.proof.parity import taken_batches
 from hatify.structure import unflatten
 
 ROUNDING = 1e3

@@ -11,7 +11,10 @@ from hatify.model import HATModel
 
 
 def input_batches(hat: HATModel, seed: int = 0) -> Iterator[list[Tensor]]:
-    """The example inputs, and the same model's inputs at another batch size and at one (where the batch is open)."""
+    """The example inputs, and the same model's inputs at another batch size and at one (where the batch is open).
+
+    Where only some inputs have the batch, the others may number its elements (boxes that name their image), so it does not get smaller.
+    """
     generator = torch.Generator().manual_seed(seed)
     examples = hat._facts.inputs
     yield [t.clone() for t in examples]
@@ -23,7 +26,8 @@ def input_batches(hat: HATModel, seed: int = 0) -> Iterator[list[Tensor]]:
     batched = [t.dim() > 0 and t.shape[0] == size and (n, 0) not in hat._facts.check_sizes.fixed for n, t in zip(names, examples)]
     if not batched[0]:
         return
-    for other in (size + 1, 1):
+    alone = all(moves for moves, tensor in zip(batched, examples) if tensor.dim())
+    for other in (size + 1, 1) if alone else (size + 1,):
         tensors = []
         for tensor, moves in zip(examples, batched):
             if moves:
@@ -32,11 +36,6 @@ def input_batches(hat: HATModel, seed: int = 0) -> Iterator[list[Tensor]]:
                     tensor = tensor + 0.1 * torch.randn(tensor.shape, generator=generator).to(tensor)
             tensors.append(tensor)
         yield tensors
-
-
-def taken_batches(hat: HATModel) -> Iterator[list[Tensor]]:
-    """Those of :func:`input_batches` that the capture takes."""
-    return (tensors for tensors in input_batches(hat) if hat._facts.check_sizes.fit(tensors))
 
 
 def batch_size(tensors: list[Tensor]) -> int:

@@ -108,7 +108,8 @@ def _parity_eval(hat: HATModel, original: nn.Module, tensors: list[Tensor], note
 
 def takes(hat: HATModel, tensors: list[Tensor], notes: list[str]) -> bool:
     """Whether a model whose original is not there takes these inputs: the original may not take every batch."""
-    args, kwargs = hat.signature.rebuild([t.clone() for t in tensors])
+    device = next((p.device for p in hat.parameters()), torch.device("cpu"))
+    args, kwargs = hat.signature.rebuild([t.clone().to(device) for t in tensors])
     try:
         with buffers_kept(hat.eval()), torch.no_grad():
             hat(*args, task=None, **kwargs)
@@ -116,6 +117,16 @@ def takes(hat: HATModel, tensors: list[Tensor], notes: list[str]) -> bool:
         notes.append(_left_out("the model", tensors, error))
         return False
     return True
+
+
+def taken_batches(hat: HATModel) -> list[list[Tensor]]:
+    """The example inputs, and those of :func:`hatify.proof.inputs.input_batches` that the capture and the model take."""
+    example, *others = input_batches(hat)
+    modes = [(m, m.training) for m in hat.modules()]
+    taken = [example, *(t for t in others if hat._facts.check_sizes.fit(t) and takes(hat, t, []))]
+    for module, training in modes:
+        module.training = training
+    return taken
 
 
 def _left_out(who: str, tensors: list[Tensor], error: Exception) -> str:
