@@ -201,10 +201,29 @@ def _copy_function(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node, copi
     if node.target is operator.getitem and isinstance(env[node.args[0]], list):
         env[node] = env[node.args[0]][node.args[1]]
         return
+    if node.target in _WITHOUT_COMPLEX_BACKWARD and node.meta["val"].dtype.is_complex:
+        env[node] = _written_as_pairs(graph, env, node)
+        return
     target = EQUIVALENT.get(str(node.target), node.target)
     new = graph.create_node("call_function", target, *_mapped(env, node), name=telling_name(node.target, scope_of(node)))
     _note(new, node)
     env[node] = new
+
+
+_WITHOUT_COMPLEX_BACKWARD = (torch.ops.aten.slice_scatter.default, torch.ops.aten.select_scatter.default)
+
+
+def _written_as_pairs(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> fx.Node:
+    """A part of a complex tensor that is written to: torch has a backward for it in pairs of real numbers."""
+    (whole, part, dim, *places), kwargs = _mapped(env, node)
+    pairs = [graph.call_function(torch.ops.aten.view_as_real.default, (operand,)) for operand in (whole, part)]
+    written = graph.call_function(node.target, (*pairs, dim % len(node.meta["val"].shape), *places), kwargs)
+    new = graph.call_function(torch.ops.aten.view_as_complex.default, (written,))
+    for made, complexes in zip((*pairs, written), (whole, part, node)):
+        _note(made, node)
+        made.meta["val"] = torch.view_as_real(complexes.meta["val"])
+    _note(new, node)
+    return new
 
 
 def _region(graph: fx.Graph, settings: tuple, body: fx.GraphModule, operands: list, copier: Copier) -> list:

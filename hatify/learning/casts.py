@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hatify.errors import NonFiniteError
+from hatify.modules.continuous import is_continuous
 from hatify.modules.shards import local
 
 
@@ -20,13 +21,13 @@ def check_reach(module: nn.Module, cast: Callable[[Tensor], Tensor]) -> None:
     """
     types: dict[tuple[torch.dtype, torch.device], torch.dtype] = {}
     for name, parameter in module.named_parameters():
-        if not parameter.is_floating_point() or parameter.is_meta or not parameter.numel():
+        if not is_continuous(parameter) or parameter.is_meta or not parameter.numel():
             continue
         key = parameter.dtype, parameter.device
         if key not in types:
             types[key] = cast(torch.empty(0, dtype=parameter.dtype, device=parameter.device)).dtype
         new, data = types[key], local(parameter)
-        if not new.is_floating_point or torch.finfo(new).max >= torch.finfo(data.dtype).max:
+        if not (new.is_floating_point or new.is_complex) or torch.finfo(new).max >= torch.finfo(data.dtype).max:
             continue
         if not data.abs().max() <= torch.finfo(new).max and bool((data.isfinite() & ~data.to(new).isfinite()).any()):
             raise NonFiniteError(

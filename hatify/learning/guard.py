@@ -27,6 +27,7 @@ from hatify.learning.protection import Locked, Protection, fingerprint
 from hatify.learning.reading import Reading, evaluates
 from hatify.learning.steps import GUARDS, Steps, watch_all_optimizers
 from hatify.learning.turns import Turns
+from hatify.modules.continuous import is_continuous
 from hatify.modules.shards import agreed, shard_again
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class Guard:
         self._hooks, self._unhooked = [], []
         for entry in self.protection:
             parameter = entry.tensor
-            if not (isinstance(parameter, nn.Parameter) and parameter.is_leaf and parameter.dtype.is_floating_point):
+            if not (isinstance(parameter, nn.Parameter) and parameter.is_leaf and is_continuous(parameter)):
                 continue
             if parameter.grad is not None:
                 parameter.grad = entry.mask_gradient(parameter.grad)

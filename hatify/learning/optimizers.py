@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from hatify.errors import TaskError
 from hatify.learning.protection import Protection
+from hatify.modules.continuous import is_continuous
 from hatify.modules.shards import agreed, local
 
 
@@ -118,7 +119,7 @@ def state_tensors(optimizer: Optimizer) -> list[Tensor]:
 def largest(tensors: list[Tensor]) -> float:
     """A bound on the largest magnitude in ``tensors`` (their largest 2-norm); infinite or NaN where an element may be."""
     dense = [t._values() if t.is_sparse else local(t) for t in tensors]
-    return agreed(_largest([t for t in dense if t.numel() and t.is_floating_point()]), tensors)
+    return agreed(_largest([t for t in dense if t.numel() and is_continuous(t)]), tensors)
 
 
 def _largest(dense: list[Tensor]) -> float:
@@ -136,5 +137,5 @@ def all_below(tensors: list[Tensor], limit: float) -> bool:
     if largest(tensors) < limit:
         return True  # the norm bounds every element; it may overflow where no element does
     dense = [t._values() if t.is_sparse else local(t) for t in tensors]
-    above = any(not bool((t.abs() < limit).all()) for t in dense if t.is_floating_point())
+    above = any(not bool((t.abs() < limit).all()) for t in dense if is_continuous(t))
     return agreed(float(above), tensors) == 0.0

@@ -21,6 +21,7 @@ from hatify.learning.optimizers import Backup, all_below, held_by, largest, para
 from hatify.learning.protection import Locked
 from hatify.learning.reach import Reach
 from hatify.learning.still import Still
+from hatify.modules.continuous import is_continuous
 
 if TYPE_CHECKING:
     from hatify.learning.guard import Guard
@@ -234,8 +235,8 @@ class Steps:
         if self._backups:
             return
         shared = [p for _, p in self._shared_parameters()]
-        if not all_below([p.detach() for p in shared if p.dtype.is_floating_point], math.inf):
-            wrong = [p for p in shared if p.dtype.is_floating_point and not all_below([p.detach()], math.inf)]
+        if not all_below([p.detach() for p in shared if is_continuous(p)], math.inf):
+            wrong = [p for p in shared if is_continuous(p) and not all_below([p.detach()], math.inf)]
             self.repair(wrong)
             self._report(self._names(wrong), repaired=True)
 
@@ -278,19 +279,19 @@ class Steps:
         own = self._own(optimizer) if weight is None else self._given[id(optimizer)]
         weight = largest([p.detach() for p in own]) if weight is None else weight
         step = max((float(r) for r in rates), default=0.0) * max(1.0, gradient) * SAFE_FACTOR
-        least = min((torch.finfo(dtype).max for dtype in {p.dtype for p in own} if dtype.is_floating_point), default=math.inf)
+        least = min((torch.finfo(dtype).max for dtype in {p.dtype for p in own if is_continuous(p)}), default=math.inf)
         return not (step + weight < self._least_limit(own) and gradient * gradient * SAFE_FACTOR < least)
 
     def _limit_of(self, dtype: torch.dtype) -> float:
         return min(torch.finfo(dtype).max, torch.finfo(torch.bfloat16).max, self._limit)
 
     def _least_limit(self, parameters: list[nn.Parameter]) -> float:
-        return min((self._limit_of(dtype) for dtype in {p.dtype for p in parameters} if dtype.is_floating_point), default=math.inf)
+        return min((self._limit_of(dtype) for dtype in {p.dtype for p in parameters if is_continuous(p)}), default=math.inf)
 
     def _representable(self, parameters: list[nn.Parameter]) -> bool:
         by_limit: dict[float, list[Tensor]] = {}
         for parameter in parameters:
-            if parameter.dtype.is_floating_point:
+            if is_continuous(parameter):
                 by_limit.setdefault(self._limit_of(parameter.dtype), []).append(parameter.detach())
         return all(all_below(group, limit) for limit, group in by_limit.items())
 

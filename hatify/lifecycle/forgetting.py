@@ -13,6 +13,7 @@ from hatify.learning.network import Network, network_of
 from hatify.learning.session import guard_of
 from hatify.lifecycle.forgotten import Count, Forgotten
 from hatify.lifecycle.initial import default, drawn, drawn_copy, initialiser
+from hatify.modules.continuous import is_continuous
 from hatify.modules.numbers import task_number
 
 RESETS = ("initial", "pretrained")
@@ -198,7 +199,7 @@ def shared_weights(network: Network, tasks: list[int], kept: list[int]) -> list[
             found[key] = found[key] | lock if key in found else lock
     free = {key: used[key] & ~others[key] for key in used}
     return [
-        Freed(names[key], p, free[key] if p.requires_grad and p.is_floating_point() else torch.zeros_like(free[key]), "weights")
+        Freed(names[key], p, free[key] if p.requires_grad and is_continuous(p) else torch.zeros_like(free[key]), "weights")
         for key, p in parameters.items()
         if key in free
     ]

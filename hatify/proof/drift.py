@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hatify.model import HATModel
 from hatify.modules import HATRecurrent, TaskContext
+from hatify.modules.continuous import is_continuous
 from hatify.modules.copies import can_share
 from hatify.proof.differences import difference
 from hatify.proof.inputs import batch_size
@@ -36,11 +37,11 @@ def drift_and_control(
     task, other = 0, 1 if hat.config.num_tasks > 1 else None
     own, unread = _of_task(hat, task), _unread(hat, task)
     kept_out = {id(p) for p in unread}
-    written = [p for p in hat.parameters() if p.dtype.is_floating_point and id(p) not in kept_out]
+    written = [p for p in hat.parameters() if is_continuous(p) and id(p) not in kept_out]
     with torch.no_grad(), contextlib.ExitStack() as stack:
         draw(hat, written, generator, [t for t in (task, other) if t is not None])
         before = _outputs(hat, batches, task, seed, without_masks)
-        if not all(torch.isfinite(o).all() for o in before if o.dtype.is_floating_point):
+        if not all(torch.isfinite(o).all() for o in before if is_continuous(o)):
             notes.append("outputs are not finite under random weights: drift means little")
         stack.enter_context(_nan(unread))  # only now: NaN before and after would look equal
         locked: list[nn.Parameter] = []
@@ -49,14 +50,14 @@ def drift_and_control(
             parameter = hat.get_parameter(name)
             sharing = sharing or bool(lock.any())
             locked.append(parameter)
-            if id(parameter) not in own and parameter.dtype.is_floating_point:
+            if id(parameter) not in own and is_continuous(parameter):
                 parameter.copy_(torch.where(lock.to(parameter.device), parameter, noise(parameter, generator)))
         done = own | {id(p) for p in locked}
         for parameter in written:
             if id(parameter) not in done:
                 parameter.copy_(noise(parameter, generator))
         for buffer in _copied_buffers(hat):
-            if id(buffer) not in own and buffer.dtype.is_floating_point:
+            if id(buffer) not in own and is_continuous(buffer):
                 buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
         drift = difference(before, _outputs(hat, batches, task, seed, without_masks))
         if without_locks or without_masks or not sharing:
@@ -99,7 +100,7 @@ def _unread(hat: HATModel, task: int) -> list[nn.Parameter]:
     that share memory with others are left to the noise.)"""
     others = [t for t in range(hat.config.num_tasks) if t != task]
     found = [p for _, copies in hat.task_copies() for other in others for p in copies(other) if isinstance(p, nn.Parameter)]
-    return [p for p in found if p.dtype.is_floating_point and can_share(p)]
+    return [p for p in found if is_continuous(p) and can_share(p)]
 
 
 def _copied_buffers(hat: HATModel) -> list[Tensor]:

@@ -22,6 +22,8 @@ def draw(hat: HATModel, parameters: Sequence[Tensor], generator: torch.Generator
 
 def noise(like: Tensor, generator: torch.Generator) -> Tensor:
     """Noise as large as the weights it replaces."""
+    if like.is_complex():
+        return torch.view_as_complex(noise(torch.view_as_real(like.resolve_conj()), generator))
     scale = float(like.float().std()) if like.numel() > 1 else float(like.float().abs().max()) if like.numel() else 0.0
     scale = scale if scale > 1e-3 else 0.5
     return torch.empty(like.shape).normal_(0.0, scale, generator=generator).to(like)

@@ -11,6 +11,7 @@ import torch
 
 from hatify.capture.captured import ShapeGuard
 from hatify.model import HATModel
+from hatify.modules.continuous import is_continuous
 from hatify.proof.keeping import kept
 from hatify.proof.noise import draw
 from hatify.proof.parity import equals_original_on
@@ -31,7 +32,7 @@ def settle(hat: HATModel) -> None:
     guards, sizes.guards = sizes.guards, [guard for guard in sizes.guards if not guard.doubted]
     known: dict[Places, bool] = {}
     with kept(hat):
-        draw(hat, [p for p in hat.parameters() if p.dtype.is_floating_point], torch.Generator().manual_seed(0), ())
+        draw(hat, [p for p in hat.parameters() if is_continuous(p)], torch.Generator().manual_seed(0), ())
         harmless = [guard for guard in doubted if all(_same(hat, places, known) for places in _breaking(guard))]
     sizes.guards = [_above_zero(guard) if guard in harmless else guard for guard in guards]
     sizes.seen.clear()

@@ -222,6 +222,22 @@ def gather(run: Interpreter, call: Call) -> Outcome:
     return Outcome(call.args, call.kwargs, Gates(subject.ids, subject.state))
 
 
+def as_real(run: Interpreter, call: Call) -> Outcome:
+    """Complex numbers as pairs: both of a pair have the number's gate."""
+    value = call.values()[0]
+    return Outcome(call.args, call.kwargs, Gates(value.ids.unsqueeze(-1), value.state))
+
+
+def as_complex(run: Interpreter, call: Call) -> Outcome:
+    """Pairs as complex numbers: gates pass where both of a pair have the same."""
+    value = call.values()[0]
+    if value.varies(value.rank - 1):
+        return unknown(run, call)
+    return Outcome(call.args, call.kwargs, Gates(value.ids.select(-1, 0), value.state))
+
+
 def register(rules: RuleTable) -> None:
     rules.add(NAMES, movement)
     rules.add(["gather"], gather)
+    rules.add(["view_as_real"], as_real)
+    rules.add(["view_as_complex"], as_complex)
