@@ -44,6 +44,8 @@ class VerificationReport:
     the locks taken away, which must not be zero, or the check was blind (None for a model that shares no weights).
     ``batch_sizes``: those it was tried at. ``tightness`` and ``leak``, None unless asked for: the share of locked weights that a
     finished task feels (its gradient is not zero), and the largest gradient that it feels of an unlocked one, which must be zero.
+    ``unreached`` is the share of locked weights that the tightness leaves out, for none of the inputs tried could show anything of
+    them: taps that met padding only, experts that no token chose, rows of tables that no index named.
     The parities are None for a model that was loaded without the original's code: the note says so.
     """
 
@@ -58,6 +60,7 @@ class VerificationReport:
     notes: list[str] = field(default_factory=list)
     tightness: float | None = None
     leak: float | None = None
+    unreached: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -95,7 +98,7 @@ def verify(
     if tightness:
         start = time.perf_counter()
         proof = prove_by_gradients(hat, without_locks=without_locks, seed=seed)
-        report.tightness, report.leak = proof.tightness, proof.leak
+        report.tightness, report.leak, report.unreached = proof.tightness, proof.leak, proof.unreached
         if proof.leak is None:
             report.notes.append("gradients are never finite under random masks: tightness and leak were not measured")
         report.seconds["tightness"] = time.perf_counter() - start

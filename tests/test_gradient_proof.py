@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,6 +104,84 @@ def test_dead_units_do_not_hide_locks() -> None:
     proof = prove_by_gradients(hat)
     assert proof.leak == 0.0
     assert all(share > 0.0 for share in proof.by_parameter.values())
+
+
+class Auxiliary(nn.Module):
+    """A second output that only train mode reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.extra = nn.Linear(6, 12), nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.9), nn.Linear(16, 2))
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x).tanh()
+        return (self.head(x), self.extra(x)) if self.training else self.head(x)
+
+
+def test_what_only_train_mode_reads_is_felt() -> None:
+    hat = converted(Auxiliary(), torch.randn(5, 6))
+    args, _ = hat.example_inputs
+    hat(*args, task=0).sum().backward()
+    assert hat.get_parameter("extra.0.weight").grad is None
+    modes = [m.training for m in hat.modules()]
+    proof = prove_by_gradients(hat)
+    assert proof.leak == 0.0 and proof.tightness == proof.by_parameter["extra.0.weight"] == 1.0 and proof.unreached == 0.0
+    assert [m.training for m in hat.modules()] == modes
+    assert prove_by_gradients(hat, without_locks=["extra.0.weight"]).leak > 0
+    assert prove_by_gradients(hat, whole=["extra.0.weight"]).by_parameter["extra.0.weight"] < 0.9
+
+
+class Wide(nn.Sequential):
+    """Taps ten pixels apart."""
+
+    def __init__(self) -> None:
+        middle = nn.Conv2d(12, 12, 3, padding=10, dilation=10)
+        super().__init__(nn.Conv2d(3, 12, 1), middle, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 2))
+
+
+@pytest.mark.parametrize(("size", "unreached"), [(8, 8 / 9), (16, 0.0)])
+def test_taps_that_meet_padding_only_are_told_apart(size: int, unreached: float) -> None:
+    hat = converted(Wide(), torch.randn(2, 3, size, size))
+    proof = prove_by_gradients(hat)
+    assert proof.leak == 0.0 and proof.tightness == 1.0
+    locked = sum(int(lock.sum()) for lock in hat.locks([0, 1]).values())
+    assert proof.unreached == 0.0 if not unreached else 0.0 < proof.unreached < unreached and locked
+    wide = prove_by_gradients(hat, whole=["1.weight"])
+    assert wide.by_parameter["1.weight"] < 0.9, "taps that are left out do not hide a lock that is too wide"
+
+
+def test_rows_that_no_index_names_are_told_apart() -> None:
+    model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 12), nn.Linear(12, 2))
+    few, all_of_them = (prove_by_gradients(converted(model, tokens)) for tokens in (torch.arange(5)[None], torch.arange(50)[None]))
+    assert few.tightness == all_of_them.tightness == 1.0
+    assert few.unreached > 0.5 and all_of_them.unreached == 0.0
+
+
+def test_inputs_and_outputs_are_no_places() -> None:
+    """A convolution that reads a channel of zeros: the lock on it is to blame, and is counted."""
+
+    class Zeros(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(4, 6, 3), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.conv(torch.cat([x, x[:, :1] * 0.0], 1)).mean((2, 3)))
+
+    proof = prove_by_gradients(converted(Zeros(), torch.randn(2, 3, 8, 8)))
+    assert proof.leak == proof.unreached == 0.0
+    assert proof.by_parameter["conv.weight"] == pytest.approx(0.75)
+
+
+def test_many_smooth_functions_do_not_hide_small_values() -> None:
+    x = torch.tensor([1e-6, -1e-6], requires_grad=True)
+    out = x
+    with Smooth():
+        for _ in range(20):
+            out = F.leaky_relu(F.relu(out), 1e-3)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert (grad.abs() > 0.1).all()
 
 
 RELU_LIKE = [F.relu, F.relu6, F.hardswish, F.hardsigmoid, F.hardtanh, nn.ReLU(inplace=True), torch.ops.aten.relu.default,

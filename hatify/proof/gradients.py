@@ -4,7 +4,9 @@ feel."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -12,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hatify.gates import Use
-from hatify.gates.table import TOP
 from hatify.model import HATModel
 from hatify.modules import TaskContext
 from hatify.proof.keeping import kept, seeded
 from hatify.proof.noise import draw
+from hatify.proof.reach import reached_by_inputs
 
 DRAWS, INPUTS = 3, 3
 """How often masks and weights are drawn anew, and inputs for each of them."""
@@ -27,21 +28,25 @@ DRAWS, INPUTS = 3, 3
 class GradientProof:
     """``leak`` is the largest gradient of a finished task's outputs with respect to a weight that is not locked for it: exactly 0.
     ``tightness`` is the share of locked weights whose gradient is not zero; None where nothing is locked. ``by_parameter`` is the
-    same per parameter. Both are None where a task's own gradients were never finite, as for a network that divides by a ReLU."""
+    same per parameter. ``unreached`` is the share of locked weights that this leaves out, for no input reached them: taps that met padding
+    only, experts that no token chose, rows of tables that no index named. All are None where a task's own gradients were never
+    finite, as for a network that divides by a ReLU."""
 
     leak: float | None
     tightness: float | None
     by_parameter: dict[str, float] = field(default_factory=dict)
+    unreached: float | None = None
 
 
 def prove_by_gradients(
     hat: HATModel, *, without_locks: Sequence[str] = (), whole: Sequence[str] = (), seed: int = 0
 ) -> GradientProof:
-    """Gradients of two tasks' outputs with random weights and binary masks, in eval mode; the model is as before afterwards.
+    """Gradients of two tasks' outputs with random weights and binary masks, of each graph without dropout and with the statistics of
+    eval mode; the model is as before afterwards.
 
-    A dead ReLU hides weights that count, so the tightness is measured with smooth functions in place of ReLU and its like (they keep
-    zero at zero, and the sign where that is promised) and scores of attention that no softmax saturates at; the leak with and without
-    them. Rows of tables that no input named are not counted.
+    A dead ReLU hides weights that count, so the tightness is measured with functions that are flat nowhere in place of ReLU and its
+    like (they keep zero at zero, and the sign where that is promised) and scores of attention that no softmax saturates at; the leak
+    with and without them. Weights that no input reached are not counted.
 
     Args:
         without_locks: parameters whose locks are left out: a negative control, which must leak.
@@ -55,30 +60,45 @@ def prove_by_gradients(
 def _measure(hat: HATModel, without_locks: Sequence[str], whole: Sequence[str], generator: torch.Generator) -> GradientProof:
     tasks = range(min(2, hat.config.num_tasks))
     leak: float | None = None
-    counts: dict[str, tuple[int, int]] = {}
+    counts: dict[str, Counter[str]] = {}
     for _ in range(DRAWS):
         with _drawn(hat, generator, tasks):
-            hat.eval()
             locks = [_locks(hat, [task], without_locks, whole) for task in tasks]
-            together = _locks(hat, tasks, without_locks, whole)
-            felt = {name: torch.zeros(lock.shape, dtype=torch.bool) for name, lock in together.items()}
+            felt = [{name: torch.zeros_like(lock) for name, lock in own.items()} for own in locks]
             for tensors in _inputs(hat, generator):
-                for task, smooth in itertools.product(tasks, (True, False)):
+                for of_train, task, smooth in itertools.product(_graphs(hat), tasks, (True, False)):
+                    hat.eval().training = of_train  # which graph it is, and nothing else
                     found = _gradients(hat, tensors, task, smooth, generator)
                     if not all(bool(g[locks[task][n]].isfinite().all()) for n, g in found.items()):
                         continue  # the task's own network is not finite here: nothing to be told from it
                     leak = max(leak or 0.0, *(_largest(g[~locks[task][n]]) for n, g in found.items()), 0.0)
                     for name, gradient in found.items():
-                        felt[name] |= gradient != 0
-            for name, seen in felt.items():
-                locked = _counted(hat, name, seen, together[name])
-                part, of = counts.get(name, (0, 0))
-                counts[name] = (part + int((seen & locked).sum()), of + int(locked.sum()))
+                        felt[task][name] |= (gradient != 0) & locks[task][name]
+            for name, locked in _locks(
+                hat, tasks, without_locks, whole
+            ).items():  # the paper's rule locks more than for each of them
+                seen, own = [of[name] for of in felt], [of[name] for of in locks]
+                near = [lock & reached_by_inputs(hat._facts.uses[name], there) for lock, there in zip(own, seen)]
+                missed = _any(own) & ~_any(near)
+                found = {"felt": _any(seen) & locked, "reached": locked & ~missed, "locked": locked}
+                counts.setdefault(name, Counter()).update({what: int(elements.sum()) for what, elements in found.items()})
     if leak is None:
         return GradientProof(None, None)
-    locked = sum(of for _, of in counts.values())
-    shares = {name: part / of for name, (part, of) in counts.items() if of}
-    return GradientProof(leak, sum(part for part, _ in counts.values()) / locked if locked else None, shares)
+    total = sum(counts.values(), Counter())
+    shares = {name: count["felt"] / count["reached"] for name, count in counts.items() if count["reached"]}
+    if not total["locked"]:
+        return GradientProof(leak, None, shares)
+    unreached = 1 - total["reached"] / total["locked"]
+    return GradientProof(leak, total["felt"] / total["reached"] if total["reached"] else None, shares, unreached)
+
+
+def _any(sets: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.logical_or, sets)
+
+
+def _graphs(hat: HATModel) -> tuple[bool, ...]:
+    """Whether it is train mode's, for each graph: auxiliary heads may be in that one alone."""
+    return (False,) if hat.train_graph is None else (False, True)
 
 
 @contextlib.contextmanager
@@ -96,19 +116,6 @@ def _locks(hat: HATModel, tasks: Sequence[int], without: Sequence[str], whole: S
     return {
         n: torch.ones_like(lock) if n in whole else lock for n, lock in locks.items() if hat.get_parameter(n).is_floating_point()
     }
-
-
-def _counted(hat: HATModel, name: str, seen: Tensor, locked: Tensor) -> Tensor:
-    """Locked elements that inputs could show: of an embedding's table, the rows that were read."""
-    if all(_is_table(use) for use in hat._facts.uses[name]):
-        return locked & seen.any(1, keepdim=True)
-    return locked
-
-
-def _is_table(use: Use) -> bool:
-    """Whether the use reads rows by their number, as an embedding does: each row lies along the outputs, and no input has a gate."""
-    along = len(use.shape) == 2 and use.rows.dim() == 2 and use.rows.shape[0] == 1 < use.rows.shape[1]
-    return along and bool((use.cols == TOP).all())
 
 
 def _largest(gradient: Tensor) -> float:
@@ -166,9 +173,8 @@ def _leaves(hat: HATModel) -> Iterator[dict[str, Tensor]]:
 
 
 def _rise(x: Tensor) -> Tensor:
-    """``sqrt(1 + x²) - 1``: like ReLU zero at zero and never negative, but nowhere else flat."""
-    square = x.square()
-    return square / ((1 + square).sqrt() + 1)
+    """Like ReLU zero at zero and never negative, but nowhere flat; linear on both sides, for squares of small values vanish."""
+    return torch.where(x > 0, x, -0.5 * x)
 
 
 def _between(x: Tensor, low: float | None, high: float | None) -> Tensor:
@@ -188,7 +194,19 @@ class Smooth(TorchFunctionMode):
         name = getattr(func, "__name__", "").split(".")[0].strip("_")
         if name in ("softmax", "scaled_dot_product_attention"):
             return func(*_calmed(name, args, kwargs), **kwargs)
-        if name in ("relu", "gelu", "hardswish", "hardsigmoid", "relu6", "hardtanh", "clamp", "clip", "clamp_min", "threshold"):
+        if name in (
+            "relu",
+            "gelu",
+            "hardswish",
+            "hardsigmoid",
+            "relu6",
+            "hardtanh",
+            "clamp",
+            "clip",
+            "clamp_min",
+            "threshold",
+            "leaky_relu",
+        ):
             smooth = _smooth(name, *args, **{k: v for k, v in kwargs.items() if k != "inplace"})
             if smooth is not None:
                 return smooth
@@ -222,6 +240,9 @@ def _smooth(name: str, x: Tensor, *args, **kwargs) -> Tensor | None:
         return torch.nn.functional.silu(x)
     if name == "hardsigmoid":
         return torch.sigmoid(x)
+    if name == "leaky_relu":
+        slope = (*args, *kwargs.values(), 0.01)[0]
+        return torch.where(x > 0, x, x * max(slope, 0.5)) if slope > 0 else None
     if name == "threshold":
         at, value = (*args, *kwargs.values())[:2]
         return _rise(x) if at == value == 0 else None
