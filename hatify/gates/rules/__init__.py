@@ -4,11 +4,11 @@ A rule looks at one call with at least one gated operand, asks its interpreter t
 which gates come out. Two interpreters use it: the converter's, on shapes, and the payload's, on data.
 """
 
-from hatify.gates.rules import contractions, elementwise, movement, norms, reductions
+from hatify.gates.rules import contractions, elementwise, filters, movement, norms, reductions
 from hatify.gates.rules.base import Call, Gates, Interpreter, Outcome, RuleTable, unknown
 
 RULES = RuleTable()
-for _room in (movement, elementwise, reductions, contractions, norms):
+for _room in (movement, elementwise, reductions, contractions, filters, norms):
     _room.register(RULES)
 
 __all__ = ["RULES", "Call", "Gates", "Interpreter", "Outcome", "RuleTable", "unknown"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from hatify.gates.rules.base import Call, Gates, Interpreter, Outcome, RuleTable, after_shift, unknown
+from hatify.gates.rules.contractions import or_over
 from hatify.gates.value import State, Value
 
 REDUCE = [
@@ -21,6 +24,8 @@ REDUCE = [
     "std_mean",
 ]
 REDUCE_PAIR = {"var_mean", "std_mean"}
+ZERO_OF_ZEROS = {"mean", "sum", "nansum", "amax", "amin"}
+"""Of these, zeros give zero, and gradients that are finite."""
 ALONG = ["softmax", "_softmax", "log_softmax", "_log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp"]
 SHIFTS = {"logsumexp", "softmax", "_softmax", "log_softmax", "_log_softmax", "softmin", "cumprod", "logcumsumexp", "prod"}
 POOLS = {
@@ -57,7 +62,8 @@ def dims_along(call: Call, rank: int) -> list[int]:
 
 
 def reduce(run: Interpreter, call: Call) -> Outcome:
-    """A reduction: TOP, from a materialised operand, where gates vary along a reduced dimension."""
+    """A reduction: from a materialised operand where gates vary along a reduced dimension. Then it is live where any of what it brings
+    together is, if zeros give zero and these are few; else everywhere."""
     value = call.values()[0]
     if call.name == "norm" and not isinstance(call.argument(1, "p", 2), int | float | type(None)):
         return unknown(run, call)
@@ -65,12 +71,26 @@ def reduce(run: Interpreter, call: Call) -> Outcome:
     keep = bool(call.argument(KEEP.get(call.name, 2), "keepdim", False)) and len(dims) < value.rank + 1
     if any(value.varies(d) for d in dims):
         outcome = unknown(run, call)
+        if call.name in ZERO_OF_ZEROS:
+            return Outcome(outcome.args, outcome.kwargs, Gates(_kept(_joined_along(run, value, dims), dims, keep)))
         return Outcome(outcome.args, outcome.kwargs, [Gates(None)] * 2) if call.name in REDUCE_PAIR else outcome
-    ids = value.ids
-    for dim in sorted(dims, reverse=True):
-        ids = ids if keep else ids.select(dim, 0)
+    ids = _kept(value.ids, dims, keep)
     out = Gates(ids, after_shift(value.state) if call.name in SHIFTS else value.state)
     return Outcome(call.args, call.kwargs, [out, out] if call.name in REDUCE_PAIR else out)
+
+
+def _joined_along(run: Interpreter, value: Value, dims: list[int]) -> Tensor:
+    """The OR of the gates along ``dims``, which become size 1, or an upper bound. CONST counts as live: a constant is not zero."""
+    kept = [d for d in range(value.rank) if d not in dims]
+    shape = [1 if d in dims else size for d, size in enumerate(value.ids.shape)]
+    return or_over(run.table, value.ids, kept).reshape(shape)
+
+
+def _kept(ids: Tensor, dims: list[int], keep: bool) -> Tensor:
+    """The gates of a result from those of size 1 along its reduced dimensions: without these, unless it keeps them."""
+    for dim in sorted(dims, reverse=True):
+        ids = ids if keep else ids.select(dim, 0)
+    return ids
 
 
 def extreme(run: Interpreter, call: Call) -> Outcome:
