@@ -41,7 +41,7 @@ from hatify.gates.rules.contractions import Contraction, contraction_of, with_pa
 from hatify.gates.rules.elementwise import ADDITIVE, PARTIAL, PRODUCT, QUOTIENT, TYPES_ONLY, UNARY
 from hatify.gates.rules.movement import NAMES
 from hatify.gates.rules.reductions import ALONG, POOLS, REDUCE
-from hatify.gates.table import CONST, TOP
+from hatify.gates.table import CONST
 from hatify.registry import describe
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class _Needs:
             for node in reversed(captured.graph.nodes):
                 for index, value in self._results(node):
                     own = _made(value)[0].ids
-                    whole = node in captured.writes.values() or not bool((own > TOP).any())
+                    whole = node in captured.writes.values() or value.constant
                     self.found[node, index] = _Need(own, own) if whole else self._joined(node, index, own)
 
     # locks
@@ -263,7 +263,9 @@ class _Needs:
             return _placed_back(wanted, made.shape, value) if not bool(zero.any()) else value.ids
 
         need = self.found[user, None]
-        clean_product = call.name in MULTIPLYING and made.state is State.CLEAN and sum(v.gated for v in call.values()) > 1
+        clean_product = (
+            call.name in MULTIPLYING and made.state is State.CLEAN and any(v.gated for v in call.values() if v is not value)
+        )
         read = value.ids if clean_product else back(need.read)
         return _Need(read, back(need.counts)) if call.name in STAYS_FINITE else _Need(read, read)
 
@@ -295,8 +297,14 @@ class _Needs:
             return wanted.permute(order).reshape(placed) if fits else value.ids
 
         several = len(contraction.operands) > len({id(operand) for operand, _ in contraction.operands})
-        narrower = not several and self._is_narrower(user, None, made)
+        partners = any(operand.gated for operand, _ in contraction.operands if operand is not value)
+        dead_together = (
+            partners and made.state is not State.CLEAN
+        )  # where a partner is dead, the result's own mask is still to come
+        narrower = not several and (dead_together or self._is_narrower(user, None, made))
         read, counts = (back(need.read), back(need.counts)) if narrower else (value.ids, value.ids)
+        if partners and made.state is State.CLEAN:
+            read = value.ids  # 0 · inf is NaN
         factors = [(operand, spelled) for operand, spelled in contraction.factors if operand.state is State.CLEAN]
         if several or not any(operand is value for operand, _ in factors):
             return _Need(read, read)

@@ -30,9 +30,9 @@ def moved_back(
         pads_with_value(call)
         or any(v.known is None for v in indices)
         or value in indices
-        or any(0 in shape for shape, _ in results)
+        or any(_only_here_empty(shape, captured) for (shape, _), captured in zip(results, after))
     ):
-        return value.ids  # of an empty result there may be more at another size
+        return value.ids  # of such a result there may be more at another size
     views = _views(call, value)
     need = _gathered(call, results, value) if views is None else _needs_of_views(value, views, [need for _, need in results])
     moving = [*open_places(call), *(_regrouped(value, sizes, after[0], results[0][1]) if call.name in REGROUPING else ())]
@@ -42,6 +42,11 @@ def moved_back(
         elif is_open_size(size):
             need = _or_of_repeats(table, need, dim, period(size))
     return need
+
+
+def _only_here_empty(shape: tuple[int, ...], captured: Sequence) -> bool:
+    """Whether a result has no elements at the example's sizes, and may have some at others."""
+    return 0 in shape and not any(same_size(size, 0) for size in captured)
 
 
 def _or_of_repeats(table: GateTable, need: Tensor, dim: int, length: int) -> Tensor:
