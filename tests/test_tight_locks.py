@@ -83,6 +83,21 @@ class Rotated(nn.Module):
         return self.head(self.proj(x.transpose(1, 2).flatten(2)).mean(1))
 
 
+class Pooled(nn.Module):
+    """Queries are added to what attention gives, in place, but for the first token; the number of tokens is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.proj, self.head = nn.Linear(6, 8), nn.Linear(8, 48), nn.Linear(16, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).tanh()
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 2, 8).transpose(1, 3).unbind(2)
+        x = (q @ k.transpose(2, 3)).softmax(-1) @ v
+        x[:, :, 1:] += q[:, :, 1:]
+        return self.head(self.proj(x.transpose(1, 2).flatten(2)).mean(1))
+
+
 IMAGE, TOKENS = torch.randn(2, 3, 16, 16), torch.randn(2, 5, 6)
 NETWORKS = [
     *((Branches(reduction), IMAGE) for reduction in ("sum", "mean", "amax")),
@@ -91,6 +106,7 @@ NETWORKS = [
     (MixedHeads(), TOKENS),
     (Rotated(0), TOKENS),
     (Rotated(1), TOKENS),
+    (Pooled(), TOKENS),
 ]
 
 

@@ -28,7 +28,7 @@ from hatify.errors import ConversionError
 from hatify.gates import State, Use, Value
 from hatify.gates.rules import RULES, Call, Gates, Outcome, unknown
 from hatify.gates.rules.base import clean, clean_call
-from hatify.gates.rules.movement import JOINS, pads_with_value
+from hatify.gates.rules.movement import JOINS, WRITES_PART, pads_with_value
 from hatify.gates.table import CONST, TOP
 from hatify.gates.value import Origin, Part, constants, ones
 from hatify.registry import describe
@@ -245,11 +245,13 @@ class Analyst:
         return results
 
     def _joined_along_open(self, call: Call, ids: Tensor, val: Tensor) -> Outcome | None:
-        """Tensors of different gates behind each other along an open dimension: materialised, and live where any of them is (rotated
-        tokens behind others that are not). None for other calls, and where a constant is among them, which is not zero."""
-        if call.name not in JOINS or bool((ids == CONST).any()):
+        """Tensors of different gates behind each other along an open dimension, or one written into a part of another: materialised, and
+        live where any of them is (rotated tokens behind others that are not, a residual that leaves out the class token). None for
+        other calls, and where a constant is among them, which is not zero."""
+        position = 1 if call.name in JOINS else 2 if call.name in WRITES_PART else None
+        if position is None or bool((ids == CONST).any()):
             return None
-        ids = self.table.or_along(ids, call.argument(1, "dim", 0) % val.dim())
+        ids = self.table.or_along(ids, call.argument(position, "dim", 0) % val.dim())
         if varies_where_open(ids, val) or self.table.too_large(ids):
             return None
         call = clean_call(self, call)

@@ -150,6 +150,8 @@ def move_tensor(call: Call, pick) -> list[Tensor] | Tensor:
 
 VIEWS = {"view", "_unsafe_view", "_reshape_alias"}
 JOINS = {"cat", "concat", "concatenate"}
+WRITES_PART = {"slice_scatter", "select_scatter"}
+"""Movements that write one operand into a part of another, along one dimension."""
 REGROUPING = {*VIEWS, "reshape", "flatten", "unflatten", "view_as", "reshape_as"}
 SPLITS = {"split", "split_with_sizes", "chunk", "tensor_split"}
 MULTIPLE = {"unbind", *SPLITS, "hsplit", "vsplit"}
