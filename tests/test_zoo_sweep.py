@@ -105,6 +105,13 @@ def test_snapshots_and_their_page(tmp_path: Path) -> None:
     less = {part: value for part, value in good.items() if part != "tightness"}
     snapshots.write(less, folder)
     assert snapshots.read_all(folder)[0] == good
+    part = good | {"unreached": 0.372}
+    snapshots.write(part, folder)
+    page.write(folder)
+    assert f"{good['tightness']:.3f} (37 %)" in (folder / page.NAME).read_text()
+    snapshots.write(less, folder)
+    assert snapshots.read_all(folder)[0] == part, "what the tightness leaves out stays with it"
+    snapshots.write(good, folder)
     # a conversion to the same keeps the proof, one to something else does not
     mere = {part: value for part, value in less.items() if part != "proof"} | {"verdict": "converted"}
     snapshots.write(mere, folder)

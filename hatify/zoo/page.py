@@ -20,10 +20,13 @@ One file for each model: rungs, maskers, mask nodes, gates, fixed sizes, operato
 
 *HAT* is the share of parameters on the HAT rungs (element or row locks), output layers aside,
 which each task has of its own; *tightness* is the share of locked weights that a finished
-task feels (an unlocked weight that it feels would be a leak, and no proof); *open* means that other image sizes or lengths are taken.
+task feels (an unlocked weight that it feels would be a leak, and no proof), in brackets the share of locked weights that it leaves
+out, for no input tried could show whether they count: taps of dilated convolutions that met padding only, experts that no token chose,
+rows of tables that no index named; *open* means that other image sizes or lengths are taken.
 
-Where slack was found: Mamba's scan starts from zeros, and what is multiplied by them counts as read (0 · inf is NaN), so that its steps are
-locked wherever they are live; and, no fault of a lock, experts that no token of the example chose (Mixtral).
+Where slack is left: steps of Mamba's scan are locked wherever they are live, and count where what they let in and the gate behind the scan
+are live too; the values of DETR's first decoder layer are weights times queries that start at zero; gates that vary along tokens and
+channels widen where residual streams have grown long (MLP-Mixer); one weight is both table and output layer (OPT).
 """
 
 
@@ -111,6 +114,7 @@ def _low_families(names: dict[str, Any]) -> list[str]:
 
 def _row(lines: dict[str, Any]) -> str:
     share, tight, count = hat_share(lines), lines.get("tightness"), lines.get("parameters")
+    unreached = lines.get("unreached", 0.0)
     verdict = lines["verdict"] if lines["verdict"] == PROVED else f"**{lines['verdict']}**"
     cells = [
         lines["family"],
@@ -118,7 +122,7 @@ def _row(lines: dict[str, Any]) -> str:
         verdict,
         "" if count is None else f"{count:,}",
         "" if share is None else f"{100 * share:.1f} %",
-        "" if tight is None else f"{tight:.3f}",
+        "" if tight is None else f"{tight:.3f}" + (f" ({100 * unreached:.0f} %)" if unreached >= 0.005 else ""),
         sizes(lines),
         textwrap.shorten(reason(lines), WIDTH, placeholder=" …").replace("|", "\\|"),
     ]

@@ -59,6 +59,8 @@ def snapshot_of(record: Record) -> dict[str, Any]:
         lines["proof"] = _proof(record.proof)
         if record.proof.get("tightness") is not None:
             lines["tightness"] = round(record.proof["tightness"], 3)
+        if record.proof.get("unreached"):
+            lines["unreached"] = round(record.proof["unreached"], 3)
     return {**lines, **(record.snapshot or {})}
 
 
@@ -107,7 +109,8 @@ def _with_what_holds(lines: dict[str, Any], known: dict[str, Any]) -> dict[str, 
     if lines["verdict"] == PROVED and "tightness" in known and "tightness" not in lines:
         at = list(lines).index("proof") + 1
         items = list(lines.items())
-        return dict([*items[:at], ("tightness", known["tightness"]), *items[at:]])
+        measured = [(part, known[part]) for part in ("tightness", "unreached") if part in known]
+        return dict([*items[:at], *measured, *items[at:]])
     return lines
 
 
