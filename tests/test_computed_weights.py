@@ -10,6 +10,7 @@ from torch.nn.utils import weight_norm
 
 import hatify
 from hatify.analysis.coupling import merged
+from hatify.gates.rules import reductions
 from hatify.verification import prove_by_gradients
 
 
@@ -75,3 +76,50 @@ def test_groups_join_through_common_elements() -> None:
     chain = torch.arange(99)
     assert not merged(None, chain + 1, chain, 100).any()
     assert merged(torch.tensor([0, 0, 2, 2]), torch.tensor([3]), torch.tensor([1]), 4).tolist() == [0, 0, 0, 0]
+
+
+class Dora(nn.Module):
+    """A frozen layer with a low-rank change whose rows are brought to a learned length, as peft writes it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs).requires_grad_(False)
+        self.down, self.up = nn.Linear(inputs, 2, bias=False), nn.Linear(2, outputs, bias=False)
+        self.length = nn.Parameter(self.base.weight.norm(dim=1).detach().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        change = self.up(self.down(torch.eye(x.size(-1)))).T
+        scale = (self.length / torch.linalg.norm(self.base.weight + change.detach(), dim=1).detach()).view(1, -1)
+        y = self.base(x)
+        return y + (scale - 1) * (y - self.base.bias) + scale * self.up(self.down(x))
+
+
+def dora() -> tuple[hatify.HATModel, torch.Tensor]:
+    x = torch.randn(4, 6)
+    model = nn.Sequential(Dora(6, 16), nn.ReLU(), Dora(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    config = hatify.HATConfig(num_tasks=2, mask_init="normal")
+    return hatify.convert(model, 2, config=config, example_inputs=x, verify=False), x
+
+
+def test_rows_that_are_divided_by_their_norm_stay_finite() -> None:
+    hat, x = dora()
+    proof = hatify.verify(hat)
+    assert proof.ok and not proof.notes
+    optimizer, expected = torch.optim.Adam(hat.parameters(), 0.01), None
+    for task in (0, 1):
+        with hat.train().learning(task=task, optimizer=optimizer, steps_per_epoch=4):
+            for _ in range(4):
+                optimizer.zero_grad()
+                hat(x).square().mean().backward()
+                optimizer.step()
+        found = hat.eval()(x, task=0)
+        expected = found if task == 0 else expected
+    assert found.isfinite().all() and torch.equal(found, expected)
+
+
+def test_masks_that_make_outputs_infinite_do_not_pass_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: rows that are zeroed before their norm is divided by."""
+    monkeypatch.setattr(reductions, "_of_vectors", lambda call, dims: call.name != "linalg_norm")
+    hat, _ = dora()
+    proof = hatify.verify(hat)
+    assert not proof.ok and "masks make outputs that are not finite, while those without a task are" in proof.notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -41,7 +42,10 @@ def drift_and_control(
     with torch.no_grad(), contextlib.ExitStack() as stack:
         draw(hat, written, generator, [t for t in (task, other) if t is not None])
         before = _outputs(hat, batches, task, seed, without_masks)
-        if not all(torch.isfinite(o).all() for o in before if is_continuous(o)):
+        if not _finite(before):
+            if _finite(_outputs(hat, batches, None, seed, without_masks)):
+                notes.append("masks make outputs that are not finite, while those without a task are")
+                return math.inf, None
             notes.append("outputs are not finite under random weights: drift means little")
         stack.enter_context(_nan(unread))  # only now: NaN before and after would look equal
         locked: list[nn.Parameter] = []
@@ -68,8 +72,13 @@ def drift_and_control(
     return drift, control
 
 
-def _outputs(hat: HATModel, batches: list[list[Tensor]], task: int, seed: int, without_masks: Sequence[str]) -> list[Tensor]:
-    """Outputs of a task with binary masks, in eval mode and, where the modes have graphs of their own, in train mode."""
+def _finite(outputs: list[Tensor]) -> bool:
+    return all(bool(torch.isfinite(o).all()) for o in outputs if is_continuous(o))
+
+
+def _outputs(hat: HATModel, batches: list[list[Tensor]], task: int | None, seed: int, without_masks: Sequence[str]) -> list[Tensor]:
+    """Outputs of a task with binary masks (None: without a task), in eval mode and, where the modes have graphs of their own, in train
+    mode."""
     maskers = hat.maskers
     out: list[Tensor] = []
     modes = [False, True] if hat.train_graph is not None else [False]
@@ -79,7 +88,7 @@ def _outputs(hat: HATModel, batches: list[list[Tensor]], task: int, seed: int, w
             for tensors in batches:
                 if training and batch_size(tensors) == 1 < batch_size(batches[0]):
                     continue  # one value has no variance: a norm over the batch refuses it, the original's too
-                context = TaskContext(task, None, lambda name: maskers[name](task, None), hard=True)
+                context = None if task is None else TaskContext(task, None, lambda name: maskers[name](task, None), hard=True)
                 with buffers_kept(hat), seeded(seed):
                     out += [o.detach().clone() for o in hat.run([t.clone() for t in tensors], context)]
     return out

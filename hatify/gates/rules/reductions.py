@@ -19,6 +19,7 @@ REDUCE = [
     "std",
     "norm",
     "linalg_vector_norm",
+    "linalg_norm",
     "logsumexp",
     "var_mean",
     "std_mean",
@@ -42,8 +43,18 @@ POOLS = {
 POOL_PAIRS = {
     f"{kind}{k}d{tail}" for k in (1, 2, 3) for kind in ("max_pool", "adaptive_max_pool") for tail in ("", "_with_indices")
 }
-DIMS = {"norm": 2, "linalg_vector_norm": 2}
-KEEP = {"norm": 3, "linalg_vector_norm": 3, "var": 3, "std": 3, "var_mean": 3, "std_mean": 3, "amax": 2, "amin": 2}
+DIMS = {"norm": 2, "linalg_vector_norm": 2, "linalg_norm": 2}
+KEEP = {
+    "norm": 3,
+    "linalg_vector_norm": 3,
+    "linalg_norm": 3,
+    "var": 3,
+    "std": 3,
+    "var_mean": 3,
+    "std_mean": 3,
+    "amax": 2,
+    "amin": 2,
+}
 
 
 def dims_of(call: Call, rank: int) -> list[int]:
@@ -65,9 +76,9 @@ def reduce(run: Interpreter, call: Call) -> Outcome:
     """A reduction: from a materialised operand where gates vary along a reduced dimension. Then it is live where any of what it brings
     together is, if zeros give zero and these are few; else everywhere."""
     value = call.values()[0]
-    if call.name == "norm" and not isinstance(call.argument(1, "p", 2), int | float | type(None)):
-        return unknown(run, call)
     dims = dims_of(call, value.rank)
+    if not _of_vectors(call, dims):
+        return unknown(run, call)
     keep = bool(call.argument(KEEP.get(call.name, 2), "keepdim", False)) and len(dims) < value.rank + 1
     if any(value.varies(d) for d in dims):
         outcome = unknown(run, call)
@@ -77,6 +88,14 @@ def reduce(run: Interpreter, call: Call) -> Outcome:
     ids = _kept(value.ids, dims, keep)
     out = Gates(ids, after_shift(value.state) if call.name in SHIFTS else value.state)
     return Outcome(call.args, call.kwargs, [out, out] if call.name in REDUCE_PAIR else out)
+
+
+def _of_vectors(call: Call, dims: list[int]) -> bool:
+    """Whether a norm, if the call is one, is of vectors: of matrices it may be made of singular values."""
+    if call.name == "norm":
+        return isinstance(call.argument(1, "p", 2), int | float | type(None))
+    order = call.argument(1, "ord") if call.name == "linalg_norm" else None
+    return order is None or (isinstance(order, int | float) and len(dims) == 1)
 
 
 def _joined_along(run: Interpreter, value: Value, dims: list[int]) -> Tensor:
