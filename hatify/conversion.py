@@ -15,6 +15,7 @@ from torch import fx, nn
 from hatify.analysis import Analysis, analyse
 from hatify.calling import Signature
 from hatify.capture import Captured, capture
+from hatify.capture.modes import ONE_AT_A_TIME
 from hatify.capture.questions import answered
 from hatify.capture.regions import SWITCHES
 from hatify.capture.tree import copy_tree
@@ -148,7 +149,7 @@ def _as_the_model_runs(job: _Job) -> HATModel:
 def _converted(job: _Job, asked: list[str], traced: bool) -> HATModel:
     """Captured, analysed and rewritten; a model that asks whether it is traced is answered ``traced``, and ``asked`` gets the places."""
     model, options = job.model, job.options
-    with _timed("capture", job.seconds, job.tell), answered(traced, asked):
+    with _timed("capture", job.seconds, job.tell), ONE_AT_A_TIME, answered(traced, asked):
         evaluated, trained, notes = capture(model, job.args, job.kwargs, job.doubled)
     graphs = [g for g in (evaluated, trained) if g is not None]
     with _timed("analyse", job.seconds, job.tell), _without_collections():

@@ -1,5 +1,8 @@
 """What models do around a computation: recomputation, checks of arguments, hooks on gradients."""
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -7,9 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 import hatify
 from hatify.capture import tree
+from hatify.capture.aside import set_aside
 from hatify.errors import CaptureError
 from hatify.verification import VerificationError
 
+MASK_OF_TORCH = torch.nn.modules.transformer._detect_is_causal_mask
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -92,3 +97,37 @@ def test_hooks_that_are_left_behind_are_noted() -> None:
     assert [note.partition("\n")[2] for note in notes] == ["1", "2.weight"]
     model.train()(X).sum().backward(), hat.train()(X).sum().backward()
     assert torch.equal(hat.get_parameter("0.weight").grad, model[0].weight.grad)  # a layer's own hooks go along
+
+
+def held_by_torch() -> tuple:
+    return (
+        torch.SymBool.__bool__,
+        torch.autograd.Function.__dict__["apply"],
+        torch.is_grad_enabled,
+        torch.Tensor.register_hook,
+        torch.compiler.is_exporting,
+        torch.distributions.Distribution._validate_args,
+    )
+
+
+def test_conversions_in_several_threads_leave_torch_as_it_was() -> None:
+    before = held_by_torch()
+    models = [nn.Sequential(nn.Linear(8, 8 + i), nn.ReLU(), nn.Linear(8 + i, 3)) for i in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        hats = list(threads.map(lambda model: hatify.convert(model, 2, example_inputs=X), models))
+    assert all(hat.verification.ok for hat in hats)
+    assert held_by_torch() == before and "requires_grad" not in vars(torch.Tensor)
+
+
+def test_two_traces_at_once_would_not() -> None:
+    """The control: what was set aside second is put back last."""
+    before = held_by_torch()
+    first, second = set_aside(), set_aside()
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    with contextlib.suppress(AttributeError):
+        second.__exit__(None, None, None)
+    after = held_by_torch()
+    torch.Tensor.register_hook, torch.distributions.Distribution._validate_args = before[3], before[5]
+    torch.nn.modules.transformer._detect_is_causal_mask = MASK_OF_TORCH
+    assert after != before and held_by_torch() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from hatify.capture.selections import words
 from hatify.errors import CaptureError
 
 NUMBERS = (bool, int, float)
+ONE_AT_A_TIME = threading.RLock()
+"""Tracing sets functions of torch's aside, for all threads."""
 
 
 def capture(
@@ -30,7 +33,7 @@ def capture(
     Raises:
         CaptureError: eval mode cannot be traced.
     """
-    with _untouched(model):
+    with ONE_AT_A_TIME, _untouched(model):
         return _both_modes(model, args, kwargs, doubled)
 
 
