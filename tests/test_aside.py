@@ -131,3 +131,56 @@ def test_two_traces_at_once_would_not() -> None:
     torch.Tensor.register_hook, torch.distributions.Distribution._validate_args = before[3], before[5]
     torch.nn.modules.transformer._detect_is_causal_mask = MASK_OF_TORCH
     assert after != before and held_by_torch() == before
+
+
+class Mapped(nn.Module):
+    """``torch.vmap`` over layers, which an ordinary call may share."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.first, self.out, self.shared = nn.Linear(8, 16), nn.Linear(8, 3), shared
+        self.block = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.first(x))
+        mapped = torch.vmap(self.block)(h)
+        return self.out(mapped + self.block(h) if self.shared else mapped)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_layers_under_vmap(shared: bool) -> None:
+    model = Mapped(shared)
+    hat = hatify.convert(model, 2, example_inputs=X)
+    assert hat.verification.ok and hat.verification.control > 0
+    larger = torch.randn(9, 8)
+    assert torch.equal(hat.eval()(larger), model.eval()(larger))
+
+
+class Differentiates(Mapped):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone().requires_grad_(True)
+        energy = self.first(x).tanh().sum()
+        return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+class Packs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.out = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.out(self.layer(packed)[1][0][-1])
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "what"),
+    [
+        (lambda: Differentiates(False), (X,), "forward differentiates"),
+        (Packs, (torch.randn(4, 5, 8), torch.tensor([5, 3, 2, 4])), "packed sequences"),
+    ],
+)
+def test_what_a_graph_has_no_place_for_is_refused_with_its_line(make, inputs: tuple, what: str) -> None:
+    with pytest.raises(CaptureError, match=what) as refused:
+        hatify.convert(make(), 2, example_inputs=inputs)
+    assert "test_aside.py" in str(refused.value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import linecache
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
@@ -13,28 +12,28 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from hatify.capture.questions import of_a_model
+from hatify.capture.questions import line_of, of_a_model
 from hatify.errors import CaptureError
 
 
 @contextlib.contextmanager
 def set_aside() -> Iterator[None]:
     """Inside, torch's transformer takes the caller's word for what a mask is, and distributions do not check their arguments; what a model
-    computes requires a gradient if it asks, as in training, and a hook on one is refused.
+    computes requires a gradient if it asks, as in training; hooks on gradients and derivatives within forward are refused.
 
     Raises:
-        CaptureError: a model registers a hook on a computed tensor.
+        CaptureError: a model registers a hook on a computed tensor, or differentiates.
     """
     room, distribution = torch.nn.modules.transformer, torch.distributions.Distribution
-    kept = room._detect_is_causal_mask, distribution._validate_args, Tensor.register_hook
+    kept = room._detect_is_causal_mask, distribution._validate_args, Tensor.register_hook, torch.autograd.grad
     Tensor.requires_grad = property(_requires_grad, _REQUIRES_GRAD.__set__)
     room._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
     distribution._validate_args = False
-    Tensor.register_hook = _refuse_hook
+    Tensor.register_hook, torch.autograd.grad = _refuse_hook, _refuse_derivative
     try:
         yield
     finally:
-        room._detect_is_causal_mask, distribution._validate_args, Tensor.register_hook = kept
+        room._detect_is_causal_mask, distribution._validate_args, Tensor.register_hook, torch.autograd.grad = kept
         del Tensor.requires_grad
 
 
@@ -62,11 +61,18 @@ def hooks_left(model: nn.Module, leaves: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _refuse_hook(tensor: Tensor, hook: Any) -> NoReturn:
-    frame = sys._getframe(1)
-    file, line = frame.f_code.co_filename, frame.f_lineno
     raise CaptureError(
         "forward registers a hook on a gradient",
-        where=f"{file}:{line}: {linecache.getline(file, line).strip()}",
+        where=line_of(sys._getframe(1)),
         why="a graph has no place for it: the gradient would pass unchanged",
         fix="a torch.autograd.Function whose backward does the same; hooks that only look belong on hat's parameters and modules",
+    )
+
+
+def _refuse_derivative(*args: Any, **kwargs: Any) -> NoReturn:
+    raise CaptureError(
+        "forward differentiates",
+        where=line_of(sys._getframe(1)),
+        why="a layer is one operator in the graph, and has no derivative there",
+        fix="convert the part that is differentiated, and take its derivative outside: model.energy = hatify.convert(model.energy, ...)",
     )

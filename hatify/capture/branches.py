@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import linecache
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, uninteresting_files
 
-from hatify.capture.questions import of_a_model
+from hatify.capture.questions import line_of, of_a_model
 
 SMALLEST = (0, 1)
 """The sizes that the exporter never thinks of."""
@@ -49,7 +48,7 @@ def noted_branches() -> Iterator[list[Branch]]:
             known.add((condition, answer))
             held = condition if answer else sympy.Not(condition)
             if _small_sizes_change(held, node.shape_env):
-                branches.append(Branch(held, _line(frame)))
+                branches.append(Branch(held, line_of(frame)))
         return answer
 
     def boolean(value: torch.SymBool) -> bool:
@@ -88,8 +87,3 @@ def _true(condition: Any, sizes: dict[Any, Any]) -> bool:
         return bool(condition.subs(sizes))
     except (ArithmeticError, TypeError):  # a division by an empty size
         return False
-
-
-def _line(frame: FrameType) -> str:
-    file, number = frame.f_code.co_filename, frame.f_lineno
-    return f"{file}:{number}: {linecache.getline(file, number).strip()}"

@@ -104,6 +104,9 @@ def _export_once(
     try:
         with noted_questions() as asks, noted_branches() as branches, known_selections(root, model) as selections:
             program, opened = _export(flat, inputs, model, open_sizes)
+        if _is_transformed(program):
+            with _quiet():
+                program = program.run_decompositions({})
         captured = read_program(program, signature, flat.seen.structure, inputs, branches)
         written = written_through_leaves(captured.graph)
         if written - through:
@@ -168,6 +171,11 @@ def _export(flat: _Flat, inputs: list[Tensor], model: nn.Module, open_sizes: boo
             return torch.export.export(flat, tuple(inputs), dynamic_shapes=(shapes,), strict=False), False
         except Exception as error:
             raise untraceable(first or error, model, flat.root, called_paths()) from (first or error)
+
+
+def _is_transformed(program: ExportedProgram) -> bool:
+    """Whether the program holds the beginning and end of a transform (``torch.vmap``), which its decomposition takes out."""
+    return any(getattr(n.target, "__module__", "") == "torch._functorch.predispatch" for n in program.graph.nodes)
 
 
 class _quiet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import linecache
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -95,3 +96,9 @@ def of_a_model(frame: FrameType) -> bool:
     """Whether a model's own code runs in ``frame``, or one of torch's layers."""
     file = frame.f_code.co_filename
     return file.startswith(_LAYERS) or not file.startswith((_TORCH, _OWN))
+
+
+def line_of(frame: FrameType) -> str:
+    """``file:number: code`` of what a frame is at."""
+    file, number = frame.f_code.co_filename, frame.f_lineno
+    return f"{file}:{number}: {linecache.getline(file, number).strip()}"

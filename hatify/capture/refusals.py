@@ -27,7 +27,7 @@ def untraceable(error: Exception, model: nn.Module, root: nn.Module, called: Col
     if part:
         ways += f"; or convert a part of it alone: model.{part} = hatify.convert(model.{part}, example_inputs=...)"
     if isinstance(error, HatifyError):  # what stood in the way is known already
-        found = CaptureError(f"{type(model).__name__} cannot be traced: {error.what}", **dict(error.parts()))
+        found = CaptureError(f"{type(model).__name__} cannot be traced: {error.what}", **{"where": line, **dict(error.parts())})
         found.module = module
         return found
     found = CaptureError(

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointFunction
 
 from hatify.capture.alike import again, likeness, looks
 from hatify.capture.repeats import clear_repeats, mark_blocks, repeated_paths
+from hatify.errors import CaptureError
 from hatify.gates.layers import ChannelNorm, Elementwise, MixingNorm
 from hatify.gates.recurrent import Recurrent
 from hatify.modules.closures import whole_copy
@@ -105,7 +107,7 @@ def mark_leaves(
                 child.__dict__["forward"] = _stub(stubs[path])
             elif describe(child) is not None and path not in through:
                 leaves[path] = child
-                child.__dict__["forward"] = _Marker(path, copy_tree(child))
+                child.__dict__["forward"] = _Marker(path, copy_tree(child), child)
             else:
                 visit(child, f"{path}.")
 
@@ -136,12 +138,21 @@ def mark_functions() -> Iterator[None]:
 
 
 class _Marker(Traced):
-    """The forward of a leaf while tracing: one operator in the graph. ``twin`` is the leaf with tensors that the exporter leaves alone."""
+    """The forward of a leaf while tracing: one operator in the graph. ``twin`` is the leaf with tensors that the exporter leaves alone,
+    ``leaf`` itself is traced through where a transform (``torch.vmap``) calls it."""
 
-    def __init__(self, path: str, twin: nn.Module | FunctionCall) -> None:
-        self.path, self.twin = path, twin
+    def __init__(self, path: str, twin: nn.Module | FunctionCall, leaf: nn.Module | None = None) -> None:
+        self.path, self.twin, self.leaf = path, twin, leaf
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.leaf is not None and torch._C._functorch.peek_interpreter_stack() is not None:
+            return type(self.leaf).forward(self.leaf, *args, **kwargs)
+        if any(isinstance(a, PackedSequence) for a in (*args, *kwargs.values())):
+            raise CaptureError(
+                "a layer is given packed sequences",
+                why="how long each of them is decides how their elements lie in memory",
+                fix="give it the padded sequences, and read its outputs at their lengths",
+            )
         flat, spec = pytree.tree_flatten((args, kwargs))
         tensors = [a for a in flat if isinstance(a, Tensor)]
         sizes = [a for a in flat if isinstance(a, torch.SymInt)]
