@@ -128,6 +128,7 @@ def _as_the_model_runs(job: _Job) -> HATModel:
     """
     asked: list[str] = []
     hat = first = None
+    traced = True
     try:
         hat = _converted(job, asked, traced=True)
     except CaptureError as error:
@@ -135,14 +136,14 @@ def _as_the_model_runs(job: _Job) -> HATModel:
     if asked and (hat is None or not (job.inplace or equals_original(hat))):
         asks = f"asks whether it is traced, and computes something else then\n{', '.join(asked)}"
         try:
-            hat = _converted(job, asked, traced=False)
+            hat, traced = _converted(job, asked, traced=False), False
             hat.report.notes.append(f"{asks}: captured as in an ordinary call")
         except CaptureError as error:
             if hat is not None:  # the proof refuses it
                 hat.report.notes.append(f"{asks}: parity does not hold, and an ordinary call cannot be traced\n{error}")
     if hat is None:
         raise first
-    settle(hat)
+    settle(hat, traced)
     return hat
 
 

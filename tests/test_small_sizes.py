@@ -75,6 +75,20 @@ class Product(nn.Module):
         return self.out(h * 2 if x.shape[0] * x.shape[1] > 1 else h)
 
 
+class Streams(nn.Module):
+    """A path of its own for single inputs that are long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.first(x))
+        if x.shape[0] == 1 and x.shape[1] > 10:
+            h = h.cumsum(1)
+        return self.out(h)
+
+
 def of_size(dim: int, size: int) -> torch.Tensor:
     shape = list(EXAMPLE.shape)
     shape[dim] = size
@@ -114,7 +128,7 @@ def test_a_branch_that_makes_no_difference_refuses_nothing() -> None:
 
 
 def test_it_would_be_refused_without_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "settle", lambda hat: None)
+    monkeypatch.setattr(conversion, "settle", lambda hat, traced: None)
     hat = hatify.convert(Expands(), 2, example_inputs=EXAMPLE)
     with pytest.raises(CallError):
         hat(of_size(0, 1))
@@ -169,3 +183,12 @@ def test_a_stored_model_refuses_and_takes_the_same(tmp_path) -> None:
         else:
             with pytest.raises(CallError):
                 loaded(of_size(dim, 1))
+
+
+def test_what_is_asked_of_other_sizes_on_that_path_is_kept(tmp_path) -> None:
+    model = Streams()
+    hat = hatify.convert(model, 2, example_inputs=EXAMPLE)
+    for some in (hat, hatify.load(hatify.save(hat, tmp_path / "hat"))):
+        assert follows(some, model, EXAMPLE[:1]) and follows(some, model, torch.randn(2, 20, 6))
+        with pytest.raises(CallError, match=r"x\.shape\[1\] <= 10"):
+            some(torch.randn(1, 20, 6))
