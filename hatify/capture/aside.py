@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -27,9 +28,9 @@ def set_aside() -> Iterator[None]:
     room, distribution = torch.nn.modules.transformer, torch.distributions.Distribution
     kept = room._detect_is_causal_mask, distribution._validate_args, Tensor.register_hook, torch.autograd.grad
     Tensor.requires_grad = property(_requires_grad, _REQUIRES_GRAD.__set__)
-    room._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
+    room._detect_is_causal_mask = _here(lambda mask, is_causal=None, size=None: bool(is_causal), kept[0])
     distribution._validate_args = False
-    Tensor.register_hook, torch.autograd.grad = _refuse_hook, _refuse_derivative
+    Tensor.register_hook, torch.autograd.grad = _here(_refuse_hook, kept[2]), _here(_refuse_derivative, kept[3])
     try:
         yield
     finally:
@@ -37,13 +38,20 @@ def set_aside() -> Iterator[None]:
         del Tensor.requires_grad
 
 
+def _here(function: Callable, otherwise: Callable) -> Callable:
+    """``function`` for the thread that traces, ``otherwise`` for those that train beside it."""
+    tracing = threading.get_ident()
+    return lambda *args, **kwargs: (function if threading.get_ident() == tracing else otherwise)(*args, **kwargs)
+
+
 _REQUIRES_GRAD = torch._C.TensorBase.requires_grad
 
 
 def _requires_grad(tensor: Tensor) -> bool:
-    """A traced tensor does not know: layers are markers, which have no gradient."""
+    """A traced tensor does not know: layers are markers, which have no gradient. Inputs do."""
     known = _REQUIRES_GRAD.__get__(tensor)
     computed = isinstance(tensor, FakeTensor | FunctionalTensor) and tensor.is_leaf and not isinstance(tensor, nn.Parameter)
+    computed = computed and not getattr(tensor, "is_given", False)
     return known or (computed and tensor.is_floating_point() and torch.is_grad_enabled() and of_a_model(sys._getframe(1)))
 
 
@@ -63,7 +71,7 @@ def hooks_left(model: nn.Module, leaves: Mapping[str, nn.Module]) -> list[str]:
 def _refuse_hook(tensor: Tensor, hook: Any) -> NoReturn:
     raise CaptureError(
         "forward registers a hook on a gradient",
-        where=line_of(sys._getframe(1)),
+        where=line_of(sys._getframe(2)),
         why="a graph has no place for it: the gradient would pass unchanged",
         fix="a torch.autograd.Function whose backward does the same; hooks that only look belong on hat's parameters and modules",
     )
@@ -72,7 +80,7 @@ def _refuse_hook(tensor: Tensor, hook: Any) -> NoReturn:
 def _refuse_derivative(*args: Any, **kwargs: Any) -> NoReturn:
     raise CaptureError(
         "forward differentiates",
-        where=line_of(sys._getframe(1)),
+        where=line_of(sys._getframe(2)),
         why="a layer is one operator in the graph, and has no derivative there",
         fix="convert the part that is differentiated, and take its derivative outside: model.energy = hatify.convert(model.energy, ...)",
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -93,7 +94,7 @@ def read_program(
                 if isinstance(r, fx.Node) and r.name in buffers:
                     captured.writes[buffers[r.name].removeprefix("root.")] = env[r]
             graph.output(tuple(env[v] if isinstance(v, fx.Node) else v for v in values))
-    _check_arguments(graph)
+    _check_arguments(graph, {t.untyped_storage()._cdata for t in program.state_dict.values()})
     captured.fixed_sizes = _fixed_sizes(signature, placeholders)
     captured.guards = _guards(signature, placeholders, branches)
     return captured
@@ -120,8 +121,11 @@ def _check_constant(program: ExportedProgram, value: Any, node: fx.Node) -> None
         )
 
 
-def _check_arguments(graph: fx.Graph) -> None:
+def _check_arguments(graph: fx.Graph, memory: Collection[int]) -> None:
     """That no function of the user's holds or is given what has weights: nobody would see them.
+
+    Args:
+        memory: of the weights.
 
     Raises:
         CaptureError: one is.
@@ -131,7 +135,7 @@ def _check_arguments(graph: fx.Graph) -> None:
         held = next((a for a in given if isinstance(a, nn.Module) or (callable(a) and not isinstance(a, type))), None)
         role = "an argument"
         if held is None and isinstance(node.target, FunctionCall):
-            held, role = _closed_over(node.target.function), "closed over by forward or backward"
+            held, role = _closed_over(node.target.function, memory), "closed over by forward or backward"
         if held is None:
             continue
         kind = type(held).__name__
@@ -144,14 +148,20 @@ def _check_arguments(graph: fx.Graph) -> None:
         )
 
 
-def _closed_over(function: type[torch.autograd.Function]) -> Any:
-    """A module or tensor that a user's function reads from where it was written, not from its arguments."""
+def _closed_over(function: type[torch.autograd.Function], memory: Collection[int]) -> Any:
+    """A module or weight that a user's function reads from where it was written, not from its arguments; a table is none."""
     methods = [m for base in function.__mro__ if base is not torch.autograd.Function for m in vars(base).values()]
     functions = [m.__func__ if isinstance(m, staticmethod | classmethod) else m for m in methods]
     own = [f for f in functions if isinstance(f, FunctionType) and not f.__module__.startswith("torch.")]
-    by_name = [f.__globals__.get(name) for f in own for name in f.__code__.co_names]
+    by_name = [f.__globals__.get(i.argval) for f in own for i in dis.get_instructions(f) if i.opname == "LOAD_GLOBAL"]
     read = [*own, *(value for value in by_name if isinstance(value, nn.Module | nn.Parameter))]
-    return next((value for value in reached(read) if isinstance(value, nn.Module | Tensor)), None)
+    return next((value for value in reached(read) if isinstance(value, nn.Module) or _is_weight(value, memory)), None)
+
+
+def _is_weight(value: Any, memory: Collection[int]) -> bool:
+    if not isinstance(value, Tensor):
+        return False
+    return isinstance(value, nn.Parameter) or value.requires_grad or value.untyped_storage()._cdata in memory
 
 
 class _Env(dict):

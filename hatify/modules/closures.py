@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 _NOTHING_IN_IT = (type, ModuleType, str, bytes, int, float, type(None))
 _STATE = (Tensor, nn.Module, list, dict, set)
+_OTHER_CONTAINERS = (dict, tuple, deque)
+"""Ordered and default dicts, named tuples."""
 _YIELDED = (*_STATE, FunctionType)
 
 
@@ -69,7 +72,7 @@ def reached(values: list[Any]) -> Iterator[Any]:
 def _parts(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, list | tuple | set | frozenset | deque):
         return list(value)
     if isinstance(value, FunctionType):
         return [*_contents(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
@@ -128,6 +131,20 @@ def _rebuilt(value: Any, memo: dict[int, Any]) -> Any:
         return made
     if type(value) is tuple:
         return tuple(_rebuilt(v, memo) for v in value)
-    if _is_plain(value) and any(isinstance(v, nn.Module) and id(v) in memo for v in reached([value])):
+    if isinstance(value, _OTHER_CONTAINERS) and _reaches_copied(value, memo):
         return copy.deepcopy(value, memo)
-    return value
+    return _rebuilt_object(value, memo) if _is_plain(value) and _reaches_copied(value, memo) else value
+
+
+def _reaches_copied(value: Any, memo: dict[int, Any]) -> bool:
+    return any(isinstance(v, nn.Module) and id(v) in memo for v in reached([value]))
+
+
+def _rebuilt_object(value: Any, memo: dict[int, Any]) -> Any:
+    """A plain object whose attributes are rebuilt: a trainer also holds files, locks and datasets, which nobody can or wants to copy."""
+    kind = type(value)
+    if any("__slots__" in vars(base) or "__setstate__" in vars(base) for base in kind.__mro__):
+        return copy.deepcopy(value, memo)
+    memo[id(value)] = made = object.__new__(kind)
+    vars(made).update((name, _rebuilt(held, memo)) for name, held in vars(value).items())
+    return made

@@ -43,22 +43,38 @@ def settle(hat: HATModel, traced: bool) -> None:
     known: dict[Places, list[ShapeGuard] | None] = {}
     with kept(hat):
         draw(hat, [p for p in hat.parameters() if is_continuous(p)], torch.Generator().manual_seed(0), ())
-        harmless = [
-            guard for guard in doubted if all(_tried(hat, places, known, traced) is not None for places in _breaking(guard))
-        ]
-    lifted = {places for guard in harmless for places in _breaking(guard)}
-    sizes.guards = [_above_zero(guard) if guard in harmless else guard for guard in guards]
+        harmless = [guard for guard in doubted if _is_harmless(hat, guard, known, traced)]
+    lifted = {places for guard in harmless for places in _tried_places(guard)}
+    sizes.guards = [_lifted(guard) if guard in harmless else guard for guard in guards]
     sizes.guards += [guard for places in lifted for guard in known[places]]
     sizes.seen.clear()
 
 
-def _breaking(guard: ShapeGuard) -> Iterator[Places]:
-    """The places in the inputs where sizes of one break the condition together, while the other sizes are large."""
+def _is_harmless(hat: HATModel, guard: ShapeGuard, known: dict[Places, list[ShapeGuard] | None], traced: bool) -> bool:
+    """Whether the condition is broken, and makes no difference, at every choice of sizes of one that breaks it."""
+    example = {s: hat._facts.inputs[number].shape[dim] for s, (number, dim) in _symbols(guard)}
+    for ones in _breaking(guard):
+        if guard.expression.subs({s: 1 if s in ones else size for s, size in example.items()}):
+            return False  # by these sizes nothing is told
+    return all(_tried(hat, places, known, traced) is not None for places in _tried_places(guard))
+
+
+def _tried_places(guard: ShapeGuard) -> list[Places]:
+    """The places in the inputs of each choice of sizes of one that breaks the condition."""
+    return [frozenset(place for symbol in ones for place in guard.doubted[str(symbol)]) for ones in _breaking(guard)]
+
+
+def _symbols(guard: ShapeGuard) -> list[tuple[sympy.Symbol, tuple[int, int]]]:
+    return [(symbol, guard.symbols[str(symbol)]) for symbol in guard.expression.free_symbols]
+
+
+def _breaking(guard: ShapeGuard) -> Iterator[list[sympy.Symbol]]:
+    """Those whose sizes of one break the condition together, while the other sizes are large."""
     symbols = list(guard.expression.free_symbols)
     for some in itertools.product((True, False), repeat=len(symbols)):
         ones = [symbol for symbol, one in zip(symbols, some) if one]
         if ones and not guard.expression.subs({s: 1 if s in ones else _LARGE for s in symbols}):
-            yield frozenset(place for symbol in ones for place in guard.doubted[str(symbol)])
+            yield ones
 
 
 _LARGE = 1009
@@ -111,8 +127,8 @@ def _where_one(places: Places, guard: ShapeGuard) -> ShapeGuard:
     return ShapeGuard(guard.text, guard.line, expression, symbols)
 
 
-def _above_zero(guard: ShapeGuard) -> ShapeGuard:
-    """The condition, of which a size of one is an exception."""
+def _lifted(guard: ShapeGuard) -> ShapeGuard:
+    """The condition, of which the sizes of one that were tried are exceptions."""
     plain = {s: sympy.Symbol(str(s), integer=True) for s in guard.expression.free_symbols}
-    expression = sympy.Or(guard.expression.xreplace(plain), sympy.And(*(s >= 1 for s in plain.values())))
-    return replace(guard, expression=expression, doubted=None)
+    tried = [sympy.And(*(sympy.Eq(p, 1) if s in ones else p >= 2 for s, p in plain.items())) for ones in _breaking(guard)]
+    return replace(guard, expression=sympy.Or(guard.expression.xreplace(plain), *tried), doubted=None)
