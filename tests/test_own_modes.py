@@ -73,3 +73,31 @@ def test_a_copy_and_a_stored_model_keep_it(tmp_path) -> None:
     for other in (copy.deepcopy(hat), hatify.load(tmp_path / "hat"), hatify.load(tmp_path / "hat").eval().train()):
         assert not other.norm.training and other.other.training
         assert torch.equal(step(other), step(model))
+
+
+class Freezes(nn.Module):
+    """A backbone whose ``train()`` freezes its stem, and a counter that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.out = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.calls = torch.zeros(1)
+
+    def train(self, mode: bool = True) -> "Freezes":
+        super().train(mode)
+        self.stem.requires_grad_(not mode)
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return self.out(torch.relu(self.stem(x)))
+
+
+def test_the_model_s_own_flags_and_state_are_left_alone() -> None:
+    model = Freezes()
+    flags = [p.requires_grad for p in model.parameters()]
+    hat = hatify.convert(model, 2, example_inputs=X)
+    assert [p.requires_grad for p in model.parameters()] == flags and model.calls == 0
+    assert any("freezes" in note and "stem.weight" in note for note in hat.report.notes)
+    model.train()  # the control
+    assert [p.requires_grad for p in model.parameters()] != flags

@@ -100,7 +100,7 @@ def _export_once(
     """One capture, and the paths of leaves whose aliasing it lost although it matters."""
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     root = copy_tree(model)
-    _enter_mode(root, model, training)
+    frozen = _enter_mode(root, model, training)
     own_modes = [path for path, module in root.named_modules() if path and module.training != training]
     leaves = mark_leaves(root, stubs, through, repeats)
     flat = _Flat(root, signature)
@@ -151,12 +151,13 @@ def _export_once(
     captured.open_sizes = opened
     captured.asks = {training: asks}
     captured.own_modes = {training: own_modes}
+    captured.frozen = frozen
     captured.selections = selections
     return captured, set()
 
 
-def _enter_mode(root: nn.Module, model: nn.Module, training: bool) -> None:
-    """``train()`` or ``eval()`` of a copied tree, which shares its weights with ``model``.
+def _enter_mode(root: nn.Module, model: nn.Module, training: bool) -> list[str]:
+    """``train()`` or ``eval()`` of a copied tree, which shares its weights with ``model``; the parameters that it would freeze or thaw.
 
     Raises:
         CaptureError: the model's own writes to weights (adapters that are merged in eval mode; they are as before), or computes tensors.
@@ -165,11 +166,15 @@ def _enter_mode(root: nn.Module, model: nn.Module, training: bool) -> None:
     held = {n: t for n, t in (*root.named_parameters(), *root.named_buffers()) if not t.is_meta} if own else {}
     before = {n: t.detach().clone() for n, t in held.items()}
     known = _held_tensors(root) if own else {}
+    learns = [(n, p, p.requires_grad) for n, p in root.named_parameters()]
     root.train(training) if training else root.eval()
+    changed = [n for n, p, before_it in learns if p.requires_grad != before_it]
+    for _, parameter, before_it in learns:
+        parameter.requires_grad_(before_it)
     written = [n for n, t in held.items() if not bool(((t == before[n]) | ((t != t) & (before[n] != before[n]))).all())]
     made = [name for key, (name, t) in _held_tensors(root).items() if key not in known and is_continuous(t)] if own else []
     if not written and not made:
-        return
+        return changed
     with torch.no_grad():
         for name in written:
             held[name].data.copy_(before[name])

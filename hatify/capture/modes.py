@@ -57,6 +57,8 @@ def _both_modes(
     signature, inputs = Signature.from_call(model.forward, args, kwargs)
     evaluated = _capture_open_batch(model, signature, inputs, doubled, training=False)
     notes = hooks_left(model, evaluated.leaves)
+    if evaluated.frozen:
+        notes.append(f"its own eval() freezes or thaws parameters, which hat.eval() does not\n{', '.join(evaluated.frozen)}")
     follow_dtypes(evaluated, model, signature, training=False)
     try:
         trained = _capture_open_batch(model, signature, inputs, doubled, training=True, open_sizes=evaluated.open_sizes)
@@ -67,6 +69,8 @@ def _both_modes(
         evaluated.eval_only = True
         notes += [*_asking(evaluated), *words(evaluated.selections)]
         return evaluated, None, notes
+    if trained.frozen:
+        notes.append(f"its own train() freezes or thaws parameters, which hat.train() does not\n{', '.join(trained.frozen)}")
     evaluated.asks.update(trained.asks)
     evaluated.own_modes.update(trained.own_modes)
     evaluated.selections.update(trained.selections)

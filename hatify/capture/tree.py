@@ -82,8 +82,16 @@ class _Sym:
 
 
 def copy_tree(model: nn.Module) -> nn.Module:
-    """A deep copy of the tree and of everything held in plain containers and closures, sharing all tensors."""
-    return whole_copy(model, {}, lambda tensor: tensor)
+    """A deep copy of the tree and of everything held in plain containers and closures, sharing parameters and buffers. Tensors that are
+    neither, nor views of them, are state that forward may write to: copied."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    memory = {t.untyped_storage()._cdata for t in shared.values() if t.layout is torch.strided}
+
+    def stands(tensor: Tensor) -> Tensor:
+        apart = tensor.layout is torch.strided and tensor.untyped_storage()._cdata not in memory
+        return tensor.detach().clone() if apart else tensor
+
+    return whole_copy(model, shared, stands)
 
 
 def mark_leaves(
