@@ -1,6 +1,7 @@
 """What models do around a computation: recomputation, checks of arguments, hooks on gradients."""
 
 import contextlib
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -184,3 +185,43 @@ def test_what_a_graph_has_no_place_for_is_refused_with_its_line(make, inputs: tu
     with pytest.raises(CaptureError, match=what) as refused:
         hatify.convert(make(), 2, example_inputs=inputs)
     assert "test_aside.py" in str(refused.value)
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.first(x)))
+
+
+def test_threads_that_train_beside_a_conversion() -> None:
+    errors: list[Exception] = []
+    done = threading.Event()
+
+    def train() -> None:
+        while not done.is_set():
+            x = X.clone().requires_grad_(True)
+            y = x * 2
+            try:
+                y.register_hook(lambda gradient: gradient)
+                torch.autograd.grad(y.sum(), x)
+            except Exception as error:
+                errors.append(error)
+                return
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    hatify.convert(Plain(), 2, example_inputs=X, verify=False)
+    done.set()
+    thread.join()
+    assert errors == []
+
+
+def test_inputs_do_not_require_gradients() -> None:
+    class Asks(Plain):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x * 3 if x.requires_grad else x)
+
+    assert hatify.verify(hatify.convert(Asks(), 2, example_inputs=X)).ok

@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import threading
+from collections import OrderedDict, deque, namedtuple
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +15,9 @@ from hatify.capture.tree import copy_tree
 from hatify.errors import CaptureError
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+
+
+Pair = namedtuple("Pair", "a b")
 
 
 class Net(nn.Module):
@@ -256,3 +261,66 @@ def test_a_library_s_function_stays_itself(function: Callable) -> None:
     model = nn.Linear(6, 3)
     model.activation = function
     assert copy_tree(model).activation is function
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.first(x)))
+
+
+class Trainer:
+    def __init__(self, net: nn.Module) -> None:
+        self.net, self.lock, self.seen = net, threading.Lock(), []
+        net.first.register_forward_hook(lambda module, args, out: self.look(out))
+
+    def look(self, out: torch.Tensor) -> None:
+        with self.lock:
+            self.seen.append(out.shape)
+
+
+def test_a_trainer_that_holds_what_cannot_be_copied() -> None:
+    net = Plain()
+    trainer = Trainer(net)
+    assert hatify.verify(hatify.convert(net, 2, example_inputs=X)).ok
+    assert trainer.seen == [] and trainer.net is net
+
+
+@pytest.mark.parametrize("holding", [lambda m: OrderedDict(a=m), lambda m: deque([m]), lambda m: Pair(m, 1)])
+def test_other_containers_in_closures(holding) -> None:
+    class Holds(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            held = holding(self.first)
+            self.run = lambda x: (held["a"] if isinstance(held, dict) else held[0])(x)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(torch.relu(self.run(x)))
+
+    proof = hatify.verify(hatify.convert(Holds(), 2, example_inputs=X), tightness=True)
+    assert proof.ok and proof.tightness
+
+
+norm = nn.LayerNorm(6)
+
+
+def test_autograd_functions_with_tables_and_methods_of_a_global_s_name() -> None:
+    table = torch.linspace(0, 1, 5)
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x / x.norm() * table[2]
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    class Uses(Plain):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(Scaled.apply(self.first(x)))
+
+    assert hatify.verify(hatify.convert(Uses(), 2, example_inputs=X)).ok

@@ -2,10 +2,12 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
 import hatify
+from hatify.errors import CaptureError
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 
@@ -101,3 +103,47 @@ def test_the_model_s_own_flags_and_state_are_left_alone() -> None:
     assert any("freezes" in note and "stem.weight" in note for note in hat.report.notes)
     model.train()  # the control
     assert [p.requires_grad for p in model.parameters()] != flags
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.first(x)))
+
+
+class Merges(Plain):
+    """As adapters do."""
+
+    merged = False
+
+    def train(self, mode: bool = True) -> "Merges":
+        super().train(mode)
+        if self.merged == mode:
+            self.first.weight.data.add_(-1.0 if mode else 1.0)
+            self.merged = not mode
+        return self
+
+
+class Caches(Plain):
+    kept = None
+
+    def train(self, mode: bool = True) -> "Caches":
+        super().train(mode)
+        self.kept = None if mode else (self.first.weight * 2).detach()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.first.weight * 2 if self.kept is None else self.kept
+        return self.out(torch.relu(nn.functional.linear(x, weight)))
+
+
+@pytest.mark.parametrize("kind", [Merges, Caches])
+def test_an_own_eval_that_writes_or_computes_weights(kind: type[nn.Module]) -> None:
+    model = kind()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(CaptureError, match=r"\.eval\(\) (writes|computes)"):
+        hatify.convert(model, 2, example_inputs=X)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

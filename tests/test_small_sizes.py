@@ -192,3 +192,21 @@ def test_what_is_asked_of_other_sizes_on_that_path_is_kept(tmp_path) -> None:
         assert follows(some, model, EXAMPLE[:1]) and follows(some, model, torch.randn(2, 20, 6))
         with pytest.raises(CallError, match=r"x\.shape\[1\] <= 10"):
             some(torch.randn(1, 20, 6))
+
+
+def test_only_sizes_of_one_that_were_tried_are_taken() -> None:
+    class Flips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(x.flip(3).flip(2) if x.shape[2] * x.shape[3] > 2 else x)
+
+    model = Flips().eval()
+    hat = hatify.convert(model, 2, example_inputs=torch.randn(2, 3, 9, 11)).eval()
+    for sizes in ((1, 1), (3, 3), (1, 3)):
+        x = torch.randn(2, 3, *sizes)
+        assert torch.equal(hat(x), model(x))
+    with pytest.raises(CallError):
+        hat(torch.randn(2, 3, 1, 2))
