@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo import config
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
 
 from hatify.calling import Signature, flatten
@@ -163,7 +164,8 @@ def _enter_mode(root: nn.Module, model: nn.Module, training: bool) -> list[str]:
         CaptureError: the model's own writes to weights (adapters that are merged in eval mode; they are as before), or computes tensors.
     """
     own = [m for m in root.modules() if type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval]
-    held = {n: t for n, t in (*root.named_parameters(), *root.named_buffers()) if not t.is_meta} if own else {}
+    tensors = (*root.named_parameters(), *root.named_buffers()) if own else ()
+    held = {n: t for n, t in tensors if not (t.is_meta or isinstance(t, FakeTensor))}  # of these there are values
     before = {n: t.detach().clone() for n, t in held.items()}
     known = _held_tensors(root) if own else {}
     learns = [(n, p, p.requires_grad) for n, p in root.named_parameters()]
