@@ -298,9 +298,8 @@ class _Needs:
 
         several = len(contraction.operands) > len({id(operand) for operand, _ in contraction.operands})
         partners = any(operand.gated for operand, _ in contraction.operands if operand is not value)
-        dead_together = (
-            partners and made.state is not State.CLEAN
-        )  # where a partner is dead, the result's own mask is still to come
+        # where a partner is dead, the result's own mask is still to come
+        dead_together = partners and made.state is not State.CLEAN
         narrower = not several and (dead_together or self._is_narrower(user, None, made))
         read, counts = (back(need.read), back(need.counts)) if narrower else (value.ids, value.ids)
         if partners and made.state is State.CLEAN:

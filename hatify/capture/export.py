@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo import config
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
 
 from hatify.calling import Signature, flatten
@@ -20,6 +19,7 @@ from hatify.capture.branches import noted_branches
 from hatify.capture.captured import Captured
 from hatify.capture.effects import has_effect
 from hatify.capture.enclosed import clear_regions, enclose, written_across
+from hatify.capture.entering import enter_mode
 from hatify.capture.functional import line_of_write, make_functional, mutated, written_parameters, written_through_leaves
 from hatify.capture.questions import noted_questions
 from hatify.capture.reading import read_program
@@ -29,7 +29,6 @@ from hatify.capture.repeats import NotRepeatable
 from hatify.capture.selections import known_selections
 from hatify.capture.tree import called_paths, clear_calls, copy_tree, mark_functions, mark_leaves
 from hatify.errors import CaptureError
-from hatify.modules.continuous import is_continuous
 
 
 class _Seen:
@@ -101,7 +100,7 @@ def _export_once(
     """One capture, and the paths of leaves whose aliasing it lost although it matters."""
     parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     root = copy_tree(model)
-    frozen = _enter_mode(root, model, training)
+    frozen = enter_mode(root, model, training)
     own_modes = [path for path, module in root.named_modules() if path and module.training != training]
     leaves = mark_leaves(root, stubs, through, repeats)
     flat = _Flat(root, signature)
@@ -155,48 +154,6 @@ def _export_once(
     captured.frozen = frozen
     captured.selections = selections
     return captured, set()
-
-
-def _enter_mode(root: nn.Module, model: nn.Module, training: bool) -> list[str]:
-    """``train()`` or ``eval()`` of a copied tree, which shares its weights with ``model``; the parameters that it would freeze or thaw.
-
-    Raises:
-        CaptureError: the model's own writes to weights (adapters that are merged in eval mode; they are as before), or computes tensors.
-    """
-    own = [m for m in root.modules() if type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval]
-    tensors = (*root.named_parameters(), *root.named_buffers()) if own else ()
-    held = {n: t for n, t in tensors if not (t.is_meta or isinstance(t, FakeTensor))}  # of these there are values
-    before = {n: t.detach().clone() for n, t in held.items()}
-    known = _held_tensors(root) if own else {}
-    learns = [(n, p, p.requires_grad) for n, p in root.named_parameters()]
-    root.train(training) if training else root.eval()
-    changed = [n for n, p, before_it in learns if p.requires_grad != before_it]
-    for _, parameter, before_it in learns:
-        parameter.requires_grad_(before_it)
-    written = [n for n, t in held.items() if not bool(((t == before[n]) | ((t != t) & (before[n] != before[n]))).all())]
-    made = [name for key, (name, t) in _held_tensors(root).items() if key not in known and is_continuous(t)] if own else []
-    if not written and not made:
-        return changed
-    with torch.no_grad():
-        for name in written:
-            held[name].data.copy_(before[name])
-    mode = "train" if training else "eval"
-    does = f"writes to weights: {', '.join(written[:3])}" if written else f"computes {', '.join(made[:3])}"
-    raise CaptureError(
-        f"{type(model).__name__}.{mode}() {does}",
-        where=type(next((m for m in own if m is not root), model)).__name__,
-        why="weights that differ between the modes cannot be learnt or locked, and what is computed from them would stay as it was",
-        fix="compute it in forward, in both modes; adapters: merge_weights=False, or merge them for good before converting",
-    )
-
-
-def _held_tensors(root: nn.Module) -> dict[int, tuple[str, Tensor]]:
-    return {
-        id(t): (f"{path}.{name}".lstrip("."), t)
-        for path, module in root.named_modules()
-        for name, t in (*module._parameters.items(), *module._buffers.items(), *vars(module).items())
-        if isinstance(t, Tensor)
-    }
 
 
 def _export(flat: _Flat, inputs: list[Tensor], model: nn.Module, open_sizes: bool) -> tuple[ExportedProgram, bool]:

@@ -57,8 +57,7 @@ def _both_modes(
     signature, inputs = Signature.from_call(model.forward, args, kwargs)
     evaluated = _capture_open_batch(model, signature, inputs, doubled, training=False)
     notes = hooks_left(model, evaluated.leaves)
-    if evaluated.frozen:
-        notes.append(f"its own eval() freezes or thaws parameters, which hat.eval() does not\n{', '.join(evaluated.frozen)}")
+    notes += _freezing(evaluated, "eval")
     follow_dtypes(evaluated, model, signature, training=False)
     try:
         trained = _capture_open_batch(model, signature, inputs, doubled, training=True, open_sizes=evaluated.open_sizes)
@@ -69,8 +68,7 @@ def _both_modes(
         evaluated.eval_only = True
         notes += [*_asking(evaluated), *words(evaluated.selections)]
         return evaluated, None, notes
-    if trained.frozen:
-        notes.append(f"its own train() freezes or thaws parameters, which hat.train() does not\n{', '.join(trained.frozen)}")
+    notes += _freezing(trained, "train")
     evaluated.asks.update(trained.asks)
     evaluated.own_modes.update(trained.own_modes)
     evaluated.selections.update(trained.selections)
@@ -80,6 +78,11 @@ def _both_modes(
     follow_dtypes(trained, model, signature, training=True)
     notes.append("train and eval mode differ in structure: two graphs over the same modules")
     return evaluated, trained, notes
+
+
+def _freezing(captured: Captured, mode: str) -> list[str]:
+    names = ", ".join(captured.frozen)
+    return [f"its own {mode}() freezes or thaws parameters, which hat.{mode}() does not\n{names}"] if names else []
 
 
 def _asking(captured: Captured) -> list[str]:

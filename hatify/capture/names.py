@@ -20,3 +20,11 @@ def telling_name(operator: Any, scope: str) -> str:
     """The name of a call of an operator."""
     name = getattr(operator, "__name__", str(operator)).split(".")[0].lstrip("_") or "value"
     return f"{scope.replace('.', '_')}_{name}" if scope else name
+
+
+def line_behind(node: fx.Node) -> str:
+    """The user's innermost line behind a node of a program; empty where there is none."""
+    trace = node.meta.get("stack_trace") or ""
+    places = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n\s*([^\n]*)', trace)
+    own = [p for p in places if "/hatify/capture/" not in p[0] and "/torch/" not in p[0]]
+    return f"{own[-1][0]}:{own[-1][1]}: {own[-1][2]}" if own else ""

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import dis
 import operator
-import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
-from types import FunctionType
 from typing import Any
 
 import torch
-from sympy import Eq, Symbol
-from sympy.printing.str import StrPrinter
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from hatify.calling import Signature
 from hatify.capture.branches import Branch
-from hatify.capture.captured import Captured, FixedSize, ShapeGuard
+from hatify.capture.captured import Captured
 from hatify.capture.enclosed import ENCLOSED, SETTINGS, region_of
 from hatify.capture.functional import copied
-from hatify.capture.names import scope_of, telling_name
+from hatify.capture.hidden import check_arguments, check_constant
+from hatify.capture.names import line_behind, scope_of, telling_name
 from hatify.capture.regions import enter_autocast, exit_autocast
 from hatify.capture.repeats import MARK, REPEAT, Copier
+from hatify.capture.sizes import fixed_sizes, guards_of
 from hatify.capture.tree import LEAF, FunctionCall, arguments, forget_call
-from hatify.errors import CaptureError
-from hatify.modules.closures import reached
 from hatify.modules.grouped import EQUIVALENT
 
 DROPPED = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "sym_constrain_range", "_assert_async"}
@@ -68,7 +63,7 @@ def read_program(
             value = _constant(program, name) if name else operator.attrgetter(node.target)(program.graph_module)
             if isinstance(value, fx.GraphModule):  # the body of a region, inlined where it is called
                 return value
-            _check_constant(program, value, node)
+            check_constant(program, value, node)
             target = f"constant_{len(captured.constants)}"
             captured.constants[target] = value
             new = graph.create_node("get_attr", target)
@@ -94,74 +89,10 @@ def read_program(
                 if isinstance(r, fx.Node) and r.name in buffers:
                     captured.writes[buffers[r.name].removeprefix("root.")] = env[r]
             graph.output(tuple(env[v] if isinstance(v, fx.Node) else v for v in values))
-    _check_arguments(graph, {t.untyped_storage()._cdata for t in program.state_dict.values()})
-    captured.fixed_sizes = _fixed_sizes(signature, placeholders)
-    captured.guards = _guards(signature, placeholders, branches)
+    check_arguments(graph, {t.untyped_storage()._cdata for t in program.state_dict.values()})
+    captured.fixed_sizes = fixed_sizes(signature, placeholders)
+    captured.guards = guards_of(signature, placeholders, branches)
     return captured
-
-
-def _check_constant(program: ExportedProgram, value: Any, node: fx.Node) -> None:
-    """That no tensor which the model reads past its modules (in a closure, a view made before) is a parameter: nobody would train it.
-
-    Raises:
-        CaptureError: it shares memory with one.
-    """
-    if not isinstance(value, Tensor):
-        return
-    memory = value.untyped_storage()._cdata
-    shared = (n for n in program.graph_signature.parameters if program.state_dict[n].untyped_storage()._cdata == memory)
-    name = next(shared, None)
-    if name is not None:
-        name = name.removeprefix("root.")
-        raise CaptureError(
-            f"forward reads the parameter {name}, or a view of it, past the module that owns it",
-            where=next((line for user in node.users if (line := _line_of(user))), name),
-            why="what is held by a function or in another object stays the original's",
-            fix=f"read self.{name} in forward",
-        )
-
-
-def _check_arguments(graph: fx.Graph, memory: Collection[int]) -> None:
-    """That no function of the user's holds or is given what has weights: nobody would see them.
-
-    Args:
-        memory: of the weights.
-
-    Raises:
-        CaptureError: one is.
-    """
-    for node in graph.nodes:
-        given = pytree.tree_leaves((node.args, node.kwargs))
-        held = next((a for a in given if isinstance(a, nn.Module) or (callable(a) and not isinstance(a, type))), None)
-        role = "an argument"
-        if held is None and isinstance(node.target, FunctionCall):
-            held, role = _closed_over(node.target.function, memory), "closed over by forward or backward"
-        if held is None:
-            continue
-        kind = type(held).__name__
-        raise CaptureError(
-            f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} is {role} of a function of your own",
-            where=node.meta.get("line") or str(node.target),
-            why="what its weights do in there, and in the backward pass, cannot be seen",
-            fix="give the function the tensors that it needs, or keep the module that calls it whole: "
-            "hatify.register(ThatModule, hatify.TaskIndexedLayer())",
-        )
-
-
-def _closed_over(function: type[torch.autograd.Function], memory: Collection[int]) -> Any:
-    """A module or weight that a user's function reads from where it was written, not from its arguments; a table is none."""
-    methods = [m for base in function.__mro__ if base is not torch.autograd.Function for m in vars(base).values()]
-    functions = [m.__func__ if isinstance(m, staticmethod | classmethod) else m for m in methods]
-    own = [f for f in functions if isinstance(f, FunctionType) and not f.__module__.startswith("torch.")]
-    by_name = [f.__globals__.get(i.argval) for f in own for i in dis.get_instructions(f) if i.opname == "LOAD_GLOBAL"]
-    read = [*own, *(value for value in by_name if isinstance(value, nn.Module | nn.Parameter))]
-    return next((value for value in reached(read) if isinstance(value, nn.Module) or _is_weight(value, memory)), None)
-
-
-def _is_weight(value: Any, memory: Collection[int]) -> bool:
-    if not isinstance(value, Tensor):
-        return False
-    return isinstance(value, nn.Parameter) or value.requires_grad or value.untyped_storage()._cdata in memory
 
 
 class _Env(dict):
@@ -312,63 +243,4 @@ def _path_to(tree: Any, number: int) -> list:
 def _note(new: fx.Node, old: fx.Node) -> None:
     new.meta["val"] = old.meta.get("val")
     new.meta["scope"] = scope_of(old)
-    new.meta["line"] = _line_of(old)
-
-
-def _line_of(node: fx.Node) -> str:
-    """The user's innermost line behind a node of a program; empty where there is none."""
-    trace = node.meta.get("stack_trace") or ""
-    places = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n\s*([^\n]*)', trace)
-    own = [p for p in places if "/hatify/capture/" not in p[0] and "/torch/" not in p[0]]
-    return f"{own[-1][0]}:{own[-1][1]}: {own[-1][2]}" if own else ""
-
-
-def _fixed_sizes(signature: Signature, placeholders: list[fx.Node]) -> list[FixedSize]:
-    sizes = []
-    for name, node in zip(signature.names, placeholders):
-        for dim, size in enumerate(node.meta["val"].shape):
-            if not isinstance(size, torch.SymInt) or not size.node.expr.free_symbols:
-                sizes.append(FixedSize(name, dim, int(size)))
-    return sizes
-
-
-def _guards(signature: Signature, placeholders: list[fx.Node], branches: list[Branch]) -> list[ShapeGuard]:
-    """Guards that the model's own lines put on sizes, and equations of PyTorch's (``x.split(2)`` has as many parts as it had); the other
-    guards of its internals concern strides and size one."""
-    symbols: dict[str, list[tuple[int, int]]] = {}
-    environment = None
-    for number, node in enumerate(placeholders):
-        for dim, size in enumerate(node.meta["val"].shape):
-            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
-                environment = size.node.shape_env
-                symbols.setdefault(str(size.node.expr), []).append((number, dim))
-    if environment is None:
-        return []
-    held = [(environment.replace(branch.condition), branch.line, True) for branch in branches]
-    for guard in environment.guards:
-        place = guard.sloc.framework_loc
-        filename = getattr(place, "filename", str(place))
-        expression = environment.simplify(guard.expr)
-        if "/torch/" not in filename or isinstance(expression, Eq):
-            held.append((expression, f"{filename}:{getattr(place, 'lineno', '?')}: {getattr(place, 'line', '')}", False))
-    found: dict[Any, ShapeGuard] = {}
-    for expression, line, doubted in held:
-        names = [str(s) for s in expression.free_symbols]
-        if names and set(names) <= set(symbols):
-            first = {name: symbols[name][0] for name in names}
-            text = _readable(expression, first, signature)
-            found[expression] = ShapeGuard(text, line, expression, first, {n: symbols[n] for n in names} if doubted else None)
-    return list(found.values())
-
-
-def _readable(expression: Any, places: dict[str, tuple[int, int]], signature: Signature) -> str:
-    """The condition with ``x.shape[1]`` for a symbol of the exporter's."""
-    names = {s: f"{signature.names[places[str(s)][0]]}.shape[{places[str(s)][1]}]" for s in expression.free_symbols}
-    return _Infix().doprint(expression.xreplace({s: Symbol(name, integer=True) for s, name in names.items()}))
-
-
-class _Infix(StrPrinter):
-    """``a != b`` instead of sympy's ``Ne(a, b)``."""
-
-    def _print_Relational(self, expression: Any) -> str:
-        return f"{self._print(expression.lhs)} {expression.rel_op} {self._print(expression.rhs)}"
+    new.meta["line"] = line_behind(old)

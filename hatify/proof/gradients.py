@@ -74,9 +74,8 @@ def _measure(hat: HATModel, without_locks: Sequence[str], whole: Sequence[str], 
                     leak = max(leak or 0.0, *(_largest(g[~locks[task][n]]) for n, g in found.items()), 0.0)
                     for name, gradient in found.items():
                         felt[task][name] |= (gradient != 0) & locks[task][name]
-            for name, locked in _locks(
-                hat, tasks, without_locks, whole
-            ).items():  # the paper's rule locks more than for each of them
+            together = _locks(hat, tasks, without_locks, whole)  # the paper's rule locks more than for each of them
+            for name, locked in together.items():
                 seen, own = [of[name] for of in felt], [of[name] for of in locks]
                 near = [lock & reached_by_inputs(hat._facts.uses[name], there) for lock, there in zip(own, seen)]
                 missed = _any(own) & ~_any(near)
@@ -186,6 +185,21 @@ def _between(x: Tensor, low: float | None, high: float | None) -> Tensor:
     return torch.where(x > 0, up, down)
 
 
+_SMOOTHED = {
+    "relu",
+    "gelu",
+    "hardswish",
+    "hardsigmoid",
+    "relu6",
+    "hardtanh",
+    "clamp",
+    "clip",
+    "clamp_min",
+    "threshold",
+    "leaky_relu",
+}
+
+
 class Smooth(TorchFunctionMode):
     """Runs functions that are flat on one side as smooth ones, whether a module, torch or the graph calls them."""
 
@@ -194,19 +208,7 @@ class Smooth(TorchFunctionMode):
         name = getattr(func, "__name__", "").split(".")[0].strip("_")
         if name in ("softmax", "scaled_dot_product_attention"):
             return func(*_calmed(name, args, kwargs), **kwargs)
-        if name in (
-            "relu",
-            "gelu",
-            "hardswish",
-            "hardsigmoid",
-            "relu6",
-            "hardtanh",
-            "clamp",
-            "clip",
-            "clamp_min",
-            "threshold",
-            "leaky_relu",
-        ):
+        if name in _SMOOTHED:
             smooth = _smooth(name, *args, **{k: v for k, v in kwargs.items() if k != "inplace"})
             if smooth is not None:
                 return smooth
