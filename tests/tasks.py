@@ -88,3 +88,14 @@ def in_training(hat: HATModel, *inputs: Tensor, task: int = 1) -> list[Tensor]:
     out = hat.train()(*inputs, task=task, mask_scale=3.0)
     embeddings = [masker.embeddings[task] for masker in maskers(hat)]
     return [*flatten(out)[0], *torch.autograd.grad(total(out), embeddings, materialize_grads=True)]
+
+
+class Plain(nn.Module):
+    """Two layers, for tests of what is around them."""
+
+    def __init__(self, inputs: int = 6) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(inputs, inputs), nn.Linear(inputs, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.first(x)))

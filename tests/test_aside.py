@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from tasks import Plain
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -192,15 +193,6 @@ def test_what_a_graph_has_no_place_for_is_refused_with_its_line(make, inputs: tu
     assert "test_aside.py" in str(refused.value)
 
 
-class Plain(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.out = nn.Linear(8, 8), nn.Linear(8, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(torch.relu(self.first(x)))
-
-
 def test_threads_that_train_beside_a_conversion() -> None:
     errors: list[Exception] = []
     done = threading.Event()
@@ -218,7 +210,7 @@ def test_threads_that_train_beside_a_conversion() -> None:
 
     thread = threading.Thread(target=train)
     thread.start()
-    hatify.convert(Plain(), 2, example_inputs=X, verify=False)
+    hatify.convert(Plain(8), 2, example_inputs=X, verify=False)
     done.set()
     thread.join()
     assert errors == []
@@ -229,4 +221,4 @@ def test_inputs_do_not_require_gradients() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x * 3 if x.requires_grad else x)
 
-    assert hatify.verify(hatify.convert(Asks(), 2, example_inputs=X)).ok
+    assert hatify.verify(hatify.convert(Asks(8), 2, example_inputs=X)).ok

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tasks import Plain
 from torch import nn
 
 import hatify
@@ -261,15 +262,6 @@ def test_a_library_s_function_stays_itself(function: Callable) -> None:
     model = nn.Linear(6, 3)
     model.activation = function
     assert copy_tree(model).activation is function
-
-
-class Plain(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.out = nn.Linear(6, 6), nn.Linear(6, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(torch.relu(self.first(x)))
 
 
 class Trainer:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tasks import Plain
 from torch import nn
 
 import hatify
@@ -103,15 +104,6 @@ def test_the_model_s_own_flags_and_state_are_left_alone() -> None:
     assert any("freezes" in note and "stem.weight" in note for note in hat.report.notes)
     model.train()  # the control
     assert [p.requires_grad for p in model.parameters()] != flags
-
-
-class Plain(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.out = nn.Linear(6, 6), nn.Linear(6, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(torch.relu(self.first(x)))
 
 
 class Merges(Plain):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tasks import Plain
 from torch import nn
 
 import hatify
@@ -63,24 +64,16 @@ class Scales(nn.Module):
         return self.out(h * self.gain if x.shape[1] > 1 else h)
 
 
-class Product(nn.Module):
+class Product(Plain):
     """Asks about two sizes at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.out = nn.Linear(6, 16), nn.Linear(16, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = torch.relu(self.first(x))
         return self.out(h * 2 if x.shape[0] * x.shape[1] > 1 else h)
 
 
-class Streams(nn.Module):
+class Streams(Plain):
     """A path of its own for single inputs that are long."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.out = nn.Linear(6, 16), nn.Linear(16, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = torch.relu(self.first(x))
@@ -113,8 +106,8 @@ def test_a_branch_on_a_size_of_one_is_refused_with_its_line(dim: int, question: 
 
 def test_unnoted_the_branch_would_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: without the notes of the branches, a call of size one silently follows the path of larger ones."""
-    guards = reading._guards
-    monkeypatch.setattr(reading, "_guards", lambda signature, placeholders, branches: guards(signature, placeholders, []))
+    guards = reading.guards_of
+    monkeypatch.setattr(reading, "guards_of", lambda signature, placeholders, branches: guards(signature, placeholders, []))
     model = Asks(1, QUESTIONS["n > 1"])
     hat = hatify.convert(model, 2, example_inputs=EXAMPLE)
     assert not follows(hat, model, of_size(1, 1))
