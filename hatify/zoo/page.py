@@ -24,9 +24,9 @@ task feels (an unlocked weight that it feels would be a leak, and no proof), in 
 out, for no input tried could show whether they count: taps of dilated convolutions that met padding only, experts that no token chose,
 rows of tables that no index named; *open* means that other image sizes or lengths are taken.
 
-Where slack is left: steps of Mamba's scan are locked wherever they are live, and count where what they let in and the gate behind the scan
-are live too; the values of DETR's first decoder layer are weights times queries that start at zero; gates that vary along tokens and
-channels widen where residual streams have grown long (MLP-Mixer); one weight is both table and output layer (OPT).
+Where slack is left: Mamba locks the steps of its scan wherever they are live, and about a quarter of them is felt, for a reason that is not
+known yet; of DETR, the values of the first decoder layer, whose queries start at zero, were never felt; OPT has one weight as table and
+output layer.
 """
 
 
