@@ -135,3 +135,21 @@ def test_a_size_that_depends_on_data_is_refused_by_its_line() -> None:
     with pytest.raises(HatifyError, match="depends on data") as refused:
         hatify.convert(Filtered(), 2, example_inputs=torch.randn(4, 8))
     assert "self.layer(x)[x[:, 0] > 0]" in (refused.value.where or "")
+
+
+class Sparse(nn.Module):
+    def __init__(self, dense: bool) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+        edges = torch.eye(7).to_sparse()
+        self.register_buffer("edges", edges.to_dense() if dense else edges)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.edges.to_dense() @ torch.relu(self.layer(x)))
+
+
+def test_a_sparse_buffer_is_refused_by_its_name() -> None:
+    x = torch.randn(7, 5)
+    with pytest.raises(CaptureError, match="edges is a sparse_coo tensor"):
+        hatify.convert(Sparse(dense=False), 2, example_inputs=x)
+    assert hatify.convert(Sparse(dense=True), 2, example_inputs=x).verification.ok

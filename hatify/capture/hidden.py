@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from hatify.capture.names import line_behind
 from hatify.capture.tree import FunctionCall
 from hatify.errors import CaptureError
-from hatify.modules.closures import reached
+from hatify.modules.closures import memory_of, reached
 
 
 def check_constant(program: ExportedProgram, value: Any, node: fx.Node) -> None:
@@ -26,9 +26,9 @@ def check_constant(program: ExportedProgram, value: Any, node: fx.Node) -> None:
     """
     if not isinstance(value, Tensor):
         return
-    memory = value.untyped_storage()._cdata
-    shared = (n for n in program.graph_signature.parameters if program.state_dict[n].untyped_storage()._cdata == memory)
-    name = next(shared, None)
+    memory = memory_of(value)
+    shared = (n for n in program.graph_signature.parameters if memory_of(program.state_dict[n]) == memory)
+    name = None if memory is None else next(shared, None)
     if name is not None:
         name = name.removeprefix("root.")
         raise CaptureError(
@@ -79,4 +79,4 @@ def _closed_over(function: type[torch.autograd.Function], memory: Collection[int
 def _is_weight(value: Any, memory: Collection[int]) -> bool:
     if not isinstance(value, Tensor):
         return False
-    return isinstance(value, nn.Parameter) or value.requires_grad or value.untyped_storage()._cdata in memory
+    return isinstance(value, nn.Parameter) or value.requires_grad or memory_of(value) in memory

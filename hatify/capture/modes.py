@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from hatify.calling import Signature
@@ -54,6 +55,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 def _both_modes(
     model: nn.Module, args: tuple, kwargs: dict[str, Any], doubled: bool
 ) -> tuple[Captured, Captured | None, list[str]]:
+    _check_dense(model)
     signature, inputs = Signature.from_call(model.forward, args, kwargs)
     evaluated = _capture_open_batch(model, signature, inputs, doubled, training=False)
     notes = hooks_left(model, evaluated.leaves)
@@ -78,6 +80,17 @@ def _both_modes(
     follow_dtypes(trained, model, signature, training=True)
     notes.append("train and eval mode differ in structure: two graphs over the same modules")
     return evaluated, trained, notes
+
+
+def _check_dense(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.layout is not torch.strided:
+            raise CaptureError(
+                f"{name} is a {str(tensor.layout).removeprefix('torch.')} tensor",
+                where=name,
+                why="torch traces few operators on such tensors, and cannot compare them to the bit",
+                fix=f"register it dense: {name}.to_dense()",
+            )
 
 
 def _freezing(captured: Captured, mode: str) -> list[str]:

@@ -23,6 +23,7 @@ from hatify.capture.regions import enter_autocast, exit_autocast
 from hatify.capture.repeats import MARK, REPEAT, Copier
 from hatify.capture.sizes import fixed_sizes, guards_of
 from hatify.capture.tree import LEAF, FunctionCall, arguments, forget_call
+from hatify.modules.closures import memory_of
 from hatify.modules.grouped import EQUIVALENT
 
 DROPPED = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "sym_constrain_range", "_assert_async"}
@@ -89,7 +90,7 @@ def read_program(
                 if isinstance(r, fx.Node) and r.name in buffers:
                     captured.writes[buffers[r.name].removeprefix("root.")] = env[r]
             graph.output(tuple(env[v] if isinstance(v, fx.Node) else v for v in values))
-    check_arguments(graph, {t.untyped_storage()._cdata for t in program.state_dict.values()})
+    check_arguments(graph, {memory_of(t) for t in program.state_dict.values()} - {None})
     captured.fixed_sizes = fixed_sizes(signature, placeholders)
     captured.guards = guards_of(signature, placeholders, branches)
     return captured

@@ -23,7 +23,7 @@ from hatify.capture.repeats import clear_repeats, mark_blocks, repeated_paths
 from hatify.errors import CaptureError
 from hatify.gates.layers import ChannelNorm, Elementwise, MixingNorm
 from hatify.gates.recurrent import Recurrent
-from hatify.modules.closures import whole_copy
+from hatify.modules.closures import memory_of, whole_copy
 from hatify.registry import Traced, describe
 
 _LIBRARY = torch.library.Library("hatify", "DEF")
@@ -85,11 +85,10 @@ def copy_tree(model: nn.Module) -> nn.Module:
     """A deep copy of the tree and of everything held in plain containers and closures, sharing parameters and buffers. Tensors that are
     neither, nor views of them, are state that forward may write to: copied."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    memory = {t.untyped_storage()._cdata for t in shared.values() if t.layout is torch.strided}
+    memory = {memory_of(t) for t in shared.values()}
 
     def stands(tensor: Tensor) -> Tensor:
-        apart = tensor.layout is torch.strided and tensor.untyped_storage()._cdata not in memory
-        return tensor.detach().clone() if apart else tensor
+        return tensor if memory_of(tensor) in memory else tensor.detach().clone()
 
     return whole_copy(model, shared, stands)
 

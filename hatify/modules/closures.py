@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _NOTHING_IN_IT = (type, ModuleType, str, bytes, int, float, type(None))
@@ -148,3 +149,8 @@ def _rebuilt_object(value: Any, memo: dict[int, Any]) -> Any:
     memo[id(value)] = made = object.__new__(kind)
     vars(made).update((name, _rebuilt(held, memo)) for name, held in vars(value).items())
     return made
+
+
+def memory_of(tensor: Tensor) -> int | None:
+    """What tensors that share memory have in common; None of a sparse one, which has no storage."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
