@@ -82,6 +82,14 @@ class Streams(Plain):
         return self.out(h)
 
 
+class Divides(Plain):
+    """A condition that cannot be computed where a size is one, which the model itself does not take then."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.first(x))
+        return self.out(h * 2 if x.shape[0] // (x.shape[1] - 1) < 4 else h)
+
+
 def of_size(dim: int, size: int) -> torch.Tensor:
     shape = list(EXAMPLE.shape)
     shape[dim] = size
@@ -203,3 +211,13 @@ def test_only_sizes_of_one_that_were_tried_are_taken() -> None:
         assert torch.equal(hat(x), model(x))
     with pytest.raises(CallError):
         hat(torch.randn(2, 3, 1, 2))
+
+
+def test_a_condition_that_cannot_be_computed_is_refused() -> None:
+    model = Divides()
+    hat = hatify.convert(model, 2, example_inputs=EXAMPLE)
+    assert follows(hat, model, torch.randn(3, 4, 6))
+    with pytest.raises(ZeroDivisionError):
+        model(of_size(1, 1))
+    with pytest.raises(CallError):
+        hat(of_size(1, 1))

@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, uninteresting_files
 
+from hatify.capture.captured import is_true
 from hatify.capture.questions import line_of, of_a_model
 
 SMALLEST = (0, 1)
@@ -79,11 +80,4 @@ def _small_sizes_change(condition: Any, environment: ShapeEnv) -> bool:
     if len(hints) > MOST_SYMBOLS:
         return True
     sizes = itertools.product(*((*SMALLEST, hint) for hint in hints.values()))
-    return any(not _true(condition, dict(zip(hints, some))) for some in sizes)
-
-
-def _true(condition: Any, sizes: dict[Any, Any]) -> bool:
-    try:
-        return bool(condition.subs(sizes))
-    except (ArithmeticError, TypeError):  # a division by an empty size
-        return False
+    return any(not is_true(condition, dict(zip(hints, some))) for some in sizes)

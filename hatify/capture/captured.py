@@ -37,7 +37,15 @@ class ShapeGuard:
     def holds(self, tensors: list[Tensor]) -> bool:
         """Whether the condition is true of the sizes of these inputs."""
         values = {s: tensors[self.symbols[str(s)][0]].shape[self.symbols[str(s)][1]] for s in self.expression.free_symbols}
-        return bool(self.expression.subs(values))
+        return is_true(self.expression, values)
+
+
+def is_true(condition: Any, sizes: dict[Any, Any]) -> bool:
+    """Whether a condition on symbols is true of these sizes; what cannot be computed (a division by an empty size) is not."""
+    try:
+        return bool(condition.subs(sizes))
+    except (ArithmeticError, TypeError):
+        return False
 
 
 @dataclass

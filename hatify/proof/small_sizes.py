@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from hatify.capture.captured import ShapeGuard
+from hatify.capture.captured import ShapeGuard, is_true
 from hatify.capture.export import export_mode
 from hatify.capture.modes import ONE_AT_A_TIME
 from hatify.capture.questions import answered
@@ -54,7 +54,7 @@ def _is_harmless(hat: HATModel, guard: ShapeGuard, known: dict[Places, list[Shap
     """Whether the condition is broken, and makes no difference, at every choice of sizes of one that breaks it."""
     example = {s: hat._facts.inputs[number].shape[dim] for s, (number, dim) in _symbols(guard)}
     for ones in _breaking(guard):
-        if guard.expression.subs({s: 1 if s in ones else size for s, size in example.items()}):
+        if is_true(guard.expression, {s: 1 if s in ones else size for s, size in example.items()}):
             return False  # by these sizes nothing is told
     return all(_tried(hat, places, known, traced) is not None for places in _tried_places(guard))
 
@@ -73,7 +73,7 @@ def _breaking(guard: ShapeGuard) -> Iterator[list[sympy.Symbol]]:
     symbols = list(guard.expression.free_symbols)
     for some in itertools.product((True, False), repeat=len(symbols)):
         ones = [symbol for symbol, one in zip(symbols, some) if one]
-        if ones and not guard.expression.subs({s: 1 if s in ones else _LARGE for s in symbols}):
+        if ones and not is_true(guard.expression, {s: 1 if s in ones else _LARGE for s in symbols}):
             yield ones
 
 
