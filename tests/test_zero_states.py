@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import hatify
 from hatify import HATModel
-from hatify.analysis import analyst
+from hatify.analysis import analyst, needs
 from hatify.gates.rules import RULES, elementwise
 from hatify.gates.rules.base import Call, Interpreter, Outcome
 from hatify.verification import prove_by_gradients
@@ -124,3 +124,64 @@ def test_without_the_mask_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_task_is_taken_out_whole_and_slim() -> None:
     torch.manual_seed(0)
     extracts(finished(converted(Scan(STARTS["zeros"]), X), 0), 0)
+
+
+CHANNELS, STATES = 32, 16  # wide enough that hardly any draw leaves all states, or all channels, without a partner
+
+
+class Selective(nn.Module):
+    """A selective scan: each channel's step opens ``STATES`` states, which are read by other rows and gated channel by channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.gate, self.step = nn.Linear(6, CHANNELS), nn.Linear(6, CHANNELS), nn.Linear(6, CHANNELS)
+        self.write, self.read = nn.Linear(6, STATES), nn.Linear(6, STATES)
+        self.decay = nn.Parameter(torch.rand(CHANNELS, STATES))
+        self.out, self.head = nn.Linear(CHANNELS, 8), nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        step = F.softplus(self.step(tokens))
+        decays = torch.exp(-self.decay * step[..., None])
+        updates = step[..., None] * self.write(tokens)[:, :, None] * torch.tanh(self.x(tokens))[..., None]
+        state = tokens.new_zeros(tokens.shape[0], CHANNELS, STATES)
+        read, outputs = self.read(tokens), []
+        for i in range(tokens.shape[1]):
+            state = decays[:, i] * state + updates[:, i]
+            outputs.append((state @ read[:, i, :, None])[..., 0])
+        return self.head(F.silu(self.out(torch.stack(outputs, 1) * F.silu(self.gate(tokens)))))
+
+
+def _selective() -> HATModel:
+    torch.manual_seed(0)
+    return converted(Selective(), X)
+
+
+def _needless_steps(hat: HATModel) -> Tensor:
+    """Channels whose step is live and whose input or gate is not."""
+    live = {name: hat.maskers[name].live(0) for name in ("x", "gate", "step")}
+    return live["step"] & ~(live["x"] & live["gate"])
+
+
+def test_a_step_is_locked_where_its_input_and_its_gate_are_live() -> None:
+    hat = _selective()
+    with torch.no_grad():
+        for name, first in (("x", 0), ("gate", 1)):
+            hat.maskers[name].embeddings[0][first::3] = -1.0
+    needless = _needless_steps(hat)
+    locked = hat.locks([0])["step.weight"].any(1)
+    assert needless.any() and not locked[needless].any() and locked[~needless].all()
+    proof = prove_by_gradients(hat)
+    assert hatify.verify(hat).ok and proof.leak == 0.0 and proof.tightness == 1.0
+    assert_checks_can_fail(hat)
+
+
+@pytest.mark.parametrize("rule", ["_placed_back", "_of_gated"])
+def test_without_the_needs_of_a_zero_state_and_of_what_is_spread_it_is_locked_wherever_live(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = {"_placed_back": lambda self, need, shape, value: value.ids, "_of_gated": lambda self, node: False}
+    monkeypatch.setattr(needs._Needs, rule, wide[rule])
+    hat = _selective()
+    with torch.no_grad():
+        hat.maskers["x"].embeddings[0][::3] = -1.0
+    assert hat.locks([0])["step.weight"].any(1)[_needless_steps(hat)].any()

@@ -110,7 +110,7 @@ class _Needs:
             for node in reversed(captured.graph.nodes):
                 for index, value in self._results(node):
                     own = _made(value)[0].ids
-                    whole = node in captured.writes.values() or value.constant
+                    whole = node in captured.writes.values() or value.constant and not self._of_gated(node)
                     self.found[node, index] = _Need(own, own) if whole else self._joined(node, index, own)
 
     # locks
@@ -142,6 +142,12 @@ class _Needs:
 
     # readers together
 
+    def _of_gated(self, node: fx.Node) -> bool:
+        """Whether a value is made of gated ones: a product with zeros depends on no data, and yet its factors have to be finite."""
+        step = self.run.analysis.steps.get(node)
+        operands = () if step is None else pytree.tree_leaves((step.args, step.kwargs), is_leaf=_is_value)
+        return any(_is_value(operand) and operand.gated for operand in operands)
+
     def _results(self, node: fx.Node) -> list[tuple[int | None, Value]]:
         held = self.run.env.get(node)
         if isinstance(held, Value):
@@ -167,6 +173,8 @@ class _Needs:
             whole = (joined == own) | (need == own)
             joined = torch.where(whole, own, self.table.combine("or", joined.where(~whole, CONST), need.where(~whole, CONST)))
         need = self._both(joined, own)
+        if self.table.too_large(need):
+            need = self._both(self.table.widened(need), own)
         return own if bool((need == own).all()) or self.table.too_large(need) else need
 
     def _both(self, need: Tensor, ids: Tensor) -> Tensor:
@@ -260,7 +268,7 @@ class _Needs:
 
         def back(wanted: Tensor) -> Tensor:
             zero = (made.ids == CONST) & (wanted == CONST)  # a product with zeros reads its factors: 0 · inf is NaN
-            return _placed_back(wanted, made.shape, value) if not bool(zero.any()) else value.ids
+            return self._placed_back(wanted, made.shape, value) if not bool(zero.any()) else value.ids
 
         need = self.found[user, None]
         clean_product = (
@@ -268,6 +276,14 @@ class _Needs:
         )
         read = value.ids if clean_product else back(need.read)
         return _Need(read, back(need.counts)) if call.name in STAYS_FINITE else _Need(read, read)
+
+    def _placed_back(self, need: Tensor, shape: tuple[int, ...], value: Value) -> Tensor:
+        """The needs of a result at the places of an operand that broadcasts to it: what any of the places is read for that it reaches."""
+        missing = len(shape) - value.rank
+        for dim, (own, out) in enumerate(zip((1,) * missing + value.shape, shape)):
+            if own == 1 < out:
+                need = self.table.or_along(need, dim)
+        return need.reshape(need.shape[missing:])
 
     def _moved_back(self, user: fx.Node, call: Call, value: Value) -> _Need:
         results = [(_made(result)[0].shape, self.found[user, index]) for index, result in self._results(user)]
@@ -350,11 +366,3 @@ def _nowhere(value: Value) -> _Need:
     """What a reader of a value's type or size needs of its elements."""
     nowhere = torch.full((1,) * value.rank, CONST)
     return _Need(nowhere, nowhere)
-
-
-def _placed_back(need: Tensor, shape: tuple[int, ...], value: Value) -> Tensor:
-    """The needs of a result at the places of an operand that broadcasts to it."""
-    missing = len(shape) - value.rank
-    full = (1,) * missing + value.shape
-    spread = any(own == 1 and out > 1 and need.shape[d] > 1 for d, (own, out) in enumerate(zip(full, shape)))
-    return value.ids if spread else need.reshape(need.shape[missing:])

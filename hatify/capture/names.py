@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import fx
 
+from hatify.capture.questions import is_inside
+
 
 def scope_of(node: fx.Node) -> str:
     """The path of the module that an exported node was traced in; "" for the model's own code."""
@@ -26,5 +28,5 @@ def line_behind(node: fx.Node) -> str:
     """The user's innermost line behind a node of a program; empty where there is none."""
     trace = node.meta.get("stack_trace") or ""
     places = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n\s*([^\n]*)', trace)
-    own = [p for p in places if "/hatify/capture/" not in p[0] and "/torch/" not in p[0]]
+    own = [p for p in places if not is_inside(p[0])]
     return f"{own[-1][0]}:{own[-1][1]}: {own[-1][2]}" if own else ""

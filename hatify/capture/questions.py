@@ -52,7 +52,7 @@ def answered(traced: bool, places: list[str]) -> Iterator[None]:
     def answering(function: Callable[..., Any]) -> Callable[..., Any]:
         def ask(*args: Any, **kwargs: Any) -> Any:
             frame = sys._getframe(1)
-            if frame.f_code.co_filename.startswith((_TORCH, _OWN)):
+            if is_inside(frame.f_code.co_filename):
                 return function(*args, **kwargs)
             _note(_asker(frame), places)
             return function(*args, **kwargs) and traced
@@ -95,7 +95,12 @@ def _asker(frame: FrameType) -> FrameType:
 def of_a_model(frame: FrameType) -> bool:
     """Whether a model's own code runs in ``frame``, or one of torch's layers."""
     file = frame.f_code.co_filename
-    return file.startswith(_LAYERS) or not file.startswith((_TORCH, _OWN))
+    return file.startswith(_LAYERS) or not is_inside(file)
+
+
+def is_inside(file: str) -> bool:
+    """Whether a file is torch's or this package's."""
+    return file.startswith((_TORCH, _OWN))
 
 
 def line_of(frame: FrameType) -> str:

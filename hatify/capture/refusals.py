@@ -7,13 +7,13 @@ from collections.abc import Collection
 
 from torch import nn
 
+from hatify.capture.questions import is_inside
 from hatify.errors import CaptureError, HatifyError
 
 
 def untraceable(error: Exception, model: nn.Module, root: nn.Module, called: Collection[str] = ()) -> CaptureError:
     """The user's own line out of an exporter's error. ``called`` are the paths of the leaves that had been called by then."""
-    own = ("/torch/", "/hatify/", "<string>")
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(part in f.filename for part in own)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_inside(f.filename) and f.filename != "<string>"]
     line = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}" if frames else type(model).__name__
     reason = str(error).strip().splitlines()
     first = next((text for text in reason if text.strip()), type(error).__name__)

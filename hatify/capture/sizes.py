@@ -12,6 +12,7 @@ from torch import fx
 from hatify.calling import Signature
 from hatify.capture.branches import Branch
 from hatify.capture.captured import FixedSize, ShapeGuard
+from hatify.capture.questions import is_inside
 
 
 def fixed_sizes(signature: Signature, placeholders: list[fx.Node]) -> list[FixedSize]:
@@ -40,7 +41,7 @@ def guards_of(signature: Signature, placeholders: list[fx.Node], branches: list[
         place = guard.sloc.framework_loc
         filename = getattr(place, "filename", str(place))
         expression = environment.simplify(guard.expr)
-        if "/torch/" not in filename or isinstance(expression, Eq):
+        if not is_inside(filename) or isinstance(expression, Eq):
             held.append((expression, f"{filename}:{getattr(place, 'lineno', '?')}: {getattr(place, 'line', '')}", False))
     found: dict[Any, ShapeGuard] = {}
     for expression, line, doubted in held:

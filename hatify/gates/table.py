@@ -228,12 +228,27 @@ class GateTable(Expressions):
 
     def too_large(self, ids: Tensor) -> bool:
         """Whether some expression of ``ids`` has grown past the size at which it has to widen."""
+        return bool(self._too_large(ids))
+
+    def widened(self, ids: Tensor) -> Tensor:
+        """Upper bounds of ``ids`` in which what has grown past that size is made of what the members of its ORs have in common."""
+        for gate in self._too_large(ids):
+            ids = ids.where(ids != gate, self._widened(gate))
+        return ids
+
+    def _widened(self, gate: int) -> int:
+        kind, *inside = self.keys[gate]
+        if kind == "and":
+            return self.join_all("and", [self._widened(member) for member in sorted(inside[0])])
+        return self.common(sorted(inside[0])) if kind == "or" else gate
+
+    def _too_large(self, ids: Tensor) -> list[int]:
         mixed = sum(size > 1 for size in ids.shape) > 1
         limit = MAX_ATOMS_MIXED if mixed else MAX_ATOMS
         if len(self._most_tensor) < len(self._most):
             self._most_tensor = torch.cat([self._most_tensor, torch.tensor(self._most[len(self._most_tensor) :])])
         suspects = ids[self._most_tensor[ids] > limit]
-        return any(len(self.atoms_in(i)) > limit for i in torch.unique(suspects).tolist())
+        return [i for i in torch.unique(suspects).tolist() if len(self.atoms_in(i)) > limit]
 
     def maskers(self, ids: Tensor) -> list[str]:
         """Names of the maskers that ``ids`` depend on, sorted."""

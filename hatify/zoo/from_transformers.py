@@ -80,7 +80,7 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi": ("PhiForCausalLM", "PhiConfig", {**_TEXT, "bos_token_id": 1, "eos_token_id": 2}),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", {k: v for k, v in _DECODER.items() if k != "head_dim"}),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_DECODER, "num_local_experts": 4}),
-    "mamba": ("MambaForCausalLM", "MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 99, "state_size": 4}),
+    "mamba": ("MambaForCausalLM", "MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 99}),
     "vit": ("ViTForImageClassification", "ViTConfig", _IMAGE),
     "swin": (
         "SwinForImageClassification",
