@@ -299,10 +299,13 @@ def test_a_directory_that_comes_and_goes_is_never_taken_for_a_file(tmp_path):
             there.rename(away)
             away.rename(there)
     try:
+        seen = set()
         for _ in range(20_000):
             assert check_target(there, overwrite=True) == there
+            seen.add(there.exists())
     finally:
         killed(pid)
+    assert seen == {True, False}
 
 
 def test_a_full_disk_leaves_the_old_directory(small, tmp_path, monkeypatch):

@@ -221,3 +221,36 @@ def test_a_condition_that_cannot_be_computed_is_refused() -> None:
         model(of_size(1, 1))
     with pytest.raises(CallError):
         hat(of_size(1, 1))
+
+
+LONG = """
+import torch
+from torch import nn
+
+
+class Long(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.out = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        h = torch.relu(self.first(x))
+        if x.shape[1] < 20:
+            h = h * 2
+        return self.out(h)
+"""
+
+
+@pytest.mark.parametrize("folder", ["plain", "torch", "hatify/capture"])
+def test_a_condition_is_kept_wherever_the_file_lies(folder: str, tmp_path) -> None:
+    file = tmp_path / folder / "long.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(LONG)
+    names: dict = {}
+    exec(compile(LONG, str(file), "exec"), names)
+    model = names["Long"]()
+    hat = hatify.convert(model, 2, example_inputs=EXAMPLE)
+    assert follows(hat, model, of_size(1, 19))
+    with pytest.raises(CallError) as refused:
+        hat(of_size(1, 30))
+    assert f"{file}:13" in str(refused.value)

@@ -22,6 +22,7 @@ from ..gates.layers import MixingNorm
 from ..model import HATModel
 from ..modules import HATLayer, HATRecurrent, LiveMask, Mask, TaskIndexed
 from ..modules.task_indexed import write_buffer
+from ..proof.differences import difference
 from ..registry import describe_as
 from ..rewrite.graph import by_mode
 from .graphs import graph_to
@@ -321,8 +322,5 @@ def _prove(plain: nn.Module, recipe: Recipe, args: tuple, kwargs: dict) -> None:
                 torch.manual_seed(0)
                 out = layer(*given[0], **given[1])
             found.append([t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)] + list(layer.buffers()))
-        same = len(found[0]) == len(found[1]) and all(
-            a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*found)
-        )
-        if not same:
+        if difference(*found) != 0.0:
             raise ValueError(f"its graph does not give what the layer gives in {'train' if training else 'eval'} mode")

@@ -22,6 +22,7 @@ from ..conversion import on_meta
 from ..errors import ArtifactError, ArtifactWarning, HatifyError
 from ..gates.layers import TaskIndexedLayer
 from ..original import OwnCode, has_module, original_of
+from ..proof.differences import difference
 from ..registry import register
 from .fields import Fields
 from .gates import Ids
@@ -196,10 +197,7 @@ def _prove(hat: HATModel, recipe: Recipe | None, tree: nn.Module) -> None:
                 with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradients):
                     torch.manual_seed(0)
                     found.append([t for t in pytree.tree_leaves(code.tried(training, args, kwargs)) if isinstance(t, Tensor)])
-            same = len(found[0]) == len(found[1]) and all(
-                a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*found)
-            )
-            if not same:
+            if difference(*found) != 0.0:
                 raise ValueError("what was captured of it does not give what it gives")
 
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from hatify.capture.alike import again, likeness, looks
 from hatify.capture.repeats import clear_repeats, mark_blocks, repeated_paths
-from hatify.errors import CaptureError
+from hatify.errors import CaptureError, HatifyError
 from hatify.gates.layers import ChannelNorm, Elementwise, MixingNorm
 from hatify.gates.recurrent import Recurrent
 from hatify.modules.closures import memory_of, whole_copy
@@ -237,6 +237,8 @@ def _run_on_fakes(call: LeafCall, mode: Any, inputs: list[Tensor], sizes: list[i
         sizes_kept = mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env else contextlib.nullcontext()
         with torch.random.fork_rng(devices=[]), sizes_kept:
             out = torch.func.functional_call(call.twin, state, args, kwargs)
+    except HatifyError:
+        raise
     except Exception:  # a layer that looks into its data, kept whole: its shapes are learned from real runs
         out = _probed(call, inputs, sizes)
         if out is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hatify.calling import flatten
-from hatify.errors import CallError
+from hatify.errors import CallError, HatifyError
 from hatify.model import HATModel
 from hatify.original import original_of
 from hatify.proof.differences import difference
@@ -76,6 +76,8 @@ def equals_original_on(hat: HATModel, tensors: list[Tensor]) -> bool:
             return False
         try:
             _train_step(original, hat, tensors, 0, None)
+        except HatifyError:
+            raise
         except Exception:
             return True
         try:

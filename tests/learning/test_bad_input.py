@@ -243,6 +243,8 @@ def test_a_frozen_part_need_not_be_in_the_optimizer(hat: HATModel) -> None:
         hat.learning(1, held, steps_per_epoch=5)
     finally:
         hat.stem.requires_grad_(True)
+    with pytest.raises(TaskError, match="lacks parameters"):
+        hat.learning(1, held, steps_per_epoch=5)
 
 
 def test_wrong_class_counts() -> None:
