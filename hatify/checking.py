@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hatify.analysis import analyse
-from hatify.analysis.plan import ROW_LOCKED, TASK_INDEXED
 from hatify.calling import Signature
 from hatify.capture.export import export_mode
 from hatify.conversion import example_call, own_copy
@@ -96,7 +95,7 @@ def _lower_rungs(graphs: list, model: nn.Module) -> list[Problem]:
         return [Problem(error.what, error.where or type(model).__name__, error.why or "", error.fix or "", "error")]
     found = []
     for plan in (*analysis.layers.values(), *analysis.parameters.values()):
-        if plan.rung in (TASK_INDEXED, ROW_LOCKED) and plan.role == "task-indexed":
+        if plan.role == "task-indexed":
             found.append(
                 Problem(
                     "one copy per task instead of shared weights",

@@ -17,12 +17,6 @@ class LockMethods:
 
     _facts: Facts
 
-    def live(self, ids: Tensor, task: int) -> Tensor:
-        """Which gates are live for the binary mask of ``task``: bool, the shape of ``ids``."""
-        program = self._facts.program(ids)
-        masks = {name: m.live(task).float().cpu() for name, m in self.maskers.items() if name in program.maskers()}
-        return (evaluate(program, masks.__getitem__, {}) > 0).reshape(ids.shape)
-
     def locks(self, tasks: Any, *, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
         """For every shared parameter, the elements that ``tasks`` need: bool, the parameter's shape; see :func:`hatify.gates.locked`.
 

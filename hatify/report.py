@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
-
 from hatify.analysis import Analysis
 from hatify.analysis.plan import FROZEN, ROW_LOCKED, RUNGS, TASK_INDEXED
 from hatify.capture import Captured
@@ -47,7 +45,7 @@ def make_report(hat, analysis: Analysis, graphs: list[Captured], notes: list[str
     counted: set[int] = set()
     original = set(hat._facts.original_names)
 
-    def add(path: str, module: nn.Module | None, names: list[str], was: str, became: str, rung: str, reason: str) -> None:
+    def add(path: str, names: list[str], was: str, became: str, rung: str, reason: str) -> None:
         size = 0
         for name in names:
             parameter = hat.get_parameter(name)
@@ -63,11 +61,11 @@ def make_report(hat, analysis: Analysis, graphs: list[Captured], notes: list[str
         module = hat.get_submodule(path)
         names = [f"{path}.{n}" for n, _ in module.named_parameters(remove_duplicate=False) if f"{path}.{n}" in original]
         was = module.plain_class.__name__ if isinstance(module, HATLayer | HATRecurrent | TaskIndexed) else type(module).__name__
-        add(path, module, names, was, type(module).__name__, plan.rung, plan.reason)
+        add(path, names, was, type(module).__name__, plan.rung, plan.reason)
     for name, plan in analysis.parameters.items():
         became = "TaskIndexedParameter" if plan.rung == TASK_INDEXED else "HAT weight"
-        add(name, None, [name], "Parameter", became, plan.rung, plan.reason)
-    used = {name for name in analysis.uses}
+        add(name, [name], "Parameter", became, plan.rung, plan.reason)
+    used = set(analysis.uses)
     for name in sorted(original):
         try:
             parameter = hat.get_parameter(name)
@@ -75,7 +73,7 @@ def make_report(hat, analysis: Analysis, graphs: list[Captured], notes: list[str
             continue
         if id(parameter) not in counted:
             reason = "locked as a whole" if name in used else "not used by the graph"
-            add(name, None, [name], "Parameter", "Parameter", ROW_LOCKED if name in used else FROZEN, reason)
+            add(name, [name], "Parameter", "Parameter", ROW_LOCKED if name in used else FROZEN, reason)
     return ConversionReport(
         tasks=hat.config.num_tasks,
         classes=list(hat.settings["classes"] or [None] * hat.config.num_tasks),

@@ -2,13 +2,13 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import hatify
+from hatify import verification
 from hatify.cli.convert import short_name
 from hatify.cli.main import app
 from hatify.cli.tree import collapse, grow
@@ -153,21 +153,11 @@ def test_force_replaces_and_nothing_else_does(work):
 
 
 def test_a_failed_proof_writes_nothing(work, monkeypatch):
-    convert = hatify.convert
-
-    def disproved(*args, **kwargs):
-        hat = convert(*args, **{**kwargs, "verify": False})
-        measured = dict(parity=0.5, parity_no_grad=0.0, parity_train=0.0)
-        proof = SimpleNamespace(ok=False, **measured, drift=0.25, control=1.0, notes=["n"], seconds={})
-        proof.to_dict = lambda: {"ok": False}
-        hat.verification = proof
-        return hat
-
-    monkeypatch.setattr(hatify, "convert", disproved)
-    result = run("convert", *MODEL, code=1)
-    assert "not proved" in result.stderr and "FAILED" in result.stdout and "0.5" in result.stdout
-    assert json.loads(run("convert", *MODEL, "--json", code=1).stdout)["path"] is None
-    assert os.listdir(work) == []
+    monkeypatch.setattr(verification, "drift_and_control", lambda *arguments: (0.25, 1.0))
+    for more in ((), ("--json",)):
+        result = run("convert", *MODEL, *more, code=1)
+        assert "a promise does not hold" in result.stderr and "drift 0.25" in result.stderr and result.stdout == ""
+        assert os.listdir(work) == []
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hatify.analysis.functional import is_parameter, weighted_call
 from hatify.analysis.heads import Heads, operator_name
 from hatify.analysis.leaf_calls import leaf_call
 from hatify.analysis.needs import narrow_to_needs
-from hatify.analysis.operators import FINITE, FRESH, KEEPING_REPEATS, RANDOM, SWITCHES, ZEROS
+from hatify.analysis.operators import FINITE, FRESH, KEEPING_REPEATS, SWITCHES, ZEROS
 from hatify.analysis.origins import CASTS, MOVES, result_origins
 from hatify.analysis.plan import TASK_INDEXED, Analysis, LayerPlan, Masked, Ratio, Size, Step, node_of
 from hatify.analysis.raw_parameters import surely_indexed
@@ -24,6 +24,7 @@ from hatify.analysis.ties import ties
 from hatify.analysis.weight_calls import weight_call
 from hatify.capture import Captured
 from hatify.capture.captured import ByMode
+from hatify.capture.effects import is_random
 from hatify.errors import ConversionError
 from hatify.gates import State, Use, Value
 from hatify.gates.rules import RULES, Call, Gates, Outcome, unknown
@@ -134,7 +135,7 @@ class Analyst:
                 if captured is self.graphs[0]:
                     self.analysis.values[node] = self.env[node]
             for value in captured.writes.values():
-                self.analysis.steps[value, "write"] = Step((self._materialised(self.env[value]),), {}, None)
+                self.analysis.steps[value, "write"] = Step((self._materialised(self.env[value]),), {})
         return self.analysis
 
     def _visit(self, node: fx.Node) -> Any:
@@ -147,7 +148,7 @@ class Analyst:
                 if isinstance(value, Value) and value.origin is not None:  # made of weights alone: whoever reads it, reads them all
                     self.other_use.update(value.origin.names)
             args = pytree.tree_map(lambda n: self._materialised(self.env[n]) if isinstance(n, fx.Node) else n, node.args)
-            self.analysis.steps[node] = Step(args, {}, None)
+            self.analysis.steps[node] = Step(args, {})
             return None
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.env[n])
         if node.op == "call_module":
@@ -182,7 +183,7 @@ class Analyst:
         val = node.meta.get("val")
         name = operator_name(node)
         if name in SWITCHES:
-            self.analysis.steps[node] = Step(args, kwargs, None)
+            self.analysis.steps[node] = Step(args, kwargs)
             return Size(1, node) if name in ("is_grad_enabled", "enter_autocast") else None
         if name == "getitem" and isinstance(args[0], list | tuple | dict):
             picked = args[0][args[1]]
@@ -206,7 +207,7 @@ class Analyst:
         if not any(v.gated for v in values):
             if all(v.constant for v in values):
                 return self._constant(node, call)
-            self.analysis.steps[node] = Step(call.args, call.kwargs, None)
+            self.analysis.steps[node] = Step(call.args, call.kwargs)
             return self.results(node, val, None)
         outcome = self._ruled(node, call)
         return self.settled(node, outcome, call)
@@ -238,7 +239,7 @@ class Analyst:
         if lost and not weighted:
             outcome = self._joined_along_open(call, outs[0].ids, vals[0]) or unknown(self, call)
             outs = [outcome.out]
-        self.analysis.steps[node] = Step(outcome.args, outcome.kwargs, None, live=outcome.live if self.live else None)
+        self.analysis.steps[node] = Step(outcome.args, outcome.kwargs, live=outcome.live if self.live else None)
         results = self.results(node, val, outs)
         if lost and weighted:
             results = pytree.tree_map(lambda v: clean(self, v).top(), results, is_leaf=lambda v: isinstance(v, Value))
@@ -296,8 +297,8 @@ class Analyst:
         """A result that does not depend on data; its actual value where all operands' values are known."""
         val = node.meta["val"]
         values = call.values()
-        self.analysis.steps[node] = Step(call.args, call.kwargs, None)
-        known = known and call.name not in RANDOM and all(v.known is not None for v in values) and self._concrete(node)
+        self.analysis.steps[node] = Step(call.args, call.kwargs)
+        known = known and not is_random(call.func) and all(v.known is not None for v in values) and self._concrete(node)
         actual: list[Tensor | None] = [None] * len(tensors_of(val))
         if known and not any(isinstance(a, ByMode) for a in pytree.tree_leaves(node.meta.get("by_mode", ()))):
             args, kwargs = call.map(lambda v: v.known)
@@ -330,7 +331,7 @@ class Analyst:
         """Arithmetic on sizes, at the example's sizes."""
         val = node.meta["val"]
         if isinstance(val, int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool):
-            self.analysis.steps[node] = Step(args, kwargs, None)
+            self.analysis.steps[node] = Step(args, kwargs)
             value = concrete(val)
             return value if isinstance(value, bool) else Ratio(value, node) if isinstance(value, float) else Size(value, node)
         raise ConversionError(f"{operator_name(node)} gives neither tensors nor a size", where=node.meta.get("line") or node.name)

@@ -82,7 +82,7 @@ class Heads:
                 for name in found:
                     is_head = not behind[node] and node not in writes and not self._lookup(node)
                     by_name.setdefault(name, []).append((node, is_head))
-                    self._count_uses(node, name, captured)
+                    self._count_uses(node, name)
         for name, seen in by_name.items():
             if all(is_head for _, is_head in seen):
                 self.nodes.update(node for node, _ in seen)
@@ -110,7 +110,7 @@ class Heads:
             return not isinstance(meaning, Weighted) or meaning.lookup
         return operator_name(node) == "embedding"
 
-    def _count_uses(self, node: fx.Node, name: str, captured: Captured) -> None:
+    def _count_uses(self, node: fx.Node, name: str) -> None:
         if node.op == "call_module":
             for key, parameter in self.model.get_submodule(name).named_parameters():
                 self.uses.setdefault(id(parameter), set()).add(f"{name}.{key}")

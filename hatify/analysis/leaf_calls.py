@@ -54,7 +54,7 @@ def leaf_call(run: Analyst, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         return _recurrent_layer(run, node, path, leaf, meaning, call)
     run.plan(_other_plan(path, leaf, meaning))
     if not any(v.gated for v in call.values()):
-        run.analysis.steps[node] = Step(call.args, call.kwargs, None)
+        run.analysis.steps[node] = Step(call.args, call.kwargs)
         results = run.results(node, node.meta["val"], None)
     elif isinstance(meaning, Elementwise):
         results = run.settled(node, _both_modes(run, leaf, call, meaning), call)

@@ -20,9 +20,6 @@ FINITE = {*MOVES, *CASTS, *FRESH, "add", "sub", "mul", "sigmoid", "tanh", "relu"
           "layer_norm", "zeros", "ones", "arange", "linspace", "sin", "cos", "neg", "abs", "upsample_bilinear2d", "upsample_bicubic2d",
           "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "bernoulli", "rand", "randn", "div"}  # fmt: skip
 """Operators that make no infinities out of finite constants."""
-RANDOM = {"bernoulli", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "multinomial",
-          "empty", "new_empty", "empty_like", "uniform", "dropout", "native_dropout", "exponential"}  # fmt: skip
-"""Operators that give other values each time, or whatever memory held."""
 KEEPING_REPEATS = {*MOVES, *CASTS, *UNARY, *PARTIAL, *PRODUCT, *QUOTIENT, *ADDITIVE, *REDUCE, *ALONG, *POOLS, *SPELLED,
                    "pow", "masked_fill", "dropout"} - {"linear"}  # fmt: skip
 """Operators whose rules say the same of gates that repeat along an open size (the heads of each sample) at every size."""

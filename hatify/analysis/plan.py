@@ -51,11 +51,10 @@ def node_of(value: Value) -> fx.Node:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What becomes of one node: its operands (handles are nodes or :class:`Masked`), a live mask for a norm, its results."""
+    """What becomes of one node: its operands (handles are nodes or :class:`Masked`), and a live mask for a norm."""
 
     args: tuple
     kwargs: dict[str, Any]
-    results: Any
     live: Value | None = None
 
 
@@ -78,11 +77,11 @@ class LayerPlan:
 
 @dataclass
 class Analysis:
-    """The decisions for all graphs of one model."""
+    """The decisions for all graphs of one model. ``steps`` are by node, and by ``(node, "write")`` for what a buffer is given."""
 
     table: GateTable = field(default_factory=GateTable)
     sizes: dict[str, int] = field(default_factory=dict)
-    steps: dict[fx.Node, Step] = field(default_factory=dict)
+    steps: dict[Any, Step] = field(default_factory=dict)
     layers: dict[str, LayerPlan] = field(default_factory=dict)
     parameters: dict[str, LayerPlan] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
+
+UNSET = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "empty_permuted"}
+"""Operators whose results hold what the memory held."""
 
 
 def has_effect(node: fx.Node, model: nn.Module) -> bool:
@@ -16,7 +21,16 @@ def has_effect(node: fx.Node, model: nn.Module) -> bool:
     """
     if node.op == "call_module":
         return not all(map(_is_pure, model.get_submodule(node.target).modules()))
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return _draws(node.target)
+
+
+def is_random(operator: Any) -> bool:
+    """Whether an operator of torch gives other values each time: it draws them, or takes what the memory held."""
+    return _draws(operator) or getattr(operator, "__name__", "").partition(".")[0] in UNSET
+
+
+def _draws(operator: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(operator, "tags", ())
 
 
 def _is_pure(module: nn.Module) -> bool:

@@ -12,11 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils._python_dispatch import _disable_current_modes
 
+from hatify.capture.effects import is_random
 from hatify.errors import CallError
-
-RANDOM = {"bernoulli", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "multinomial",
-          "dropout", "native_dropout", "empty", "empty_like", "new_empty"}  # fmt: skip
-
 
 DETACHED = torch.ops.aten.detach_.default
 """In place by name, but it changes no value: ``torch.tensor([...])`` ends with it."""
@@ -122,9 +119,8 @@ class _Reader:
             held = getattr(self.literals, node.target, None)
             done[node] = held if isinstance(held, Tensor) and not isinstance(held, FakeTensor | nn.Parameter) else None
         elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            name = node.target._schema.name.split("::")[1]
             operands = [self._evaluate(n, names, done, read) for n in node.all_input_nodes]
-            pure = node.target is DETACHED or name not in RANDOM and not node.target._schema.is_mutable
+            pure = node.target is DETACHED or not is_random(node.target) and not node.target._schema.is_mutable
             if pure and all(o is not None for o in operands):
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: done[n])
                 done[node] = node.target(*args, **kwargs)

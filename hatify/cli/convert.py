@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .failures import FAILED, failures, show
+from .failures import failures
 from .steps import Steps, working
 
 __all__ = ["convert"]
@@ -86,9 +86,6 @@ def convert(
                              heads.value, locking.value, not no_verify, dtype and dtype.value)  # fmt: skip
         weights = "pretrained" if pretrained else f"checkpoint {checkpoint}" if checkpoint else "random"
         _print(hat, model, weights, path, {**steps.seconds, **hat.report.seconds}, as_json)
-        if path is None:
-            show(_not_proved(target))
-            raise typer.Exit(FAILED)
 
 
 def _run(
@@ -104,8 +101,8 @@ def _run(
     locking: str,
     verify: bool,
     dtype: str | None,
-) -> tuple[Any, Path | None]:
-    """The converted model, and where it was written (None if the proof failed)."""
+) -> tuple[Any, Path]:
+    """The converted model, and where it was written."""
     steps("import")
     from ..artifact import save
     from ..artifact.atomic import check_target
@@ -130,8 +127,6 @@ def _run(
         progress=steps,
     )
     hat.source = source
-    if hat.verification is not None and not hat.verification.ok:
-        return hat, None
     steps("save")
     return hat, save(hat, target, overwrite=force, dtype=None if dtype is None else named(dtype))
 
@@ -158,13 +153,13 @@ def import_from_here() -> None:
         sys.path.insert(0, os.getcwd())
 
 
-def _print(hat: Any, model: str, weights: str, path: Path | None, seconds: dict[str, float], as_json: bool) -> None:
+def _print(hat: Any, model: str, weights: str, path: Path, seconds: dict[str, float], as_json: bool) -> None:
     if as_json:
         proof = hat.verification
         report = {
             "model": model,
             "weights": weights,
-            "path": None if path is None else str(path),
+            "path": str(path),
             "report": hat.report.to_dict(),
             "verification": None if proof is None else proof.to_dict(),
             "seconds": seconds,
@@ -174,14 +169,3 @@ def _print(hat: Any, model: str, weights: str, path: Path | None, seconds: dict[
     from .render import print_conversion
 
     print_conversion(hat, model, weights, path, seconds)
-
-
-def _not_proved(target: Path) -> Any:
-    from ..errors import ConversionError
-
-    return ConversionError(
-        "the conversion is not proved: the check of parity and drift failed",
-        where=str(target),
-        why="nothing was written; the numbers are above",
-        fix="report the model; --no-verify writes it all the same, without its guarantees",
-    )

@@ -32,7 +32,7 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=_LOG_WIDTH)
 
 
-def print_conversion(hat: Any, model: str, weights: str, path: Path | None, seconds: dict[str, float]) -> None:
+def print_conversion(hat: Any, model: str, weights: str, path: Path, seconds: dict[str, float]) -> None:
     """Everything about a conversion: what became of the layers, what was proved, and where it was written."""
     console, report = _console(), hat.report
     console.print(layer_tree(model, report.layers))
@@ -51,8 +51,7 @@ def print_conversion(hat: Any, model: str, weights: str, path: Path | None, seco
     facts.append(("seconds", ", ".join(f"{step} {value:.1f}" for step, value in seconds.items())))
     notes = [*report.notes, *(hat.verification.notes if hat.verification is not None else [])]
     facts += [("note", str(note)) for note in dict.fromkeys(map(str, notes))]
-    if path is not None:
-        facts.append(("written to", Text(str(path), style="bold")))
+    facts.append(("written to", Text(str(path), style="bold")))
     _facts(console, facts)
 
 

@@ -165,13 +165,10 @@ class GateTable(Expressions):
         """``a op b`` for two expressions."""
         if a == b:
             return a
-        neutral, absorbing = (CONST, TOP) if op == "or" else (TOP, None)
         if CONST in (a, b):  # CONST takes on the other's gate, in a sum and in a product
-            return a + b
-        if absorbing in (a, b):
-            return TOP
-        if neutral in (a, b):
-            return a if b == neutral else b
+            return a + b - CONST
+        if TOP in (a, b):
+            return TOP if op == "or" else a + b - TOP
         number = _pair_number(min(a, b), max(a, b))
         found = self._pairs[op].get(number)
         if found is None:

@@ -306,11 +306,6 @@ class Protection:
         for entry in self:
             entry.return_to_old()
 
-    def moved(self) -> dict[str, int]:
-        """Protected elements that differ from their values, by tensor; empty if all is well."""
-        found = {entry.name: entry.moved() for entry in self}
-        return {name: count for name, count in found.items() if count}
-
     def parameters(self) -> dict[int, Locked]:
         """Protected parameters by their id."""
         return {id(entry.tensor): entry for entry in self if isinstance(entry.tensor, nn.Parameter)}

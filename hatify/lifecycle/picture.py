@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from hatify.capture.effects import is_random
 from hatify.lifecycle.plain import Plain
-
-RANDOM = {"bernoulli", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "multinomial",
-          "empty", "new_empty", "empty_like", "uniform", "exponential"}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +54,7 @@ class Picture:
             for node in plain.graph.nodes:
                 env[node] = self._run(plain, node, env, given)
                 sources = [fixed[n] for n in node.all_input_nodes]
-                constant = node.op == "get_attr" or (node.op == "call_function" and operator_of(node) not in RANDOM)
+                constant = node.op == "get_attr" or (node.op == "call_function" and not is_random(node.target))
                 sized = isinstance(env[node], int | float) and not isinstance(env[node], bool)
                 fixed[node] = constant and all(sources) and not sized
                 self.seen[node] = _look(env[node], self._constant(node), env[node] if fixed[node] else None)
@@ -71,9 +69,9 @@ class Picture:
         return self.seen[node]
 
     def _constant(self, node: fx.Node) -> bool:
-        if node.op in ("placeholder", "call_module", "output"):
-            return node.op == "get_attr"
-        return all(self.seen[n].constant or self.seen[n].size is not None for n in node.all_input_nodes)
+        told = node.op not in ("placeholder", "call_module", "output")
+        sources = [self.seen[n] for n in node.all_input_nodes]
+        return told and all(seen.constant or seen.size is not None for seen in sources)
 
     def _run(self, plain: Plain, node: fx.Node, env: dict, given: Any) -> Any:
         if node.op == "placeholder":

@@ -49,10 +49,6 @@ class TaskIndexed:
 
         return call(chosen) if mask is None else norm_with(chosen, mask, x, call)
 
-    def copies(self) -> list[nn.Module]:
-        """The copies of all tasks, in order."""
-        return list(self.tasks)
-
 
 @cache
 def task_indexed_class(base: type[nn.Module]) -> type:

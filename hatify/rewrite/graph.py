@@ -31,8 +31,8 @@ OPERATORS = {
     "aten.div.Tensor": operator.truediv, "aten.view.default": torch.reshape, "aten._unsafe_view.default": torch.reshape,
     "aten.reshape.default": torch.reshape,
 }  # fmt: skip
-EFFECTS = (write_buffer, *SWITCHES)
 """Operators that read better as Python's or torch's own: the same kernels. A mask may change strides, so views become reshapes."""
+EFFECTS = (write_buffer, *SWITCHES)
 LIVE = {"layer_norm": live_norms.layer_norm, "rms_norm": live_norms.rms_norm, "group_norm": live_norms.group_norm}
 LIVE_ARGUMENTS = {
     "layer_norm": (("shape", 1, None), ("weight", 2, None), ("bias", 3, None), ("eps", 4, 1e-5)),
@@ -309,9 +309,7 @@ def readable(source: str, graph: fx.Graph) -> str:
     current = None
     for line in source.strip().splitlines():
         line = re.sub(r";  (?:\w+ = )+None", "", line)
-        line = (
-            line.replace("torch.ops.aten.", "aten.").replace("hatify_modules_live_norms_", "live_").replace("(self, ", "(self, ", 1)
-        )
+        line = line.replace("torch.ops.aten.", "aten.").replace("hatify_modules_live_norms_", "live_")
         line = re.sub(r"hatify_(?:modules_task_indexed|rewrite_graph)_", "", line)
         assigned = re.match(r"    (\w+) = ", line)
         scope = scopes.get(assigned.group(1)) if assigned else None

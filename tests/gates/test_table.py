@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hatify.gates import CONST, TOP, GateTable
+from hatify.gates.rules import RULES
 from hatify.gates.table import MAX_ATOMS, MAX_ATOMS_MIXED
 
 operators = st.sampled_from(["or", "and"])
@@ -236,3 +237,10 @@ def test_describe_cuts_long_lists() -> None:
 
 def test_sizes_of_the_random_expressions_match_their_tables() -> None:
     assert all(len(mask) == SIZES[name] for name, mask in random_masks(0).items())
+
+
+def test_every_rule_is_of_an_operator_that_exists() -> None:
+    operators = {schema.name.partition("::")[2].partition(".")[0] for schema in torch._C._jit_get_all_schemas()}
+    rooms = (torch, torch.nn.functional, torch.Tensor)
+    assert RULES.rules
+    assert [name for name in RULES.rules if name not in operators and not any(hasattr(room, name) for room in rooms)] == []

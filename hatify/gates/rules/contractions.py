@@ -234,6 +234,6 @@ SPELLED: dict[str, Callable[[Call], Contraction | None]] = {
 
 def register(rules: RuleTable) -> None:
     rules.add(["matmul", "bmm", "mm", "einsum"], contracted)
-    rules.add(["addmm", "baddbmm", "addbmm"], matrix_add)
+    rules.add(["addmm", "baddbmm"], matrix_add)
     rules.add(["linear"], linear)
     rules.add(["scaled_dot_product_attention"], attention)

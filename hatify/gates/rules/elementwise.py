@@ -90,7 +90,6 @@ UNARY = [
     "feature_alpha_dropout",
     "rsub",
     "deg2rad",
-    "relu_",
     "positive",
     "polygamma",
 ]

@@ -45,6 +45,6 @@ def instance_norm(run: Interpreter, call: Call) -> Outcome:
 
 
 def register(rules: RuleTable) -> None:
-    rules.add(["layer_norm", "rms_norm", "native_layer_norm_"], layer_norm)
+    rules.add(["layer_norm", "rms_norm"], layer_norm)
     rules.add(["group_norm"], group_norm)
     rules.add(["instance_norm"], instance_norm)
