@@ -27,6 +27,7 @@ from hatify.capture.refusals import untraceable, writes_parameter
 from hatify.capture.regions import SWITCHES
 from hatify.capture.repeats import NotRepeatable
 from hatify.capture.selections import known_selections
+from hatify.capture.spelled import spelled_sizes
 from hatify.capture.tree import called_paths, clear_calls, copy_tree, mark_functions, mark_leaves
 from hatify.errors import CaptureError
 
@@ -162,7 +163,7 @@ def _export(flat: _Flat, inputs: list[Tensor], model: nn.Module, open_sizes: boo
     The exporter's memory of operators costs more than it saves where sizes are open; leaves have one of their own (alike.py).
     """
     memory = config.patch(fake_tensor_cache_enabled=False)
-    with _quiet(), torch.enable_grad(), mark_functions(), set_aside(), memory:
+    with _quiet(), torch.enable_grad(), mark_functions(), set_aside(), spelled_sizes(), memory:
         first: Exception | None = None
         if open_sizes:
             try:
