@@ -28,7 +28,8 @@ from hatify.learning.reading import Reading, evaluates
 from hatify.learning.steps import GUARDS, Steps, watch_all_optimizers
 from hatify.learning.turns import Turns
 from hatify.modules.continuous import is_continuous
-from hatify.modules.shards import agreed, shard_again
+from hatify.modules.replacing import ASKED
+from hatify.modules.shards import agreed, shard_again, sharded
 
 if TYPE_CHECKING:
     from hatify.learning.free import FreeWeights
@@ -45,6 +46,7 @@ class Guard:
         turns: the passes that are on their way.
         generation: counts the changes of what is protected; what finished tasks are is the same while it is.
         free: what a task that was begun gives back when it is finished.
+        replaced: whether a protected parameter gave way to one with the same protected values since.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -57,7 +59,7 @@ class Guard:
         self._hooks: list[Any] = []
         self._unhooked: list[Locked] = []
         self._opened = False
-        self._stale = False
+        self._stale = self.replaced = False
         self._stepped = False
         self._settled: dict[int, list[int]] = {}
         self._readings: dict[int, Reading] = {}
@@ -153,7 +155,7 @@ class Guard:
 
     def _set(self, protection: Protection) -> None:
         self.protection = protection
-        self._stepped = False
+        self._stepped = self.replaced = False
         self._settled.clear()
         self._hook()
         self.steps.network_changed()
@@ -184,6 +186,8 @@ class Guard:
         """Whether there is anything to watch over."""
         if self._stale:
             self.refresh()
+        elif self.replaced:
+            self.follow()
         return bool(self.protection.tasks) or self.session is not None
 
     @property
@@ -197,7 +201,7 @@ class Guard:
         if self._stale:
             self.refresh()
         elif not self._opened:
-            if self.protection.elsewhere:
+            if self.protection.elsewhere or self.protection.replaced(self.module):
                 self.follow()
             self.steps.undo_broken()
             self.protection.restore(look=self._watched)
@@ -299,6 +303,25 @@ class Guard:
                 if new is not None and new.shape == entry.tensor.shape and entry.differs(new):
                     changed.append(name)
         return changed
+
+
+def _keep(parameter: Tensor, new: object) -> None:
+    """Refuses to have a parameter replaced that finished tasks need, unless by one with their values, or while they are written on
+    purpose."""
+    for guard in [g for g in list(GUARDS) if g.alive and not g.is_open]:
+        entry = next((e for e in guard.protection if e.tensor is parameter), None)
+        if entry is None or sharded(parameter) or isinstance(new, Tensor) and sharded(new):
+            continue  # a shard of it, or what its shards were gathered to, which are followed as such
+        if not isinstance(new, Tensor) or new.shape != parameter.shape or entry.differs(new):
+            raise TaskError(
+                f"{entry.name} holds what finished tasks need, and would be replaced by another parameter",
+                why="the locks are on the one that is there",
+                fix="write into it instead (load_state_dict without assign=True); prune and parametrize before the conversion",
+            )
+        guard.replaced = True
+
+
+ASKED.append(_keep)
 
 
 def _masking(entry: Locked) -> Any:

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from hatify.errors import TaskError
 from hatify.learning import bits
 from hatify.learning.network import Network
 from hatify.modules.masker import in_type
@@ -259,6 +260,26 @@ class Protection:
     def elsewhere(self) -> bool:
         """Whether the network was cast or moved, wholly or in part, and the values were not."""
         return any(entry.elsewhere for entry in self)
+
+    def replaced(self, module: nn.Module) -> bool:
+        """Whether the network holds other tensors by now than those that are protected, with the same protected values.
+
+        Raises:
+            TaskError: it holds others with other values, or none.
+        """
+        tensors, found = _tensors(module), False
+        for entry in self:
+            held = tensors.get(entry.name)
+            if held is entry.tensor:
+                continue
+            if held is None or held.shape != entry.tensor.shape or entry.differs(held):
+                raise TaskError(
+                    f"{entry.name} was replaced by another tensor, and finished tasks need its values",
+                    why="the locks are on the one that was there: whatever replaced it was not kept from doing so",
+                    fix="write into it instead; hat.state_dict() of an earlier copy has the values",
+                )
+            found = True
+        return found
 
     def follow(self, module: nn.Module) -> None:
         """The network was moved or cast, or its tensors were replaced: so are the values."""

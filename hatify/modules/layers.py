@@ -13,9 +13,10 @@ from hatify.modules.eager import Seen
 from hatify.modules.masker import Masker
 from hatify.modules.payload import HATPayload, weighted_of_payload
 from hatify.modules.recurrent import RECURRENT, HATRecurrent, add_maskers
+from hatify.modules.replacing import AsksBeforeReplacing
 
 
-class HATLayer:
+class HATLayer(AsksBeforeReplacing):
     """Mixin of HAT layers. On a tensor it is the plain layer, with ``mask`` on the channels of its output and ``inputs`` on those of its
     input, if given; on a payload it masks its input first and leaves its own mask pending on the output (section 3.1). ``masker`` may be
     None: a shared output layer without a mask."""

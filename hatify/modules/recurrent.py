@@ -15,13 +15,14 @@ from hatify.modules.context import TaskContext
 from hatify.modules.masker import Masker
 from hatify.modules.masking import apply_mask
 from hatify.modules.payload import HATPayload
+from hatify.modules.replacing import AsksBeforeReplacing
 from hatify.registry import describe_as
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 """The plain classes whose HAT layers have several maskers."""
 
 
-class HATRecurrent:
+class HATRecurrent(AsksBeforeReplacing):
     """Mixin of recurrent HAT layers: ``HATRNN``, ``HATGRU``, ``HATLSTM`` and their cells.
 
     Without a task it is the plain layer. With one it is the plain layer too, on folded weights (:meth:`folded`): units that are

@@ -16,9 +16,10 @@ from hatify.modules.config import HATConfig, config_of
 from hatify.modules.context import TaskContext
 from hatify.modules.copies import copy_module
 from hatify.modules.payload import HATPayload, norm_of_payload
+from hatify.modules.replacing import AsksBeforeReplacing
 
 
-class TaskIndexed:
+class TaskIndexed(AsksBeforeReplacing):
     """Mixin of task-indexed modules: the module itself serves calls without a task, ``tasks[t]`` serves task ``t``.
 
     So the original keys stay: ``bn1.weight`` without a task, ``bn1.tasks.3.weight`` for task 3. A call of a task with a

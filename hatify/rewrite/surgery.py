@@ -180,7 +180,7 @@ def describe_base(layer: nn.Module):
     """The description of a layer that has already been raised."""
     if isinstance(layer, TaskIndexed | HATLayer):
         plain = copy.copy(layer)
-        plain.__class__ = type(layer).__mro__[2]
+        plain.__class__ = layer.plain_class
         return describe(plain)
     return describe(layer)
 
