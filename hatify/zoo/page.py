@@ -24,9 +24,8 @@ task feels (an unlocked weight that it feels would be a leak, and no proof), in 
 out, for no input tried could show whether they count: taps of dilated convolutions that met padding only, experts that no token chose,
 rows of tables that no index named; *open* means that other image sizes or lengths are taken.
 
-Where slack is left: Mamba locks the steps of its scan wherever they are live, and about a quarter of them is felt, for a reason that is not
-known yet; of DETR, the values of the first decoder layer, whose queries start at zero, were never felt; OPT has one weight as table and
-output layer.
+Where slack is left: of DETR, the values of the first decoder layer are never felt, for the queries that they are made of are zeros; OPT has
+one weight as table and output layer, and the rows of tokens that no input named are felt by one of the two alone (1.000 where all are named).
 """
 
 
