@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hatify.rewrite.scope import check_setting
+
 
 class ChildrenByName(nn.Module):
     """The part of a HAT model that finds the original's children, parameters and buffers, whatever these are called."""
@@ -14,6 +16,7 @@ class ChildrenByName(nn.Module):
         if hasattr(type(self), name):  # what the class has is never a child, even if a child is called so
             object.__setattr__(self, name, value)
         else:
+            check_setting(self, self.__dict__.get("_numbers", {}), name, value)
             super().__setattr__(name, value)
 
     def __getitem__(self, key: int | str) -> nn.Module | Tensor:

@@ -87,6 +87,7 @@ def _prepared(self: HATModel, args: tuple, kwargs: dict[str, Any], task: int | N
         self._guard.remember(task, args, {**kwargs, "task": task})
     tensors = self._facts.signature.bind(args, kwargs)
     self._facts.check_sizes(tensors)
+    self.check_modes()
     if self._facts.selections and not torch.compiler.is_compiling():
         check_selections(self._facts.selections, self.get_buffer)
     scale = mask_scale if task is not None or payload is None else None

@@ -29,6 +29,7 @@ from hatify.learning.network import Converted, network_of
 from hatify.locking import LockMethods
 from hatify.modules import HATConfig, Masker, TaskContext
 from hatify.original import OwnCode
+from hatify.part_modes import check_modes, parts_that_ask
 from hatify.rewrite.carrying import Carried, carrying, modules_of
 from hatify.rewrite.graph import readable, spelled
 from hatify.rewrite.scope import Scope
@@ -53,7 +54,7 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
 
     def __init__(self, root: Scope, graph: fx.Graph, train_graph: fx.Graph | None, facts: Facts) -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name="HATModel")
-        self.__dict__["_facts"] = facts
+        self.__dict__["_facts"], self.__dict__["_numbers"] = facts, root._numbers
         for shelf in ("_parameters", "_buffers", "_modules"):
             # fx keeps only what the graph names; unused and aliased entries belong to the state dict too, in order
             self.__dict__[shelf] = dict(root.__dict__[shelf])
@@ -81,6 +82,7 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
             cls._train = _compiled(self.train_graph, "train graph")
         cls.forward = forward
         self.__dict__.pop("_carrying", None)
+        self.__dict__.pop("_asking_parts", None)
         return code
 
     def run(self, tensors: list[Tensor], task: TaskContext | None) -> tuple[Tensor, ...]:
@@ -102,6 +104,19 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
             torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)),
         ):
             return generated(self, *tensors, task)
+
+    def check_modes(self) -> None:
+        """See :func:`hatify.part_modes.check_modes`.
+
+        Raises:
+            CallError: a part is in another mode than the network, and asks for it in its own code.
+        """
+        parts = self.__dict__.get("_asking_parts")
+        if parts is None:
+            graphs = [self.graph] if self.train_graph is None else [self.graph, self.train_graph]
+            parts = self.__dict__["_asking_parts"] = parts_that_ask(self, graphs, self._facts.room)
+        if parts:
+            check_modes(parts, self.training, self._facts.own_modes.get(self.training, ()))
 
     def _that_carries(self) -> Callable | None:
         """The code of the mode in which weights carry masks (:mod:`hatify.rewrite.carrying`), made when it is first called; None where
@@ -297,7 +312,7 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
 
     def _copied(self, memo: dict) -> HATModel:
         self._guard.restore()
-        root = Scope(type(self).__name__)
+        root = Scope(type(self).__name__, self._numbers)
         for shelf in ("_parameters", "_buffers", "_modules"):
             root.__dict__[shelf] = copy.deepcopy(dict(self.__dict__[shelf]), memo)
         root._non_persistent_buffers_set = set(self._non_persistent_buffers_set)

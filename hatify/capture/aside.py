@@ -68,6 +68,16 @@ def hooks_left(model: nn.Module, leaves: Mapping[str, nn.Module]) -> list[str]:
     return notes + ([f"hooks of parameters stay with the original's\n{', '.join(tensors)}"] if tensors else [])
 
 
+def kept_tensors(root: nn.Module, before: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Attributes of modules that a traced forward has put tensors into, by path; ``before`` are the attributes by the module's path."""
+    return [
+        f"{path}.{name}".removeprefix(".")
+        for path, module in root.named_modules()
+        for name, value in vars(module).items()
+        if value is not before.get(path, {}).get(name) and isinstance(value, FakeTensor | FunctionalTensor)
+    ]
+
+
 def _refuse_hook(tensor: Tensor, hook: Any) -> NoReturn:
     raise CaptureError(
         "forward registers a hook on a gradient",

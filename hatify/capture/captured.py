@@ -58,7 +58,8 @@ class Captured:
     ``eval_only`` says that train mode could not be captured, ``open_sizes`` that all sizes were left open to the exporter. ``asks`` are
     the places where the model's code asks whether gradients are on, by mode (True: train mode); ``own_modes`` the modules
     that the model's own ``train()`` and ``eval()`` leave in the other mode, ``frozen`` the parameters that they freeze or thaw;
-    ``selections`` are buffers whose values were taken for which elements a boolean index picks.
+    ``kept`` are attributes of modules that forward puts tensors into, ``selections`` buffers whose values were taken for which elements
+    a boolean index picks.
     """
 
     graph: fx.Graph
@@ -74,6 +75,7 @@ class Captured:
     open_sizes: bool = True
     asks: dict[bool, list[str]] = field(default_factory=dict)
     own_modes: dict[bool, list[str]] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
     frozen: list[str] = field(default_factory=list)
     selections: dict[str, Tensor] = field(default_factory=dict)
 

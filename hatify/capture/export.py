@@ -14,7 +14,7 @@ from torch._dynamo import config
 from torch.export import Dim, ExportedProgram
 
 from hatify.calling import Signature, flatten
-from hatify.capture.aside import set_aside
+from hatify.capture.aside import kept_tensors, set_aside
 from hatify.capture.branches import noted_branches
 from hatify.capture.captured import Captured
 from hatify.capture.effects import has_effect
@@ -36,6 +36,7 @@ class _Seen:
     """The output's structure; an object of its own, since the exporter undoes assignments to modules."""
 
     structure: Any = None
+    kept: list[str]
 
 
 class _Flat(nn.Module):
@@ -52,7 +53,9 @@ class _Flat(nn.Module):
             tensor.is_given = True  # type: ignore[attr-defined]
         args, kwargs = self.signature.rebuild(list(tensors))
         held = [(m, name, b) for m in self.root.modules() for name, b in m._buffers.items() if b is not None]
+        attributes = {path: dict(vars(module)) for path, module in self.root.named_modules()}
         out, self.seen.structure = flatten(self.root(*args, **kwargs))
+        self.seen.kept = kept_tensors(self.root, attributes)
         for module, name, buffer in held:  # a buffer written by assignment (one of another shape is a cache)
             new = module._buffers.get(name)
             if new is not buffer and new is not None and new.shape == buffer.shape and new.dtype == buffer.dtype:
@@ -152,7 +155,7 @@ def _export_once(
     captured.open_sizes = opened
     captured.asks = {training: asks}
     captured.own_modes = {training: own_modes}
-    captured.frozen = frozen
+    captured.frozen, captured.kept = frozen, flat.seen.kept
     captured.selections = selections
     return captured, set()
 

@@ -68,13 +68,13 @@ def _both_modes(
             f"train mode cannot be traced ({error.where}); train mode runs the code of eval mode, with its layers in train mode\n{error}"
         )
         evaluated.eval_only = True
-        notes += [*_asking(evaluated), *words(evaluated.selections)]
+        notes += [*_asking(evaluated), *_keeping(evaluated), *words(evaluated.selections)]
         return evaluated, None, notes
     notes += _freezing(trained, "train")
     evaluated.asks.update(trained.asks)
     evaluated.own_modes.update(trained.own_modes)
     evaluated.selections.update(trained.selections)
-    notes += [*_asking(evaluated), *words(evaluated.selections)]
+    notes += [*_asking(evaluated), *_keeping(evaluated, trained), *words(evaluated.selections)]
     if _merge(evaluated, trained):
         return evaluated, None, notes
     follow_dtypes(trained, model, signature, training=True)
@@ -91,6 +91,13 @@ def _check_dense(model: nn.Module) -> None:
                 why="torch traces few operators on such tensors, and cannot compare them to the bit",
                 fix=f"register it dense: {name}.to_dense()",
             )
+
+
+def _keeping(*captures: Captured) -> list[str]:
+    names = ", ".join(dict.fromkeys(name for captured in captures for name in captured.kept))
+    return (
+        [f"forward keeps tensors in attributes, which a converted network does not: have it return them\n{names}"] if names else []
+    )
 
 
 def _freezing(captured: Captured, mode: str) -> list[str]:

@@ -2,19 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 from torch import nn
 
+from hatify.errors import CallError, ConversionError
 from hatify.registry import describe
+
+HOOKS = (
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+    "register_backward_hook",
+)
+
+
+def check_setting(part: nn.Module, numbers: Mapping[str, Any], name: str, value: Any) -> None:
+    """Before ``part.name = value``. What reads a number of the original's is in the graph, and so are the calls of its modules.
+
+    Args:
+        part: a :class:`Scope`, or the whole network.
+        numbers: the numbers that the original's module had, by attribute.
+
+    Raises:
+        ConversionError: another module would take the place of one that the graph calls.
+
+    Warns:
+        UserWarning: a number is given another value, which changes nothing.
+    """
+    held = part.__dict__.get("_modules", {}).get(name)
+    if held is not None and isinstance(value, nn.Module) and value is not held:
+        raise ConversionError(
+            f"{name} is a part of a converted network, and cannot be replaced by a {type(value).__name__}",
+            where=name,
+            why="the graph calls what was converted, with a task and its masks",
+            fix="replace it in the original, and convert that",
+        )
+    if name in numbers and isinstance(value, bool | int | float) and value != numbers[name]:
+        warnings.warn(
+            f"{name} = {value!r} changes nothing: it was {numbers[name]!r} when the model was converted, and what reads it is in the "
+            "graph. Change it in the original and convert that, or give it to forward as an input",
+            stacklevel=3,
+        )
 
 
 class Scope(nn.Module):
     """A container of the original model, without its forward: what it computed is in the graph."""
 
-    def __init__(self, was: str = "") -> None:
+    def __init__(self, was: str = "", numbers: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self._was = was  # a child may have any name
+        self._was, self._numbers = was, dict(numbers or {})  # a child may have any name
 
     def __getitem__(self, key: int | str) -> Any:
         if isinstance(key, int) and key < 0:
@@ -27,8 +67,41 @@ class Scope(nn.Module):
     def __iter__(self):
         return iter(self._modules.values())
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        check_setting(self, self.__dict__.get("_numbers", {}), name, value)
+        super().__setattr__(name, value)
+
     def _get_name(self) -> str:
         return self._was or "Scope"
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """A part is not called by itself.
+
+        Raises:
+            CallError: always.
+        """
+        raise CallError(
+            f"this {self._get_name()} is a part of a converted network and is not called by itself",
+            why="what it computed is in the network's graph, between its layers",
+            fix="call the network; for a part alone, model.part = hatify.convert(model.part, ...)",
+        )
+
+
+def _warning_first(register: Callable) -> Callable:
+    def registering(self: Scope, *args: Any, **kwargs: Any) -> Any:
+        warnings.warn(
+            f"a hook on this {self._get_name()} never runs: it is a part of a converted network whose graph calls its layers, and not "
+            "itself. Hook one of the layers in it",
+            stacklevel=2,
+        )
+        return register(self, *args, **kwargs)
+
+    registering.__name__, registering.__doc__ = register.__name__, register.__doc__
+    return registering
+
+
+for name in HOOKS:
+    setattr(Scope, name, _warning_first(getattr(nn.Module, name)))
 
 
 def scoped(model: nn.Module) -> Scope:
@@ -41,7 +114,7 @@ def scoped(model: nn.Module) -> Scope:
         if module is not model and describe(module) is not None:
             done[id(module)] = module
             return module
-        scope = done[id(module)] = Scope(type(module).__name__)
+        scope = done[id(module)] = Scope(type(module).__name__, _numbers_of(module))
         scope.training = module.training
         scope._parameters.update(module._parameters)
         scope._buffers.update(module._buffers)
@@ -53,3 +126,11 @@ def scoped(model: nn.Module) -> Scope:
     root = visit(model)
     assert isinstance(root, Scope)
     return root
+
+
+def _numbers_of(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, bool | int | float) and name != "training" and not name.startswith("_")
+    }

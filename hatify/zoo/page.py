@@ -25,7 +25,8 @@ out, for no input tried could show whether they count: taps of dilated convoluti
 rows of tables that no index named; *open* means that other image sizes or lengths are taken.
 
 Where slack is left: of DETR, the values of the first decoder layer are never felt, for the queries that they are made of are zeros; OPT has
-one weight as table and output layer, and the rows of tokens that no input named are felt by one of the two alone (1.000 where all are named).
+one weight as table and output layer, and the rows of tokens that no input named are felt by one of the two alone (1.000 where all are
+named).
 """
 
 
