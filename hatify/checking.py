@@ -16,6 +16,7 @@ from hatify.conversion import example_call, own_copy
 from hatify.errors import CaptureError, HatifyError
 
 MOST = 30
+"""Problems that are looked for: what stops the trace that often is not one model any more."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Problem:
 
 
 def check(model: nn.Module, example_inputs: Any = None) -> list[Problem]:
-    """Lists *every* problem of a model: what cannot be traced, in both modes, and what falls below the HAT rungs.
+    """Lists the problems of a model: what cannot be traced, in both modes (the first 30), and what falls below the HAT rungs.
 
     A module that stops the trace is replaced by its recorded output, so that what lies behind it is checked too. The model is
     neither changed nor converted (a copy of it is run once, if tracing stops).

@@ -1,7 +1,7 @@
 """The one family of errors: each says what happened, where, why, and the call that fixes it.
 
-Context is added once, at the boundary where it is known: the code that knows the module path raises with
-``where=``, nobody wraps and re-words on the way up.
+Context is added once, at the boundary where it is known: the code that knows the module path raises with ``where=``. What cannot
+know the line in the user's code raises without, and the capture adds it.
 """
 
 from __future__ import annotations
@@ -10,15 +10,19 @@ import re
 
 __all__ = [
     "ArtifactError",
+    "ArtifactWarning",
     "CallError",
     "CaptureError",
     "CheckpointError",
     "ConversionError",
     "ExampleInputsError",
+    "ExtractionError",
     "HatifyError",
     "NonFiniteError",
     "TaskError",
     "UnknownModelError",
+    "VerificationError",
+    "without_place",
 ]
 
 
@@ -84,6 +88,14 @@ class CallError(HatifyError):
 
 class CheckpointError(HatifyError):
     """A weights file is no checkpoint, or not one of this model."""
+
+
+class VerificationError(HatifyError):
+    """A promise does not hold for this model."""
+
+
+class ExtractionError(HatifyError):
+    """A task's network cannot be taken out, or does not give what the task gave."""
 
 
 class ArtifactError(HatifyError):

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm
 
 from hatify.errors import ConversionError
 from hatify.gates.layers import ChannelNorm, Elementwise, Layer, MixingNorm, Moving, Spatial, TaskIndexedLayer, Weighted
@@ -122,7 +123,7 @@ def _parametrized(module: nn.Module, cls: type) -> Layer | None:
     if not isinstance(plain, Weighted) or set(module.parametrizations) != {plain.weight}:
         return reason
     chain = module.parametrizations[plain.weight]
-    if len(chain) != 1 or type(chain[0]).__name__ != "_WeightNorm" or chain[0].dim != 0:
+    if len(chain) != 1 or not isinstance(chain[0], _WeightNorm) or chain[0].dim != 0:
         return reason
     prefix = f"parametrizations.{plain.weight}."
     return replace(

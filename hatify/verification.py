@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from hatify.errors import HatifyError
+from hatify.errors import VerificationError
 from hatify.model import HATModel
 from hatify.proof.drift import drift_and_control
 from hatify.proof.gradients import prove_by_gradients
@@ -24,10 +24,6 @@ ROUNDING = 1e-4
 
 SEEDS = 4
 """How often masks are drawn anew while the control sees nothing."""
-
-
-class VerificationError(HatifyError):
-    """A promise does not hold for this model."""
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from hatify.calling import flatten
-from hatify.errors import HatifyError, TaskError
+from hatify.errors import ExtractionError, HatifyError, TaskError
 from hatify.lifecycle.exactness import inexact_nodes
 from hatify.lifecycle.folding import Folded, fold, still_masked
 from hatify.lifecycle.lowering import module_of
@@ -27,10 +27,6 @@ from hatify.structure import unflatten
 ROUNDING = 1e3
 """How many units in the last place, relative to the largest output, an extracted network may differ by. Far more than was ever
 measured, and far less than a mask that is missing."""
-
-
-class ExtractionError(HatifyError):
-    """A task's network cannot be taken out, or does not give what the task gave."""
 
 
 def extract(hat: HATModel, task: int, slim: bool = False) -> fx.GraphModule:
