@@ -10,7 +10,6 @@ import re
 
 __all__ = [
     "ArtifactError",
-    "ArtifactWarning",
     "CallError",
     "CaptureError",
     "CheckpointError",
@@ -22,7 +21,6 @@ __all__ = [
     "TaskError",
     "UnknownModelError",
     "VerificationError",
-    "without_place",
 ]
 
 

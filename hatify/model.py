@@ -82,7 +82,9 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
             cls._train = _compiled(self.train_graph, "train graph")
         cls.forward = forward
         self.__dict__.pop("_carrying", None)
-        self.__dict__.pop("_asking_parts", None)
+        if "_facts" in self.__dict__:
+            graphs = [g for g in (self.graph, self.train_graph) if g is not None]
+            self.__dict__["_asking_parts"] = parts_that_ask(self, graphs, self._facts.room)
         return code
 
     def run(self, tensors: list[Tensor], task: TaskContext | None) -> tuple[Tensor, ...]:
@@ -111,12 +113,8 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
         Raises:
             CallError: a part is in another mode than the network, and asks for it in its own code.
         """
-        parts = self.__dict__.get("_asking_parts")
-        if parts is None:
-            graphs = [self.graph] if self.train_graph is None else [self.graph, self.train_graph]
-            parts = self.__dict__["_asking_parts"] = parts_that_ask(self, graphs, self._facts.room)
-        if parts:
-            check_modes(parts, self.training, self._facts.own_modes.get(self.training, ()))
+        if self._asking_parts:
+            check_modes(self._asking_parts, self.training, self._facts.own_modes.get(self.training, ()))
 
     def _that_carries(self) -> Callable | None:
         """The code of the mode in which weights carry masks (:mod:`hatify.rewrite.carrying`), made when it is first called; None where

@@ -3,7 +3,7 @@ network's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import fx, nn
 
@@ -12,7 +12,7 @@ from hatify.rewrite.graph import by_mode
 from hatify.rewrite.scope import Scope
 
 
-def parts_that_ask(network: nn.Module, graphs: Iterable[fx.Graph], room: str) -> dict[str, nn.Module]:
+def parts_that_ask(network: nn.Module, graphs: Sequence[fx.Graph], room: str) -> dict[str, nn.Module]:
     """The containers whose own code asks for the mode, by path: of one graph those of the operators that are given it, of two all.
 
     Args:
@@ -21,7 +21,7 @@ def parts_that_ask(network: nn.Module, graphs: Iterable[fx.Graph], room: str) ->
     parts = {
         path: part for path, part in network.named_modules() if path and isinstance(part, Scope) and path.partition(".")[0] != room
     }
-    if len(graphs := list(graphs)) > 1:
+    if len(graphs) > 1:
         return parts
     asked = [node for graph in graphs for node in graph.nodes if node.op == "get_attr" and node.target == "training"]
     readers = [user for node in asked for user in node.users]
