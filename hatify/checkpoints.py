@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import CheckpointError
+from .errors import CheckpointError, few
 
 __all__ = ["alias_groups", "load_checkpoint", "read_checkpoint"]
 
@@ -138,7 +138,4 @@ def _check_fits(own: Mapping[str, Any], state: Mapping[str, Any], path: Any) -> 
 
 
 def _list(title: str, entries: list[str]) -> str:
-    if not entries:
-        return ""
-    more = f", and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
-    return f"{title} ({len(entries)}): {', '.join(entries[:_SHOWN])}{more}"
+    return f"{title} ({len(entries)}): {few(entries, _SHOWN)}" if entries else ""

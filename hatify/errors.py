@@ -7,6 +7,7 @@ know the line in the user's code raises without, and the capture adds it.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 __all__ = [
     "ArtifactError",
@@ -110,6 +111,11 @@ class TaskError(HatifyError):
 
 class ArtifactWarning(UserWarning):
     """Something that a model does is not in its directory, or something is that was not written."""
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first of some names, and how many more there are: ``a, b, c and 4 more``."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def without_place(text: str) -> str:

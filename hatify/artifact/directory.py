@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..errors import ArtifactError, ArtifactWarning
+from ..errors import ArtifactError, ArtifactWarning, few
 from .atomic import new_directory
 from .card import card
 from .casting import Cast, cast, check_dtype
@@ -102,7 +102,7 @@ def check_only_ours(path: Path, fix: str) -> None:
     if others:
         raise ArtifactError(
             f"{path} is not replaced",
-            where=", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else ""),
+            where=few(others, 5),
             why="it also holds files that are not the model's, which would be lost",
             fix=fix,
         )

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from ..errors import few
 from .tree import Branch, collapse, grow
 
 __all__ = [
@@ -80,7 +81,7 @@ def print_extraction(report: dict[str, Any], written: list[str]) -> None:
         ("difference", "0 (equal to the bit)" if report["bit_equal"] else f"{report['difference']:.3g}: rounding"),
     ]
     if report["inexact"]:
-        facts.append(("begins at", ", ".join(report["inexact"][:_SHOWN]) + _more(report["inexact"])))
+        facts.append(("begins at", few(report["inexact"], _SHOWN)))
     facts += [("note", note) for note in report["notes"]]
     facts += [("written to", Text(path, style="bold")) for path in written]
     _facts(_console(), facts)
@@ -91,11 +92,7 @@ def _reasons(label: str, entries: list[dict[str, str]]) -> list[tuple[str, str]]
     by_reason: dict[str, list[str]] = {}
     for entry in entries:
         by_reason.setdefault(entry["why"], []).append(entry["node"])
-    return [(label, ", ".join(nodes[:_SHOWN]) + _more(nodes) + f": {why}") for why, nodes in by_reason.items()]
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [(label, f"{few(nodes, _SHOWN)}: {why}") for why, nodes in by_reason.items()]
 
 
 def print_demonstration(shown: Any, plot: Path | None) -> None:

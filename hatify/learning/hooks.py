@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hatify.errors import TaskError
+from hatify.errors import TaskError, few
 from hatify.learning.guard import Guard
 from hatify.learning.network import network_of
 from hatify.modules import HATPayload
@@ -73,7 +73,7 @@ def before_load(module: nn.Module, state_dict: dict, prefix: str, *rest: Any) ->
             f"loading would overwrite what the finished tasks {sorted(network.finished)} need"
             if changed
             else f"loading would leave the tasks {sorted(lost)} unfinished, and their weights unlocked",
-            where=", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "") or None,
+            where=few(changed) or None,
             fix=network.overwriting,
         )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hatify.errors import TaskError
+from hatify.errors import TaskError, few
 from hatify.learning.protection import Protection
 from hatify.modules.continuous import is_continuous
 from hatify.modules.shards import agreed, local
@@ -53,7 +53,7 @@ def check_holds(optimizers: Iterable[Optimizer], needed: Mapping[str, nn.Paramet
     none = len(missing) == sum(p.requires_grad for p in needed.values())
     raise TaskError(
         "the optimizer holds none of the model's parameters" if none else "the optimizer lacks parameters that the task trains",
-        where=", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else ""),
+        where=few(missing, 4),
         why="it may have been made for the model before its conversion" if none else "what it lacks would never be trained",
         fix="torch.optim.Adam(hat.parameters()), and requires_grad_(False) for what shall not be trained",
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from hatify.errors import NonFiniteError
+from hatify.errors import NonFiniteError, few
 from hatify.learning.network import network_of
 from hatify.learning.optimizers import Backup, all_below, held_by, largest, parameters_of, state_tensors
 from hatify.learning.protection import Locked
@@ -109,8 +109,7 @@ class Steps:
 
     def _names(self, parameters: list[nn.Parameter]) -> str:
         ids = {id(p) for p in parameters}
-        names = [n for n, p in self.guard.module.named_parameters() if id(p) in ids]
-        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return few([n for n, p in self.guard.module.named_parameters() if id(p) in ids])
 
     def begin(self, on_nonfinite: str) -> None:
         """A session begins."""

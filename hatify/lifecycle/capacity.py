@@ -15,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from hatify.errors import few
+from hatify.learning.hooks import guard_of
 from hatify.learning.network import Network, network_of
-from hatify.learning.session import guard_of
 from hatify.lifecycle.counting import Sets, count, packed, weights_by_sets
 
 NEARLY_FULL = 0.95
@@ -199,10 +200,8 @@ def usage(hat: nn.Module) -> Usage:
     own = {t: sum(c.numel() for c in network.copies(t) if isinstance(c, nn.Parameter)) for t in tasks}
     found = Usage(tasks, _layers(network, tasks), own)
     if found.nearly_full:
-        names = found.nearly_full
-        more = f" and {len(names) - _SHOWN_LAYERS} more" if len(names) > _SHOWN_LAYERS else ""
         warnings.warn(
-            f"nearly all weights are locked in {', '.join(names[:_SHOWN_LAYERS])}{more}: new tasks can hardly change them. Stronger "
+            f"nearly all weights are locked in {few(found.nearly_full, _SHOWN_LAYERS)}: new tasks can hardly change them. Stronger "
             "regularization leaves more free; hatify.forget_task or hatify.prune frees what single tasks use",
             CapacityWarning,
             stacklevel=2,

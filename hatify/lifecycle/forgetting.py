@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hatify.errors import TaskError
+from hatify.errors import TaskError, few
+from hatify.learning.hooks import guard_of
 from hatify.learning.network import Network, network_of
-from hatify.learning.session import guard_of
 from hatify.lifecycle.forgotten import Count, Forgotten
 from hatify.lifecycle.initial import default, drawn, drawn_copy, initialiser
 from hatify.modules.continuous import is_continuous
@@ -269,7 +269,7 @@ def _original(network: Network, freed: Freed, state_dict: Mapping[str, Tensor]) 
 
 def _check_original(network: Network, freed: list[Freed], state_dict: Mapping[str, Tensor] | None) -> None:
     names = [each.name for each in freed]
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    shown = few(names)
     if names and state_dict is None:
         raise TaskError(
             "the pretrained values of shared weights are needed",
