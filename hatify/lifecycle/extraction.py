@@ -21,6 +21,7 @@ from hatify.lifecycle.slimming import slim_down
 from hatify.model import HATModel
 from hatify.modules.numbers import task_number
 from hatify.proof.differences import difference
+from hatify.proof.keeping import modes_kept
 from hatify.proof.parity import taken_batches
 from hatify.structure import unflatten
 
@@ -190,15 +191,13 @@ def plain_call(hat: HATModel, tensors: list[Tensor]) -> tuple[tuple, dict]:
 @contextlib.contextmanager
 def _evaluating(hat: HATModel) -> Iterator[None]:
     """In eval mode; modes, buffers and tables that forward writes are as before afterwards."""
-    modes = [(m, m.training) for m in hat.modules()]
     tables = [m.weight for m in hat.modules() if getattr(m, "max_norm", None) is not None]
     buffers = [(b, b.clone()) for b in (*hat.buffers(), *tables)]
-    hat.eval()
     try:
-        yield
+        with modes_kept(hat):
+            hat.eval()
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

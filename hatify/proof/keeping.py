@@ -26,12 +26,12 @@ def kept(hat: HATModel, elsewhere: Mapping[str, Tensor] = MappingProxyType({})) 
     aside = {id(t) for t, _ in copies}
     laid_aside = [(t, t.data) for t, _ in copies]
     backup = {n: elsewhere[n] if n in elsewhere else t.detach().clone() for n, t in named.items() if id(t) not in aside}
-    modes = [(m, m.training) for m in hat.modules()]
     try:
         while copies:
             tensor, working = copies.pop()
             tensor.data = working
-        yield
+        with modes_kept(hat):
+            yield
     finally:
         for tensor, own in laid_aside:
             tensor.data = own
@@ -39,6 +39,15 @@ def kept(hat: HATModel, elsewhere: Mapping[str, Tensor] = MappingProxyType({})) 
             for name, tensor in named.items():
                 if name in backup:
                     tensor.copy_(backup[name])
+
+
+@contextlib.contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Every module is in the mode in which it was, afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        yield
+    finally:
         for module, training in modes:
             module.training = training
 

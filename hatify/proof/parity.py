@@ -17,7 +17,7 @@ from hatify.model import HATModel
 from hatify.original import original_of
 from hatify.proof.differences import difference
 from hatify.proof.inputs import batch_size, input_batches
-from hatify.proof.keeping import buffers_kept, kept, own_buffers, seeded
+from hatify.proof.keeping import buffers_kept, kept, modes_kept, own_buffers, seeded
 
 
 @dataclass
@@ -124,11 +124,8 @@ def takes(hat: HATModel, tensors: list[Tensor], notes: list[str]) -> bool:
 def taken_batches(hat: HATModel) -> list[list[Tensor]]:
     """The example inputs, and those of :func:`hatify.proof.inputs.input_batches` that the capture and the model take."""
     example, *others = input_batches(hat)
-    modes = [(m, m.training) for m in hat.modules()]
-    taken = [example, *(t for t in others if hat._facts.check_sizes.fit(t) and takes(hat, t, []))]
-    for module, training in modes:
-        module.training = training
-    return taken
+    with modes_kept(hat):
+        return [example, *(t for t in others if hat._facts.check_sizes.fit(t) and takes(hat, t, []))]
 
 
 def _left_out(who: str, tensors: list[Tensor], error: Exception) -> str:
