@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from carrying_networks import INPUTS, LAYERS, Two, carriers, differ, drawn, soft_step
+from extracting import finished
 from networks import NETWORKS
 from tasks import draw_masks, outputs, same, small, uncarried
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
+import hatify
+from hatify import HATModel
+from hatify.gates.layers import Weighted
 from hatify.rewrite import carrying
 
 
@@ -143,3 +150,61 @@ def test_zeros_of_a_finished_task_keep_their_sign() -> None:
         pass
     hat.eval()
     assert same(outputs(hat, (x,), task=0), outputs(uncarried(hat), (x,), task=0))
+
+
+class Spelled(nn.Linear):
+    """Torch's layer, by a forward of its own: stored as torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Renamed(nn.Linear):
+    """Torch's layer under another name."""
+
+
+hatify.register(Spelled, Weighted())
+
+OTHERS = {"weight norm": lambda: weight_norm(nn.Linear(6, 8)), "spelled": lambda: Spelled(6, 8), "renamed": lambda: Renamed(6, 8)}
+
+
+def _saved_and_loaded(layer: str, path: Path) -> tuple[HATModel, HATModel, Tensor]:
+    hat, x = drawn(lambda: Two(lambda x: x.reshape(*x.shape[:-1], 2, 4).flatten(-2), OTHERS[layer](), 8), 100)
+    hatify.save(hat, path)
+    return hat, hatify.load(path), x
+
+
+def _rounded_alike(a: HATModel, b: HATModel, x: Tensor) -> bool:
+    a, b = (soft_step(copy.deepcopy(hat), (x,), {}, 3.0) for hat in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("layer", OTHERS)
+def test_a_directory_gives_back_layers_that_carry_the_same(layer: str, tmp_path: Path) -> None:
+    hat, loaded, x = _saved_and_loaded(layer, tmp_path / "first")
+    assert carriers(hat) == carriers(loaded) == (["first", "second"] if layer == "renamed" else ["second"])
+    assert carriers(hat, "inputs") == carriers(loaded, "inputs")
+    hatify.save(loaded, tmp_path / "again")
+    again = hatify.load(tmp_path / "again")
+    assert carriers(again) == carriers(hat)
+    assert _rounded_alike(hat, loaded, x) and _rounded_alike(hat, again, x)
+    assert not hatify.extract(finished(loaded, 0), 0).extraction["difference"] > 1e-5
+
+
+def test_layers_that_carry_in_memory_alone_round_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: what is known by the class's forward alone is not known of a layer that is stored as a recipe."""
+    hat, loaded, x = _saved_and_loaded("weight norm", tmp_path / "hat")
+    monkeypatch.setattr(carrying, "torchs_own", lambda layer: getattr(layer.plain_class, "forward", None) is nn.Linear.forward)
+    assert carriers(hat) == ["first", "second"] and carriers(loaded) == ["second"]
+    assert not _rounded_alike(hat, loaded, x)
+
+
+def test_a_directory_that_does_not_say_what_carries_can_be_loaded(tmp_path: Path) -> None:
+    """Older ones do not; there all layers of torch's carry."""
+    hat, loaded, x = _saved_and_loaded("spelled", tmp_path / "hat")
+    assert '"carries": false' in (tmp_path / "hat" / "model.json").read_text()
+    loaded.first.__dict__.pop("carries")
+    assert carriers(loaded) == ["first", "second"]
+    hatify.save(loaded, tmp_path / "without")
+    assert "carries" not in (tmp_path / "without" / "model.json").read_text()
+    assert carriers(hatify.load(tmp_path / "without")) == ["first", "second"]

@@ -9,6 +9,7 @@ import sys
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from extracting import extracts, finished
 from networks import NETWORKS
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,6 +19,8 @@ from hatify import HATModel
 from hatify.calling import flatten
 from hatify.errors import TaskError
 from hatify.lifecycle.exactness import inexact_nodes
+from hatify.lifecycle.extraction import ExtractionError
+from hatify.lifecycle.picture import Picture
 
 ROUNDING = 1e-5
 """Relative to the largest output."""
@@ -128,6 +131,46 @@ def test_heads_are_padded_to_the_widest() -> None:
     assert any(0 < s["live"] < s["kept"] < s["of"] for s in plain.extraction["slimmed"])
     inputs = network.inputs(4)
     assert close(outputs(hat, inputs, task=0), outputs(plain, inputs))
+
+
+class DynamicConvolution(torch.nn.Module):
+    """Weights mixed for every sample; the samples' channels side by side, a group of the convolution for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.route = torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.Linear(4, 3)
+        self.kernels, self.head = torch.nn.Parameter(torch.randn(3, 8, 4, 3, 3) * 0.2), torch.nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.stem(x))
+        b, c, h, w = x.shape
+        kernels = torch.mm(self.route(x.mean((2, 3))).softmax(1), self.kernels.view(3, -1)).view(-1, c, 3, 3)
+        y = F.conv2d(x.reshape(1, -1, h, w), kernels, padding=1, groups=b)
+        return self.head(F.relu(y.view(b, 8, h, w)).mean((2, 3)))
+
+
+def _dynamic() -> HATModel:
+    torch.manual_seed(0)
+    hat = hatify.convert(DynamicConvolution(), 2, example_inputs=torch.randn(2, 2, 6, 6), verify=False).eval()
+    return finished(hat, 0)
+
+
+def test_channels_beside_those_of_other_samples_are_kept() -> None:
+    """How many there are depends on the batch, so that none can be taken by its number."""
+    calls = [((torch.randn(shape),), {}) for shape in ((5, 2, 6, 6), (1, 2, 6, 6), (3, 2, 10, 7))]
+    found = extracts(_dynamic(), 0, *calls)[True].extraction
+    assert "how many channels there are depends on the sizes of the inputs" in {entry["why"] for entry in found["whole"]}
+    assert any(layer["kept"] < layer["of"] for layer in found["slimmed"])
+
+
+def test_a_smaller_network_that_cannot_be_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: channels are taken by the numbers of the example's batch."""
+    monkeypatch.setattr(Picture, "compare", lambda *args: None)
+    hat = _dynamic()
+    with pytest.raises(ExtractionError, match="cannot be run") as refused:
+        hatify.extract(hat, 0, slim=True)
+    assert "slim=False" in refused.value.fix
+    assert hatify.extract(hat, 0).extraction["difference"] < ROUNDING
 
 
 class CalledTwice(torch.nn.Module):

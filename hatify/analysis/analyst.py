@@ -24,7 +24,7 @@ from hatify.analysis.ties import ties
 from hatify.analysis.weight_calls import weight_call
 from hatify.capture import Captured
 from hatify.capture.captured import ByMode
-from hatify.capture.effects import is_random
+from hatify.capture.effects import is_random, written_statistics
 from hatify.errors import ConversionError
 from hatify.gates import State, Use, Value
 from hatify.gates.rules import RULES, Call, Gates, Outcome, unknown
@@ -101,9 +101,8 @@ class Analyst:
         for captured in graphs:
             self.analysis.buffers.update(n for n in captured.writes if n in self.held)
             for node in captured.graph.nodes:
-                if node.op == "call_function" and operator_name(node) in ("batch_norm", "instance_norm"):
-                    statistics = [a for a in node.args[3:5] if isinstance(a, fx.Node) and a.op == "get_attr"]
-                    self.analysis.buffers.update(a.target for a in statistics if a.target in self.held)  # written in place, unsaid
+                statistics = [a for a in written_statistics(node) if a.op == "get_attr"]
+                self.analysis.buffers.update(a.target for a in statistics if a.target in self.held)
         self.env: dict[fx.Node, Any] = {}
         self.node: fx.Node | None = None
         self.captured: Captured | None = None

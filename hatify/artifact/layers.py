@@ -44,7 +44,8 @@ class LayerWriter:
             return {"class": "recipe", "recipe": self.recipes.index(name)}
         try:
             if name is not None:
-                return {"class": name, "attributes": attributes_to(module, name)}
+                own = isinstance(module, HATLayer) and (made is not None or not module.carries)
+                return {"class": name, "attributes": attributes_to(module, name), **({"carries": False} if own else {})}
             return {"class": f"{YOURS}{name_of(cls)}", "attributes": _own_attributes(module)}
         except ValueError as error:
             refusal = self._refusals.get(path.partition(".tasks.")[0], "")
@@ -56,7 +57,7 @@ class LayerWriter:
             ) from error
 
 
-OURS = ("seen", "masker", "masker_path", "plain_class", "_hat_slot")
+OURS = ("seen", "masker", "masker_path", "plain_class", "carries", "_hat_slot")
 """What the conversion and the calls keep on a layer: none of its settings."""
 _INTERNAL = {*vars(nn.Module()), *OURS}
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..modules.carrying import adds_nothing
 from .constants import constant_from, constant_to
 from .fields import Fields
 
@@ -106,19 +107,8 @@ def plain_class(module: nn.Module, cls: type | None = None) -> str | None:
         return None
     for base in cls.__mro__:
         if base.__module__.startswith("torch.nn.modules.") and LAYERS.get(base.__name__) is not None:
-            return base.__name__ if getattr(nn, base.__name__) is base and _adds_nothing(cls, base) else None
+            return base.__name__ if getattr(nn, base.__name__) is base and adds_nothing(cls, base) else None
     return None
-
-
-def _adds_nothing(cls: type, base: type) -> bool:
-    """Whether nothing that ``base`` calls is another thing in ``cls``; constructors and texts do not run in forward."""
-    between = cls.__mro__[: cls.__mro__.index(base)]
-    if cls is nn.modules.linear.NonDynamicallyQuantizableLinear:
-        return True
-    texts = {"__init__", "__doc__", "__module__", "__repr__", "extra_repr", "reset_parameters", "__qualname__", "__annotations__",
-             "__constants__", "__firstlineno__", "__static_attributes__", "_load_from_state_dict", "_reset_parameters",
-             "__parameters__", "_version"}  # fmt: skip
-    return not any(hasattr(base, name) for c in between for name in vars(c) if name not in texts)
 
 
 def attributes_to(module: nn.Module, name: str) -> dict[str, Any]:

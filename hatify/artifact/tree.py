@@ -396,6 +396,8 @@ class TreeReader:
         made = self.layers.read(entry)
         made.__class__ = hat_class(type(made))
         made.__dict__.update(seen={}, masker=None)
+        if entry.has("carries"):
+            made.__dict__["carries"] = entry.at("carries").one_of(False)
         return made
 
     def _recurrent(self, entry: Fields) -> nn.Module:
@@ -454,7 +456,7 @@ _MAKERS: dict[str, tuple[Callable[[TreeReader, Fields], nn.Module], tuple[str, .
     "status": (TreeReader._status, ("state",)),
     "task-parameter": (TreeReader._task_parameter, ("buffer",)),
     "plain": (TreeReader._plain, _LAYER),
-    "hat": (TreeReader._hat, _LAYER),
+    "hat": (TreeReader._hat, ("carries", *_LAYER)),
     "recurrent": (TreeReader._recurrent, ("as", *_LAYER)),
     "task-indexed": (TreeReader._task_indexed, _LAYER),
 }

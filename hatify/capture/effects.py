@@ -21,7 +21,13 @@ def has_effect(node: fx.Node, model: nn.Module) -> bool:
     """
     if node.op == "call_module":
         return not all(map(_is_pure, model.get_submodule(node.target).modules()))
-    return _draws(node.target)
+    return _draws(node.target) or bool(written_statistics(node))
+
+
+def written_statistics(node: fx.Node) -> list[fx.Node]:
+    """The running statistics that a norm of torch's may write, which its schema does not say."""
+    named = str(node.target) in ("aten.batch_norm.default", "aten.instance_norm.default")
+    return [a for a in node.args[3:5] if isinstance(a, fx.Node)] if named else []
 
 
 def is_random(operator: Any) -> bool:

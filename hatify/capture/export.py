@@ -23,11 +23,12 @@ from hatify.capture.entering import enter_mode
 from hatify.capture.functional import line_of_write, make_functional, mutated, written_parameters, written_through_leaves
 from hatify.capture.questions import noted_questions
 from hatify.capture.reading import read_program
-from hatify.capture.refusals import untraceable, writes_parameter
+from hatify.capture.refusals import not_functional, untraceable, writes_parameter
 from hatify.capture.regions import SWITCHES
 from hatify.capture.repeats import NotRepeatable
 from hatify.capture.selections import known_selections
 from hatify.capture.spelled import spelled_sizes
+from hatify.capture.statistics import write_statistics
 from hatify.capture.tree import called_paths, clear_calls, copy_tree, mark_functions, mark_leaves
 from hatify.errors import CaptureError
 
@@ -118,7 +119,8 @@ def _export_once(
         written = written_through_leaves(captured.graph)
         if written - through:
             return captured, written
-        writes = make_functional(captured.graph, {n for n, _ in model.named_buffers(remove_duplicate=False)}, parameters)
+        buffers = {n for n, _ in model.named_buffers(remove_duplicate=False)}
+        writes = make_functional(captured.graph, buffers, parameters)
         if writes is None and repeats:
             raise NotRepeatable("what writes through views is made functional by tracing alone")
         if writes is None:  # writes through views: PyTorch's own functionalisation
@@ -133,8 +135,12 @@ def _export_once(
                     why="made functional, the write would be lost to the region, or the region to the write",
                     fix="write x = x.op() instead of x.op_() there, or clone() what the region is given",
                 )
-            with _quiet():
-                program = program.run_decompositions({})
+            try:
+                with _quiet():
+                    program = program.run_decompositions({})
+            except Exception as error:
+                line = next((n.meta["line"] for n in captured.graph.nodes if mutated(n) is not None), None)
+                raise not_functional(error, model, line) from error
             if program.graph_signature.parameters_to_mutate:
                 names = list(program.graph_signature.parameters_to_mutate.values())
                 raise writes_parameter(names, line_of_write(captured.graph, parameters))
@@ -147,6 +153,7 @@ def _export_once(
                     fix="write x = x.op() instead of x.op_() there",
                 )
         captured.writes.update(writes)
+        write_statistics(captured, buffers)
         _drop_dead(captured, model)
     finally:
         clear_calls()

@@ -63,6 +63,17 @@ def _failing_module(error: Exception, root: nn.Module) -> str | None:
     return innermost
 
 
+def not_functional(error: Exception, model: nn.Module, line: str | None) -> CaptureError:
+    """The refusal of writes through views that PyTorch's functionalisation fails at."""
+    first = next((text for text in str(error).strip().splitlines() if text.strip()), "")
+    return CaptureError(
+        f"{type(model).__name__} writes through views in a way that PyTorch cannot make functional",
+        where=line,
+        why=f"{type(error).__name__}: {first.strip()[:300]}",
+        fix="write x = x.op() instead of x.op_() there; two buffers that are one, or take one value, are known to be in its way",
+    )
+
+
 def writes_parameter(names: list[str], line: str | None) -> CaptureError:
     """The refusal of a forward that writes into parameters."""
     return CaptureError(

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from hatify.gates.rules.movement import VIEWS
 from hatify.lifecycle.labels import Labelled, Labels
-from hatify.lifecycle.picture import Picture, operator_of
+from hatify.lifecycle.picture import Picture, Seen, operator_of
 
 aten = torch.ops.aten
 JOINS = ("cat", "concat", "concatenate", "stack")
@@ -64,9 +64,9 @@ class Cuts:
             held = labels.of[node]
             if isinstance(held, list):
                 parts = self.picture[node].parts
-                self.found[node] = [None if h is None else self._cut(node, h, p.shape) for h, p in zip(held, parts)]
+                self.found[node] = [None if h is None else self._cut(node, h, p) for h, p in zip(held, parts)]
             else:
-                self.found[node] = None if held is None else self._cut(node, held, self.picture[node].shape)
+                self.found[node] = None if held is None else self._cut(node, held, self.picture[node])
         for node in graph.nodes:
             if labels.zeros.kinds[node].family == "movement" and node not in labels.dense:
                 self._movement(node)
@@ -74,7 +74,7 @@ class Cuts:
     def __getitem__(self, node: fx.Node) -> Any:
         return self.found[node]
 
-    def _cut(self, node: fx.Node, held: Labelled, shape: tuple[int, ...]) -> Cut | None:
+    def _cut(self, node: fx.Node, held: Labelled, seen: Seen) -> Cut | None:
         if held.cut is None:
             return None
         keep = self.labels.classes.keeps(held.ids)
@@ -84,8 +84,10 @@ class Cuts:
             raise Refused(node, "parts that have to be equal keep unequal numbers of channels")
         if bool(keep.all()):
             return None
+        if held.cut in seen.open:  # channels beside those of other samples: numbers of one batch size say nothing of another
+            raise Refused(node, "how many channels there are depends on the sizes of the inputs")
         index = rows.nonzero()[:, -1].reshape(*rows.shape[:-1], -1).movedim(-1, held.cut)
-        return Cut(held.cut, shape[held.cut], compress_other(index, held.cut))
+        return Cut(held.cut, seen.shape[held.cut], compress_other(index, held.cut))
 
     # movement
 

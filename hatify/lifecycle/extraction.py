@@ -22,7 +22,7 @@ from hatify.model import HATModel
 from hatify.modules.numbers import task_number
 from hatify.proof.differences import difference
 from hatify.proof.keeping import modes_kept
-from hatify.proof.parity import taken_batches
+from hatify.proof.parity import taken_batches, takes
 from hatify.structure import unflatten
 
 ROUNDING = 1e3
@@ -52,20 +52,31 @@ def extract(hat: HATModel, task: int, slim: bool = False) -> fx.GraphModule:
 
     Raises:
         TaskError: no such task, or one that is not finished.
-        ExtractionError: the result differs from the task by more than rounding.
+        ExtractionError: the result cannot be run, or differs from the task by more than rounding.
     """
     task = _finished(hat, task)
     hat._guard.restore()  # what was written by hand since is none of the task's
     tensors = [t.cpu() for t in hat._facts.inputs]
     plain = specialise(hat, task)
     picture = Picture(plain, values_of(hat, tensors))
+    for sizes in _other_sizes(hat) if slim else ():
+        with contextlib.suppress(RuntimeError, ValueError, TypeError, IndexError):  # what cannot be run there, measuring it finds
+            picture.compare(plain, values_of(hat, sizes))
     folded = fold(plain, picture)
     before = sum(p.numel() for p in plain.root.parameters())
     slimmed = slim_down(plain, picture) if slim else []
     stayed = still_masked(plain, folded)
     module = module_of(plain, picture, f"{hat._facts.name}Task{task}")
     module.to(next((p.device for p in hat.parameters()), torch.device("cpu")))
-    worst, scale = measured(hat, task, module)
+    try:
+        worst, scale = measured(hat, task, module)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ExtractionError(
+            f"the {'smaller' if slim else 'extracted'} network cannot be run",
+            where=hat._facts.name,
+            why=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}",
+            fix=_FIX[slim],
+        ) from error
     report = {
         "task": task,
         "slim": slim,
@@ -84,7 +95,7 @@ def extract(hat: HATModel, task: int, slim: bool = False) -> fx.GraphModule:
             f"the extracted network does not give what task {task} gives",
             where=hat._facts.name,
             why=f"outputs differ by {worst:.3g}, rounding explains {scale:.3g}",
-            fix="hatify.extract(hat, task, slim=False) instead; please report it" if slim else "please report it",
+            fix=_FIX[slim],
         )
     module.extraction = report
     return module
@@ -116,6 +127,25 @@ def _finished(hat: Any, task: Any) -> int:
             fix=f"train it in hat.learning(task={task}, ...), or hatify.extract(hat, {done[0]})",
         )
     return task
+
+
+_FIX = {True: "hatify.extract(hat, task, slim=False) instead; please report it", False: "please report it"}
+
+
+def _other_sizes(hat: HATModel) -> Iterator[list[Tensor]]:
+    """Inputs of another batch size, and those twice as long in every other dimension that is open, where the model takes them."""
+    examples, fixed = hat._facts.inputs, hat._facts.check_sizes.fixed
+    yield from ([t.cpu() for t in tensors] for tensors in taken_batches(hat)[1:2])
+    longer = [t.cpu() for t in examples]
+    for i, (name, tensor) in enumerate(zip(hat.signature.names, examples)):
+        for dim in range(1, tensor.dim()):
+            if (name, dim) not in fixed:
+                longer[i] = longer[i].repeat_interleave(2, dim)
+    if any(a.shape != b.shape for a, b in zip(longer, examples)) and hat._facts.check_sizes.fit(longer):
+        with _evaluating(hat):
+            taken = takes(hat, longer, [])
+        if taken:
+            yield longer
 
 
 def _notes(hat: HATModel) -> list[str]:

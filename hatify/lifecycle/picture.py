@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from hatify.lifecycle.plain import Plain
 @dataclass(frozen=True, eq=False)
 class Seen:
     """One node's result. ``constant``: it depends on no input; ``known`` is its value then, if that does not depend on sizes
-    either. ``size`` is the number, for arithmetic on sizes; ``parts`` are several results; ``other`` is a type, a device ..."""
+    either. ``size`` is the number, for arithmetic on sizes; ``parts`` are several results; ``other`` is a type, a device ... ``open`` are
+    the dimensions that were seen to be longer or shorter at other inputs."""
 
     shape: tuple[int, ...] | None
     dtype: torch.dtype | None
@@ -26,6 +27,7 @@ class Seen:
     size: Any = None
     parts: tuple[Seen, ...] = ()
     other: Any = None
+    open: frozenset[int] = frozenset()
 
 
 def operator_of(node: fx.Node) -> str:
@@ -68,6 +70,11 @@ class Picture:
     def __getitem__(self, node: fx.Node) -> Seen:
         return self.seen[node]
 
+    def compare(self, plain: Plain, inputs: Sequence[Any]) -> None:
+        """Looks at ``inputs`` of other sizes, too: which dimensions are open."""
+        other = Picture(plain, inputs)
+        self.seen = {node: _opened(seen, other.seen[node]) for node, seen in self.seen.items()}
+
     def _constant(self, node: fx.Node) -> bool:
         told = node.op not in ("placeholder", "call_module", "output")
         sources = [self.seen[n] for n in node.all_input_nodes]
@@ -88,6 +95,12 @@ class Picture:
 
 def _writes(leaf: nn.Module) -> bool:
     return any(getattr(m, "inplace", False) for m in leaf.modules())
+
+
+def _opened(seen: Seen, other: Seen) -> Seen:
+    parts = tuple(_opened(a, b) for a, b in zip(seen.parts, other.parts))
+    moved = {d for d, (a, b) in enumerate(zip(seen.shape or (), other.shape or ())) if a != b}
+    return replace(seen, parts=parts or seen.parts, open=seen.open | moved)
 
 
 def _look(value: Any, constant: bool, known: Any) -> Seen:

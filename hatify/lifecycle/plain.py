@@ -131,7 +131,7 @@ def _leaf(module: nn.Module, task: int, memo: dict) -> nn.Module:
         return copy.deepcopy(module.tasks[task], memo)
     if not isinstance(module, HATLayer | HATRecurrent):
         return copy.deepcopy(module, memo)
-    own = {k: v for k, v in module.__dict__.items() if k not in ("seen", "masker_path")}
+    own = {k: v for k, v in module.__dict__.items() if k not in ("seen", "masker_path", "carries")}
     bare = module.plain_class.__new__(module.plain_class)
     bare.__dict__ = {**own, "_modules": {n: m for n, m in module._modules.items() if n not in ("masker", "maskers")}}
     return copy.deepcopy(bare, memo)

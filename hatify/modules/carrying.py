@@ -128,12 +128,23 @@ def layer_with(layer: nn.Module, x: Tensor, mask: ChannelMask | None, inputs: Ch
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def torchs_own(cls: type[nn.Module]) -> bool:
-    """Whether a class of layers computes as torch's linear layer or convolution does: with each row of its weight for one channel."""
-    if issubclass(cls, nn.Linear):
-        return cls.forward is nn.Linear.forward
-    own = (c for c in CONVOLUTIONS if issubclass(cls, c))
-    return any(cls.forward is c.forward and cls._conv_forward is c._conv_forward for c in own)
+def torchs_own(layer: Any) -> bool:
+    """Whether a HAT layer is torch's linear layer or convolution and nothing else, so that a saved directory gives it back as that: soft
+    masks are rounded otherwise where they are carried, and a session that goes on from a directory has to round as it did before."""
+    base = next((c for c in (nn.Linear, *CONVOLUTIONS) if issubclass(layer.plain_class, c)), None)
+    return base is not None and layer.carries and "forward" not in vars(layer) and adds_nothing(layer.plain_class, base)
+
+
+def adds_nothing(cls: type, base: type) -> bool:
+    """Whether nothing that ``base`` calls is another thing in ``cls``; constructors and texts do not run in forward."""
+    between = cls.__mro__[: cls.__mro__.index(base)]
+    if cls is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        return True
+    texts = {"__init__", "__doc__", "__module__", "__repr__", "extra_repr", "reset_parameters", "__qualname__", "__annotations__",
+             "__constants__", "__firstlineno__", "__static_attributes__", "_load_from_state_dict", "_reset_parameters",
+             "__parameters__", "_version"}  # fmt: skip
+    own = {name: value for c in between for name, value in vars(c).items() if name not in texts}
+    return not any(hasattr(base, name) or isinstance(value, property) for name, value in own.items())  # a weight may be computed
 
 
 FACTORS = (0.5, 2.0, 1.0, 0.25)

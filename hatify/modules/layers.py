@@ -19,10 +19,12 @@ from hatify.modules.replacing import AsksBeforeReplacing
 class HATLayer(AsksBeforeReplacing):
     """Mixin of HAT layers. On a tensor it is the plain layer, with ``mask`` on the channels of its output and ``inputs`` on those of its
     input, if given; on a payload it masks its input first and leaves its own mask pending on the output (section 3.1). ``masker`` may be
-    None: a shared output layer without a mask."""
+    None: a shared output layer without a mask. ``carries`` False says that masks are never in its weights: it is of a class of its own, or
+    was, before it was saved."""
 
     takes_payloads = True
     masker: Masker | None
+    carries = True
     plain_class: type[nn.Module]
 
     def forward(self, x: Any, *args: Any, mask: ChannelMask | None = None, inputs: ChannelMask | None = None, **kwargs: Any) -> Any:

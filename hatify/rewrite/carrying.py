@@ -107,7 +107,7 @@ def carrying(model: nn.Module, graph: fx.Graph, maskers: Mapping[str, Masker]) -
         module = model.get_submodule(node.target)
         if isinstance(module, TaskIndexed):
             behind, carried = _of_norm(model, node, module)
-        elif isinstance(module, HATLayer) and module.masker is not None and torchs_own(module.plain_class):
+        elif isinstance(module, HATLayer) and module.masker is not None and torchs_own(module):
             behind, carried = _of_layer(model, node, module, names[id(module.masker)])
         else:
             continue
@@ -323,7 +323,7 @@ def _is_output(layer: HATLayer, mask: Mask) -> bool:
 
 def _is_input(layer: nn.Module, mask: Mask) -> bool:
     """Whether a mask is one of the input channels of a linear layer or convolution that can carry it."""
-    if not isinstance(layer, HATLayer) or not torchs_own(layer.plain_class):
+    if not isinstance(layer, HATLayer) or not torchs_own(layer):
         return False
     channels = layer.weight.shape[1] * getattr(layer, "groups", 1)
     dim = len(mask.shape) + 1 - layer.weight.dim()

@@ -100,8 +100,8 @@ def same(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize(("way", "optimizer"), [("save", "AdamW"), ("save_pretrained", "SGD with momentum")])
 def test_it_goes_on_as_if_nothing_had_happened(way: str, optimizer: str, tmp_path: Path) -> None:
-    """Batch statistics, dropped paths, tables of indices; optimizers know parameters by their order alone."""
-    names = ("resnet", "vit", "swin", "text_cnn")
+    """Batch statistics, dropped paths, tables of indices, computed weights; optimizers know parameters by their order alone."""
+    names = ("resnet", "vit", "swin", "text_cnn", "weight_norm")
     wanted = [straight(name, optimizer, way, tmp_path / name) for name in names]
     found = elsewhere(way, [tmp_path / name for name in names])
     for name, mine, theirs in zip(names, wanted, found):
