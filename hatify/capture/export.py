@@ -21,6 +21,7 @@ from hatify.capture.effects import has_effect
 from hatify.capture.enclosed import clear_regions, enclose, written_across
 from hatify.capture.entering import enter_mode
 from hatify.capture.functional import line_of_write, make_functional, mutated, written_parameters, written_through_leaves
+from hatify.capture.pools import open_pools
 from hatify.capture.questions import noted_questions
 from hatify.capture.reading import read_program
 from hatify.capture.refusals import not_functional, untraceable, writes_parameter
@@ -83,7 +84,8 @@ def export_mode(
     repeats = True
     while True:
         try:
-            captured, written = _export_once(model, signature, inputs, training, stubs or {}, open_sizes, through, repeats)
+            with open_pools():
+                captured, written = _export_once(model, signature, inputs, training, stubs or {}, open_sizes, through, repeats)
         except NotRepeatable:
             repeats = False
             continue

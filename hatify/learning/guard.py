@@ -201,7 +201,9 @@ class Guard:
         if self._stale:
             self.refresh()
         elif not self._opened:
-            if self.protection.elsewhere or self.protection.replaced(self.module):
+            with self.turns.in_place() as in_place:
+                follow = self.protection.elsewhere or in_place and self.protection.replaced(self.module)
+            if follow:
                 self.follow()
             self.steps.undo_broken()
             self.protection.restore(look=self._watched)

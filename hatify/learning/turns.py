@@ -63,6 +63,12 @@ class Turns:
         with self._changed:
             self._swap(reading)
 
+    @contextmanager
+    def in_place(self) -> Iterator[bool]:
+        """Whether the tensors are in their places, in all threads; if so they stay there meanwhile."""
+        with self._changed:
+            yield self._reading is None
+
     def _swap(self, reading: Reading | None) -> Reading | None:
         """What is read from now on; returns what was."""
         before, self._reading = self._reading, reading
