@@ -119,15 +119,15 @@ def test_a_part_is_not_called_by_itself() -> None:
         hat.backbone[1](X)
 
 
-@pytest.mark.parametrize("part", ["", "backbone.1"])
-def test_a_layer_is_not_replaced(part: str) -> None:
+@pytest.mark.parametrize("name", ["fc", "backbone", "backbone.1"])
+def test_what_nothing_else_can_stand_for_is_not_replaced(name: str) -> None:
     _, hat = _net()
-    owner, name = (hat.get_submodule(part), "layer") if part else (hat, "fc")
-    before = getattr(owner, name)
-    with pytest.raises(ConversionError, match=f"{name} is a part"):
-        setattr(owner, name, nn.Linear(8, 8))
-    assert getattr(owner, name) is before
-    setattr(owner, name, before)  # itself
+    path, _, last = name.rpartition(".")
+    owner, before = hat.get_submodule(path), hat.get_submodule(name)
+    with pytest.raises(ConversionError, match=f"{last} is a part"):
+        setattr(owner, last, nn.Linear(8, 8))
+    assert hat.get_submodule(name) is before
+    setattr(owner, last, before)  # itself
 
 
 def test_a_number_that_the_graph_has_is_warned_of() -> None:

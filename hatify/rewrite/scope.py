@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -9,6 +10,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from hatify.errors import CallError, ConversionError
+from hatify.modules.task_indexed import TaskIndexed
 from hatify.registry import describe
 
 HOOKS = (
@@ -28,13 +30,14 @@ def check_setting(part: nn.Module, numbers: Mapping[str, Any], name: str, value:
         numbers: the numbers that the original's module had, by attribute.
 
     Raises:
-        ConversionError: another module would take the place of one that the graph calls.
+        ConversionError: another module would take the place of a container, or of a module that the graph calls with a task, which it
+            does not take. Any other is called in the place of the one that was there.
 
     Warns:
         UserWarning: a number is given another value, which changes nothing.
     """
     held = part.__dict__.get("_modules", {}).get(name)
-    if held is not None and isinstance(value, nn.Module) and value is not held:
+    if isinstance(value, nn.Module) and value is not held and not _can_stand_for(value, held):
         raise ConversionError(
             f"{name} is a part of a converted network, and cannot be replaced by a {type(value).__name__}",
             where=name,
@@ -47,6 +50,13 @@ def check_setting(part: nn.Module, numbers: Mapping[str, Any], name: str, value:
             "graph. Change it in the original and convert that, or give it to forward as an input",
             stacklevel=3,
         )
+
+
+def _can_stand_for(value: nn.Module, held: nn.Module | None) -> bool:
+    if isinstance(held, TaskIndexed):
+        takes = inspect.signature(value.forward).parameters
+        return "task" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    return not isinstance(held, Scope)
 
 
 class Scope(nn.Module):
