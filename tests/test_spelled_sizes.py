@@ -16,8 +16,6 @@ from hatify.verification import VerificationError
 TEXTS: dict[str, Callable[[Tensor], str]] = {
     "str": lambda x: str(x.shape[-1]),
     "repr": lambda x: repr(x.shape[-1]),
-    "f-string": lambda x: f"{x.shape[-1]}",
-    "f-string of a number": lambda x: f"{x.shape[-1]:d}",
     "format": lambda x: "{}".format(x.shape[-1]),  # noqa: UP032
     "percent": lambda x: "%s" % x.shape[-1],  # noqa: UP031
     "shape": lambda x: str(tuple(x.shape[2:])).strip("(),"),
@@ -65,6 +63,17 @@ def test_a_size_in_a_text_is_fixed(text: str, example: int) -> None:
         with pytest.raises(CallError):
             hat(inputs(other))
     assert torch.equal(hat(inputs(example)[:1]), model(inputs(example)[:1]))  # the batch is open
+
+
+def test_a_message_leaves_its_size_open() -> None:
+    class Checks(Tables):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._assert(x.shape[-1] % 2 == 0, f"{x.shape[-1]} is odd")
+            return self.head(torch.relu(self.first(x)).mean(-1))
+
+    model = Checks(str)
+    hat = hatify.convert(model, 2, example_inputs=inputs(16)).eval()
+    assert all(torch.equal(hat(inputs(n)), model.eval()(inputs(n))) for n in (16, 24, 32))
 
 
 def test_unless_it_is_followed_a_text_has_no_number_in_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import dis
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ _SPELLINGS = [
 @contextlib.contextmanager
 def spelled_sizes() -> Iterator[None]:
     """Inside, the text of an open size in a traced model's own code (``self.tables[str(n)]``) fixes it, for the text has one number in it
-    and leaves no guard; ``len`` of a traced tensor leaves its size open, which Python's own fixes."""
+    and leaves no guard (f-strings are taken for messages); ``len`` of a traced tensor leaves its size open, which Python's own fixes."""
     kept = [(kind, name, kind.__dict__.get(name)) for kind, name, _ in _SPELLINGS]
     for kind, name, number in _SPELLINGS:
         setattr(kind, name, _text_of(getattr(kind, name), number))
@@ -41,9 +43,15 @@ def spelled_sizes() -> Iterator[None]:
 
 def _text_of(spell: Callable[[Any], str], number: type) -> Callable[[Any], str]:
     def text(size: Any) -> str:
-        return str(number(size)) if of_a_model(sys._getframe(1)) else spell(size)
+        frame = sys._getframe(1)
+        return str(number(size)) if of_a_model(frame) and not _in_f_string(frame) else spell(size)
 
     return text
+
+
+def _in_f_string(frame: FrameType) -> bool:
+    """Whether an f-string is put together: nearly all are messages, which are made whether or not they are shown."""
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("FORMAT")
 
 
 def _length_of(length: Callable[[Any], int]) -> Callable[[Any], int]:
