@@ -91,6 +91,13 @@ class LikeTheWeights(Tokens):
         return self.gain * x
 
 
+class OwnTable(Tokens):
+    """A tensor of the forward's own, in a type of its own: ``.half()`` does not reach it."""
+
+    def body(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x * (torch.tensor([3.0, 5.0, 7.0, 0.1, 0.2, 0.3, 0.4, 0.5], dtype=torch.float32) * 3.3).sqrt().to(x.dtype)
+
+
 class Clamped(Tokens):
     def body(self, x: Tensor, mask: Tensor) -> Tensor:
         x = 100 * x
@@ -104,7 +111,7 @@ class AsksAutocast(Tokens):
         return x.sin() if torch.is_autocast_enabled("cpu") else x.cos()
 
 
-FOLLOWING = [MaskedFill, Additive, HalfOfTheLimit, Eps, ThereAndBack, Twice, LikeTheValues, LikeTheWeights]
+FOLLOWING = [MaskedFill, Additive, HalfOfTheLimit, Eps, ThereAndBack, Twice, LikeTheValues, LikeTheWeights, OwnTable]
 REFUSED = {Clamped: {WAYS[0], WAYS[4]}, AsksAutocast: {WAYS[3], WAYS[4]}}
 
 
@@ -160,6 +167,16 @@ def test_saved_and_loaded_they_follow_too(following: tuple, tmp_path: Path) -> N
     assert loaded.code == hat.code
     for way in WAYS:
         checked(model, loaded, way)
+
+
+def test_saved_and_loaded_in_another_type_they_follow_too(following: tuple, tmp_path: Path) -> None:
+    model, hat = following
+    x, mask = given()
+    hatify.save(hat, tmp_path / "float32")
+    hatify.save(hat, tmp_path / "bfloat16", dtype=BRAIN)
+    wanted = copy.deepcopy(model).to(BRAIN)(x.to(BRAIN), mask)
+    for loaded in (hatify.load(tmp_path / "float32", dtype=BRAIN), hatify.load(tmp_path / "bfloat16")):
+        assert torch.equal(loaded.eval()(x.to(BRAIN), mask), wanted)
 
 
 def test_compiled_as_a_whole_they_follow_too(following: tuple) -> None:

@@ -1,7 +1,8 @@
 """What a model's code takes from types: ``.to(x.dtype)`` against ``.float()``, ``torch.finfo(x.dtype).min``, ``if x.dtype == torch.half``.
 
 A trace has the types of its inputs in it. So a model that reads a type is traced in the other ones, too, and under autocast, on fake
-tensors (no memory). Constants and casts that differ then are read from a type when the network runs; what differs otherwise is refused there.
+tensors (no memory). Constants and casts that differ then are read from a type when the network runs; what differs otherwise is refused
+there.
 """
 
 from __future__ import annotations
