@@ -98,6 +98,17 @@ class OwnTable(Tokens):
         return x * (torch.tensor([3.0, 5.0, 7.0, 0.1, 0.2, 0.3, 0.4, 0.5], dtype=torch.float32) * 3.3).sqrt().to(x.dtype)
 
 
+class Picks(Tokens):
+    """It picks by the values of a buffer, which a trace on empty ones does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.tensor([True, False, True]))
+
+    def body(self, x: Tensor, mask: Tensor) -> Tensor:
+        return torch.log(F.relu(x[:, self.kept]) + torch.finfo(x.dtype).eps)
+
+
 class Clamped(Tokens):
     def body(self, x: Tensor, mask: Tensor) -> Tensor:
         x = 100 * x
@@ -111,7 +122,35 @@ class AsksAutocast(Tokens):
         return x.sin() if torch.is_autocast_enabled("cpu") else x.cos()
 
 
-FOLLOWING = [MaskedFill, Additive, HalfOfTheLimit, Eps, ThereAndBack, Twice, LikeTheValues, LikeTheWeights, OwnTable]
+class InTraining(Tokens):
+    """In train mode another graph, with a number of its own."""
+
+    def body(self, x: Tensor, mask: Tensor) -> Tensor:
+        return (
+            (x.sin() + 0.01 * torch.finfo(x.dtype).eps ** 0.5).float().to(x.dtype)
+            if self.training
+            else x + torch.finfo(x.dtype).eps
+        )
+
+
+class ClampedInTraining(Tokens):
+    def body(self, x: Tensor, mask: Tensor) -> Tensor:
+        return Clamped.body(self, x.sin(), mask) if self.training else x
+
+
+FOLLOWING = [
+    MaskedFill,
+    Additive,
+    HalfOfTheLimit,
+    Eps,
+    ThereAndBack,
+    Twice,
+    LikeTheValues,
+    LikeTheWeights,
+    OwnTable,
+    Picks,
+    InTraining,
+]
 REFUSED = {Clamped: {WAYS[0], WAYS[4]}, AsksAutocast: {WAYS[3], WAYS[4]}}
 
 
@@ -240,6 +279,14 @@ def test_a_model_that_reads_no_type_is_traced_once(monkeypatch: pytest.MonkeyPat
     hatify.convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), 2, example_inputs=torch.randn(3, 4), verify=False)
     with pytest.raises(AssertionError, match="another type"):
         pair(Eps)
+
+
+def test_a_path_of_train_mode_is_refused_in_train_mode() -> None:
+    model, hat = pair(ClampedInTraining)
+    model, hat, (x, mask) = model.to(HALF), hat.to(HALF), given()
+    assert torch.equal(hat(x.to(HALF), mask), model(x.to(HALF), mask))
+    with pytest.raises(CallError, match="another path in torch.float16"):
+        hat.train()(x.to(HALF), mask)
 
 
 class Region(nn.Module):

@@ -7,6 +7,7 @@ there.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from hatify.errors import CaptureError
 from hatify.modules.types import LIMITS
 
 aten = torch.ops.aten
-TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TYPES = (torch.float16, torch.float32, torch.bfloat16, torch.float64)
 AUTOCAST = (torch.bfloat16, torch.float16)
 CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default}
 MOST_CASTS = 2
@@ -35,19 +36,27 @@ NEAREST = 64
 """Among so many values before a constant, one is looked for whose type it is taken from."""
 
 
-def follow_dtypes(captured: Captured, model: nn.Module, signature: Signature, training: bool) -> None:
+def follow_dtypes(captured: Captured, model: nn.Module, signature: Signature, training: bool, brief: bool = False) -> bool:
     """Notes in ``node.meta["typed"]`` which arguments of a node are taken from the type of what, and in ``captured.unlike`` in which types
     the model takes another path. The model is traced once more in each; only where its code, or the graph, knows of a type at all.
+
+    Args:
+        brief: the other mode is alike in all types, so two of them tell.
+
+    Returns:
+        Whether it is alike in all types.
     """
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if own is None or own not in TYPES or not (captured.reads or any(own in _dtypes(n) for n in captured.graph.nodes)):
-        return
-    casts = [Way(t, None) for t in reversed(TYPES) if t != own]
-    autocasts = [Way(own, t) for t in AUTOCAST]
-    # code that never looks at a type takes no branch on it
-    ways = [*casts, *autocasts] if captured.reads else [casts[0], autocasts[0]]
-    follower = _Follower(captured, Way(own, None))
+        return True
+    casts = [Way(t) for t in TYPES if t != own]
+    ways = [casts[0], Way(own, AUTOCAST[0])]
+    if captured.reads and not brief:  # code that never looks at a type takes no branch on it
+        ways += [*casts[1:], Way(own, AUTOCAST[1])]
+    follower = _Follower(captured, Way(own))
     for way in ways:
+        if way.autocast is AUTOCAST[1] and not captured.unlike:
+            continue  # types that have been seen, mixed as has been seen
         try:
             follower.add(way, _traced(model, captured, signature, training, own, way))
         except CaptureError as error:
@@ -55,13 +64,28 @@ def follow_dtypes(captured: Captured, model: nn.Module, signature: Signature, tr
         except _Unlike as unlike:
             captured.unlike[way] = unlike.args[0]
     follower.settle()
+    alike = not captured.unlike and not any(t.choices for n in captured.graph.nodes for t in n.meta.get("typed", {}).values())
+    if alike or not brief:
+        return alike
+    captured.unlike.clear()
+    for node in captured.graph.nodes:
+        node.meta.pop("typed", None)
+    return follow_dtypes(captured, model, signature, training)
 
 
 def _traced(model: nn.Module, captured: Captured, signature: Signature, training: bool, own: torch.dtype, way: Way) -> Captured:
-    tree, inputs = _cast(model, captured.inputs, way.dtype) if way.dtype != own else (model, captured.inputs)
-    device = inputs[0].device.type if inputs else "cpu"
+    if way.dtype != own:
+        try:
+            tree, inputs = _cast(model, captured.inputs, way.dtype)
+            return export_mode(tree, signature, inputs, training, open_sizes=captured.open_sizes)
+        except CaptureError:  # code that looks at values
+            if any(p.is_meta for p in model.parameters()):
+                raise
+            tree, inputs = _cast(model, captured.inputs, way.dtype, values=True)
+            return export_mode(tree, signature, inputs, training, open_sizes=captured.open_sizes)
+    device = captured.inputs[0].device.type if captured.inputs else "cpu"
     with torch.autocast(device, dtype=way.autocast or torch.bfloat16, enabled=way.autocast is not None):
-        return export_mode(tree, signature, inputs, training, open_sizes=captured.open_sizes)
+        return export_mode(model, signature, captured.inputs, training, open_sizes=captured.open_sizes)
 
 
 class _Unlike(Exception):
@@ -371,13 +395,14 @@ def _regions(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
     return found
 
 
-def _cast(model: nn.Module, inputs: list[Tensor], dtype: torch.dtype) -> tuple[nn.Module, list[Tensor]]:
-    """The model and its inputs in another type, as fake tensors."""
-    tree, mode, done = copy_tree(model), FakeTensorMode(allow_non_fake_inputs=True), {}
+def _cast(model: nn.Module, inputs: list[Tensor], dtype: torch.dtype, values: bool = False) -> tuple[nn.Module, list[Tensor]]:
+    """The model and its inputs in another type, as fake tensors if not with their ``values``."""
+    tree, done = copy_tree(model), {}
+    mode = contextlib.nullcontext() if values else FakeTensorMode(allow_non_fake_inputs=True)
 
     def cast(tensor: Tensor) -> Tensor:
         if id(tensor) not in done:
-            fake = mode.from_tensor(tensor.detach(), static_shapes=True)
+            fake = tensor.detach() if values else mode.from_tensor(tensor.detach(), static_shapes=True)
             done[id(tensor)] = fake.to(dtype) if tensor.is_floating_point() else fake
             if isinstance(tensor, nn.Parameter):
                 done[id(tensor)] = nn.Parameter(done[id(tensor)], tensor.requires_grad)

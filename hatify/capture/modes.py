@@ -77,10 +77,10 @@ def _both_modes(
     notes += [*_asking(evaluated), *words(evaluated.selections)]
     merged = _merge(evaluated, trained)
     evaluated.reads += [] if not merged else trained.reads
-    follow_dtypes(evaluated, model, signature, training=False)
+    alike = follow_dtypes(evaluated, model, signature, training=False)
     if merged:
         return evaluated, None, [*notes, *_elsewhere(evaluated)]
-    follow_dtypes(trained, model, signature, training=True)
+    follow_dtypes(trained, model, signature, training=True, brief=alike)
     notes += dict.fromkeys((*_elsewhere(evaluated), *_elsewhere(trained)))
     notes.append("train and eval mode differ in structure: two graphs over the same modules")
     return evaluated, trained, notes
