@@ -269,6 +269,7 @@ def _rewrite(
         can_train=not graphs[0].eval_only,
         asks=graphs[0].asks,
         own_modes=graphs[0].own_modes,
+        unlike={training: graph.unlike for training, graph in zip((False, True), (graphs[0], graphs[-1]))},
         selections=graphs[0].selections,
     )
     return HATModel(root, rewritten[0], rewritten[1] if len(rewritten) > 1 else None, facts)

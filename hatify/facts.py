@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hatify.capture import Captured
+from hatify.capture.captured import Way
 from hatify.errors import CallError
 
 
@@ -15,7 +18,8 @@ class Facts:
 
     ``uses`` are the uses of every shared parameter, ``masker_paths`` where each masker lives, ``original_keys`` the keys of the
     original's state dict in order, ``reference`` the original's tree on the meta device (its code, without its weights), ``stand_in``
-    what a directory holds of it, ``own_modes`` the modules that the original's ``train(mode)`` leaves in the other mode, by mode.
+    what a directory holds of it, ``own_modes`` the modules that the original's ``train(mode)`` leaves in the other mode, by mode,
+    ``unlike`` the types in which the original takes another path, with its source line, by mode.
     """
 
     def __init__(self, **facts: Any) -> None:
@@ -79,3 +83,23 @@ class Sizes:
         example = f"torch.randn({shape})" if alone else f"...), in which {name} is {tensor.dtype} of the shape ({shape}"
         fix = f"hatify.convert(model, example_inputs={example})"
         return CallError(f"the input {name} does not fit the capture", where=name, why=why, fix=fix)
+
+
+def check_way(unlike: Mapping[Way, str], dtype: torch.dtype | None, tensors: list[Tensor]) -> None:
+    """Whether the original computes the same in these types.
+
+    Args:
+        dtype: of the model's parameters.
+
+    Raises:
+        CallError: it takes another path.
+    """
+    device = tensors[0].device.type if tensors else "cpu"
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    for way, line in unlike.items():
+        if way.dtype == dtype if way.autocast is None else way.autocast == autocast:
+            fix = f"hatify.convert(model.to({way.dtype}), ...), whose graph has that path"
+            if way.autocast is not None:
+                others = {torch.bfloat16, torch.float16} - {w.autocast for w in unlike}
+                fix = f"torch.autocast({device!r}, dtype={next(iter(others))})" if others else "call it without torch.autocast"
+            raise CallError(f"the model takes another path {way}", where=line, why="the capture followed the other one", fix=fix)

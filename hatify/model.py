@@ -234,14 +234,18 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> HATModel:
-        """``.to()`` and the like: the protected values move along, and binary masks stay as they are.
+        """``.to()`` and the like: the protected values move along, and binary masks stay as they are. So do the types of tensors that the
+        original made in its forward or held in plain attributes.
 
         Raises:
             NonFiniteError: a weight would become infinite; nothing has been cast then.
         """
         self._guard.restore()
         check_reach(self, fn)
+        constants = self.room.constants._buffers
+        made = dict(constants)
         super()._apply(fn, recurse)
+        constants.update({n: t.to(constants[n].device) for n, t in made.items() if constants[n].dtype != t.dtype})
         self._guard.follow()
         return self
 

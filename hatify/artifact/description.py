@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..analysis.plan import Analysis, LayerPlan
 from ..calling import Structure
+from ..capture.captured import Way
 from ..capture.regions import SWITCHES
 from ..errors import ArtifactError
 from ..facts import Facts, Sizes
@@ -20,6 +21,7 @@ from ..model import HATModel
 from ..modules import HATConfig, Masker, TaskIndexedParameter
 from ..report import ConversionReport
 from ..verification import VerificationReport
+from .constants import constant_from, constant_to
 from .expressions import guard_from, guard_to
 from .fields import Fields, typed
 from .gates import TABLE, Budget, Ids, StoredIds, table_from, uses_from, uses_to
@@ -83,6 +85,12 @@ class Description:
             "report": None if hat.report is None else hat.report.to_dict(),
             "verification": None if hat.verification is None else asdict(hat.verification),
         }
+        self.data["unlike"] = {
+            "train" if mode else "eval": [
+                [constant_to(way.dtype), constant_to(way.autocast), _line(line)] for way, line in ways.items()
+            ]
+            for mode, ways in facts.unlike.items()
+        }
         self.data["selections"] = list(facts.selections)
         self._table = lambda: facts.analysis.table.stored(maskers)
         self._ids = ids.tensors()
@@ -102,6 +110,12 @@ def describe_model(hat: HATModel) -> Description:
         ArtifactError: a layer, a function or a constant that cannot be stored; names it, and the fix.
     """
     return Description(hat)
+
+
+def _line(line: str) -> str:
+    """A source line without where the code was on this machine."""
+    place, found, code = line.partition(": ")
+    return f"{place.rpartition('/')[2]}{found}{code}"
 
 
 def _sizes_to(sizes: Sizes) -> dict[str, Any]:
@@ -206,7 +220,8 @@ class Rebuilt:
     ) -> None:
         fields.only("name", "graphs", "outputs", "signature", "sizes", "modules", "own_code", "recipes", "room", "maskers",
                     "indexed", "uses", "original",
-                    "switches", "can_train", "asks", "own_modes", "selections", "plans", "rows", "report", "verification")  # fmt: skip
+                    "switches", "can_train", "asks", "own_modes", "unlike", "selections", "plans", "rows", "report",
+                    "verification")  # fmt: skip
         self.fields = fields
         known = list(known)
         modules = [cls for cls in known if issubclass(cls, nn.Module)]
@@ -297,6 +312,7 @@ class Rebuilt:
                 for mode, part in fields.at("asks").only("train", "eval").pairs()
             },
             own_modes=self._own_modes(),
+            unlike=self._unlike(),
             stand_in=None if own is None else self._own_code(own, own_tree, classes, original),
         )
         self.model = self._made()
@@ -317,6 +333,20 @@ class Rebuilt:
             for path in part.items():
                 if self.tree.module(path.is_a(str)) is None:
                     raise path.wrong(repr(path.data[:100]), "the path of a module")
+        return found
+
+    def _unlike(self) -> dict[bool, dict[Way, str]]:
+        """The types in which the original takes another path."""
+        found: dict[bool, dict[Way, str]] = {}
+        for mode, part in self.fields.at("unlike").only("train", "eval").pairs() if self.fields.has("unlike") else ():
+            found[mode == "train"] = ways = {}
+            for entry in part.items():
+                if len(entry.is_a(list)) != 3:
+                    raise entry.wrong(str(entry.data)[:60], "a type, that of autocast, and a source line")
+                dtype, autocast = (entry.at(i).decoded(constant_from, "a type") for i in range(2))
+                if not isinstance(dtype, torch.dtype) or not isinstance(autocast, torch.dtype | None):
+                    raise entry.wrong(str(entry.data[:2])[:60], "types")
+                ways[Way(dtype, autocast)] = entry.at(2).is_a(str)
         return found
 
     def _room(self) -> str:

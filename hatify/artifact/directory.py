@@ -181,7 +181,8 @@ def _write(path: Path, text: str) -> dict[str, Any]:
 
 def _cast(data: dict[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The same in another type; one tensor after the other is cast when it is written."""
-    floating = {key for key, tensor in tensors.items() if tensor.is_floating_point()}
+    made = f"{data['room']}.constants."  # which have the types that the original's code gives them
+    floating = {key for key, tensor in tensors.items() if tensor.is_floating_point() and not key.startswith(made)}
 
     def entry(path: str, name: str, part: Any) -> Any:
         key = f"{path}.{name}" if path else name
@@ -324,7 +325,7 @@ class _Reader:
             if name != CARD:
                 self._sized(name)
         description = Fields(parse(self._bytes(MODEL), str(self.directory / MODEL)), str(self.directory / MODEL))
-        inventory = Inventory(description.at("modules"))
+        inventory = Inventory(description.at("modules"), description.get("room", str))
         with self._weights(inventory) as weights:
             weights.begin()
             self._bytes(GRAPH)
@@ -384,7 +385,7 @@ class _Reader:
         for key, tensor in weights.found():
             if not (meta and inventory.is_state(key)):  # which says what is finished
                 tensor = tensor if self.device is None else tensor.to(self.device)
-                if self.dtype is not None:
+                if self.dtype is not None and not inventory.is_made(key):
                     file = next(file.path for file in weights.files if key in file.expected)
                     tensor = cast(key, tensor, self.dtype, inventory.is_embedding(key), file)
             yield key, tensor

@@ -14,7 +14,7 @@ from torch.fx import map_arg
 from torch.utils import _pytree as pytree
 
 from ..capture import Captured, capture
-from ..capture.captured import ByMode
+from ..capture.captured import ByMode, Typed
 from ..capture.regions import SWITCHES
 from ..errors import HatifyError
 from ..facts import Sizes
@@ -22,6 +22,7 @@ from ..gates.layers import MixingNorm
 from ..model import HATModel
 from ..modules import HATLayer, HATRecurrent, LiveMask, Mask, TaskIndexed
 from ..modules.task_indexed import write_buffer
+from ..modules.types import by_dtype, limit
 from ..proof.differences import difference
 from ..registry import describe_as
 from ..rewrite.graph import by_mode
@@ -274,29 +275,30 @@ class _Transcriber:
     def _copied(self, node: fx.Node) -> fx.Node:
         chosen = node.meta.get("by_mode")
         args, kwargs = (node.args, node.kwargs) if chosen is None else (tuple(chosen[0]), chosen[1])
-        args, kwargs = pytree.tree_map(
-            self._argument(node), (args, dict(kwargs)), is_leaf=lambda a: isinstance(a, fx.Node | ByMode)
-        )
-        kwargs = dict(kwargs)
+        args, kwargs = pytree.tree_map(self._argument, (args, dict(kwargs)), is_leaf=lambda a: isinstance(a, fx.Node | ByMode))
+        args, kwargs = list(args), dict(kwargs)
+        for place, typed in node.meta.get("typed", {}).items():
+            (args if isinstance(place, int) else kwargs)[place] = self._typed(typed)
         if isinstance(kwargs.get("device"), torch.device):
             kwargs["device"] = self._once("device", lambda: self.graph.call_function(getattr, (self._first(), "device")))
             kwargs.pop("pin_memory", None)
         return self.graph.create_node(node.op, node.target, tuple(args), kwargs, name=node.name)
 
-    def _argument(self, node: fx.Node) -> Any:
-        own = node.meta.get("own_dtype")
+    def _argument(self, a: Any) -> Any:
+        if isinstance(a, fx.Node):
+            return self.new[a]
+        if isinstance(a, ByMode):
+            training = self._once("training", lambda: self.graph.create_node("get_attr", "training"))
+            return self.graph.call_function(by_mode, (training, a.train, a.eval))
+        return a
 
-        def change(a: Any) -> Any:
-            if isinstance(a, fx.Node):
-                return self.new[a]
-            if isinstance(a, ByMode):
-                training = self._once("training", lambda: self.graph.create_node("get_attr", "training"))
-                return self.graph.call_function(by_mode, (training, a.train, a.eval))
-            if own is not None and isinstance(a, torch.dtype) and a == own:
-                return self._once("dtype", lambda: self.graph.call_function(getattr, (self._first(), "dtype")))
-            return a
-
-        return change
+    def _typed(self, typed: Typed) -> fx.Node:
+        read = self._first() if typed.source is None else self.new[typed.source]
+        name = "dtype" if typed.source is None else f"{read.name}_dtype"
+        dtype = self._once(name, lambda: self.graph.call_function(getattr, (read, "dtype")))
+        if typed.choices:
+            return self.graph.call_function(by_dtype, (dtype, *typed.choices))
+        return self.graph.call_function(limit, (dtype, typed.limit)) if typed.limit else dtype
 
     def _first(self) -> fx.Node:
         return next(n for n in self.graph.nodes if n.op == "placeholder")

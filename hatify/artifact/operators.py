@@ -20,6 +20,7 @@ from ..errors import ArtifactError
 from ..modules import live_norms
 from ..modules.grouped import GROUPED_MM
 from ..modules.task_indexed import write_buffer
+from ..modules.types import by_dtype, limit
 from ..rewrite.graph import by_mode
 
 __all__ = ["operator_from", "operator_name"]
@@ -36,6 +37,8 @@ PYTHON: dict[str, Callable] = {
     "torch.is_grad_enabled": torch.is_grad_enabled,
     "torch.set_grad_enabled": torch._C._set_grad_enabled,
     "hatify.by_mode": by_mode,
+    "hatify.by_dtype": by_dtype,
+    "hatify.limit": limit,
     "hatify.write_buffer": write_buffer,
     "hatify.layer_norm": live_norms.layer_norm,
     "hatify.rms_norm": live_norms.rms_norm,

@@ -150,9 +150,13 @@ class Inventory:
 
     Attributes:
         expected: dtype and shape of every tensor, by name; what a file must hold, no more and no less.
+
+    Args:
+        room: the module that holds what the conversion added.
     """
 
-    def __init__(self, fields: Fields) -> None:
+    def __init__(self, fields: Fields, room: str | None = None) -> None:
+        self._room = room
         self.expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self._states: set[str] = set()
         self._maskers: set[str] = set()
@@ -181,6 +185,10 @@ class Inventory:
     def is_state(self, key: str) -> bool:
         """Whether a stored tensor is no tensor of the model but marks which tasks are finished."""
         return key in self._states
+
+    def is_made(self, key: str) -> bool:
+        """Whether a stored tensor is one that the original's code makes."""
+        return self._room is not None and key.startswith(f"{self._room}.constants.")
 
     def is_embedding(self, key: str) -> bool:
         """Whether a stored tensor is a mask embedding."""

@@ -59,7 +59,8 @@ class Captured:
     the places where the model's code asks whether gradients are on, by mode (True: train mode); ``own_modes`` the modules
     that the model's own ``train()`` and ``eval()`` leave in the other mode, ``frozen`` the parameters that they freeze or thaw;
     ``kept`` are attributes of modules that forward puts tensors into, ``selections`` buffers whose values were taken for which elements
-    a boolean index picks.
+    a boolean index picks; ``reads`` the source lines that read the type of a tensor,
+    ``unlike`` those that compute something else when the model runs in another way.
     """
 
     graph: fx.Graph
@@ -78,6 +79,8 @@ class Captured:
     kept: list[str] = field(default_factory=list)
     frozen: list[str] = field(default_factory=list)
     selections: dict[str, Tensor] = field(default_factory=dict)
+    reads: list[str] = field(default_factory=list)
+    unlike: dict[Way, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,3 +89,24 @@ class ByMode:
 
     train: Any
     eval: Any
+
+
+@dataclass(frozen=True)
+class Way:
+    """A type that a model may be cast to, and that of autocast around it (None: no autocast)."""
+
+    dtype: torch.dtype
+    autocast: torch.dtype | None = None
+
+    def __str__(self) -> str:
+        return f"in {self.dtype}" if self.autocast is None else f"under autocast to {self.autocast}"
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A constant argument that is taken from the type of ``source`` (None: that of the model's parameters): the type itself, one of
+    its limits, or what ``choices`` have for it."""
+
+    source: fx.Node | None
+    limit: str | None = None
+    choices: tuple[tuple[torch.dtype, Any], ...] = ()

@@ -22,7 +22,7 @@ from hatify.capture.enclosed import clear_regions, enclose, written_across
 from hatify.capture.entering import enter_mode
 from hatify.capture.functional import line_of_write, make_functional, mutated, written_parameters, written_through_leaves
 from hatify.capture.pools import open_pools
-from hatify.capture.questions import noted_questions
+from hatify.capture.questions import noted_questions, noted_types
 from hatify.capture.reading import read_program
 from hatify.capture.refusals import not_functional, untraceable, writes_parameter
 from hatify.capture.regions import SWITCHES
@@ -112,7 +112,8 @@ def _export_once(
     leaves = mark_leaves(root, stubs, through, repeats)
     flat = _Flat(root, signature)
     try:
-        with noted_questions() as asks, noted_branches() as branches, known_selections(root, model) as selections:
+        noted = noted_questions(), noted_branches(), known_selections(root, model), noted_types()
+        with noted[0] as asks, noted[1] as branches, noted[2] as selections, noted[3] as reads:
             program, opened = _export(flat, inputs, model, open_sizes)
         if _is_transformed(program):
             with _quiet():
@@ -166,6 +167,7 @@ def _export_once(
     captured.own_modes = {training: own_modes}
     captured.frozen, captured.kept = frozen, flat.seen.kept
     captured.selections = selections
+    captured.reads = reads
     return captured, set()
 
 

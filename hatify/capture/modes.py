@@ -60,7 +60,6 @@ def _both_modes(
     evaluated = _capture_open_batch(model, signature, inputs, doubled, training=False)
     notes = hooks_left(model, evaluated.leaves)
     notes += _freezing(evaluated, "eval")
-    follow_dtypes(evaluated, model, signature, training=False)
     try:
         trained = _capture_open_batch(model, signature, inputs, doubled, training=True, open_sizes=evaluated.open_sizes)
     except CaptureError as error:
@@ -68,16 +67,21 @@ def _both_modes(
             f"train mode cannot be traced ({error.where}); train mode runs the code of eval mode, with its layers in train mode\n{error}"
         )
         evaluated.eval_only = True
-        notes += [*_asking(evaluated), *_keeping(evaluated), *words(evaluated.selections)]
+        follow_dtypes(evaluated, model, signature, training=False)
+        notes += [*_asking(evaluated), *_keeping(evaluated), *words(evaluated.selections), *_elsewhere(evaluated)]
         return evaluated, None, notes
     notes += _freezing(trained, "train")
     evaluated.asks.update(trained.asks)
     evaluated.own_modes.update(trained.own_modes)
     evaluated.selections.update(trained.selections)
     notes += [*_asking(evaluated), *_keeping(evaluated, trained), *words(evaluated.selections)]
-    if _merge(evaluated, trained):
-        return evaluated, None, notes
-    follow_dtypes(trained, model, signature, training=True)
+    merged = _merge(evaluated, trained)
+    evaluated.reads += [] if not merged else trained.reads
+    alike = follow_dtypes(evaluated, model, signature, training=False)
+    if merged:
+        return evaluated, None, [*notes, *_elsewhere(evaluated)]
+    follow_dtypes(trained, model, signature, training=True, brief=alike)
+    notes += dict.fromkeys((*_elsewhere(evaluated), *_elsewhere(trained)))
     notes.append("train and eval mode differ in structure: two graphs over the same modules")
     return evaluated, trained, notes
 
@@ -110,6 +114,10 @@ def _asking(captured: Captured) -> list[str]:
     if not places:
         return []
     return [f"asks whether gradients are on: without a task, and where some are off, its own code runs\n{', '.join(places)}"]
+
+
+def _elsewhere(captured: Captured) -> list[str]:
+    return [f"takes another path {way}: calls are refused there\n{line}" for way, line in captured.unlike.items()]
 
 
 def _capture_open_batch(

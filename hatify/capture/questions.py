@@ -6,6 +6,7 @@ import contextlib
 import linecache
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -17,6 +18,14 @@ QUESTIONS = ((torch, "is_grad_enabled"), (torch, "is_inference_mode_enabled"), (
 """What is asked before another path is taken; the last one guards the fused kernels of torch's own transformer layers."""
 ABOUT_TRACING = ((torch.compiler, "is_compiling"), (torch.compiler, "is_exporting"))
 """What code asks that leaves out what a trace cannot follow, or keeps more sizes open than an ordinary call needs."""
+
+ABOUT_TYPES = tuple(
+    (torch, name)
+    for name in ("is_autocast_enabled", "get_autocast_dtype", "is_autocast_cpu_enabled", "get_autocast_cpu_dtype",
+                 "get_autocast_gpu_dtype", "get_autocast_device")
+    if hasattr(torch, name)
+)  # fmt: skip
+"""What code asks that computes otherwise under autocast; it also reads the types of tensors."""
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _LAYERS = os.path.join(_TORCH, "nn", "modules") + os.sep
@@ -61,6 +70,56 @@ def answered(traced: bool, places: list[str]) -> Iterator[None]:
 
     with _replaced(ABOUT_TRACING, answering):
         yield
+
+
+@contextlib.contextmanager
+def noted_types() -> Iterator[list[str]]:
+    """The source lines where a model that is traced inside the block looks at the type of a tensor, or at autocast.
+
+    What a layer that stays one does inside is not meant: it looks again in each call. Neither is torch's own code, which takes types from
+    a tensor, and no branch on one.
+    """
+    lines: dict[str, None] = {}
+    read, tracing = torch._C.TensorBase.dtype, threading.get_ident()
+
+    def note(frame: FrameType) -> None:
+        if not _INSIDE_LAYERS and threading.get_ident() == tracing and not is_inside(frame.f_code.co_filename):
+            lines[line_of(frame)] = None
+
+    def dtype(tensor: Any) -> torch.dtype:
+        found = read.__get__(tensor)
+        if found.is_floating_point:
+            note(sys._getframe(1))
+        return found
+
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            note(sys._getframe(1))
+            return function(*args, **kwargs)
+
+        return ask
+
+    found: list[str] = []
+    torch.Tensor.dtype = property(dtype)
+    try:
+        with _replaced(ABOUT_TYPES, noting):
+            yield found
+    finally:
+        del torch.Tensor.dtype
+        found += lines
+
+
+@contextlib.contextmanager
+def inside_a_layer() -> Iterator[None]:
+    """Looks at types inside the block are those of a layer that stays one."""
+    _INSIDE_LAYERS.append(True)
+    try:
+        yield
+    finally:
+        _INSIDE_LAYERS.pop()
+
+
+_INSIDE_LAYERS: list[bool] = []
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointFunction
 
 from hatify.capture.alike import again, likeness, looks
+from hatify.capture.questions import inside_a_layer
 from hatify.capture.repeats import clear_repeats, mark_blocks, repeated_paths
 from hatify.errors import CaptureError, HatifyError
 from hatify.gates.layers import ChannelNorm, Elementwise, MixingNorm
@@ -46,7 +47,7 @@ class SizesTooLarge(Exception):
 
 @dataclass
 class LeafCall:
-    """One call of a leaf while tracing: where it is, how it was called and what it gave."""
+    """One call of a leaf while tracing: where it is, how it was called (and under which autocast) and what it gave."""
 
     path: str
     twin: nn.Module | FunctionCall
@@ -56,6 +57,7 @@ class LeafCall:
     constants: list[Any] = field(default_factory=list)
     inplace: bool = False
     aliases: list[int] = field(default_factory=list)
+    autocast: torch.dtype | None = None
 
 
 def _stub(recorded: Any) -> Callable:
@@ -166,7 +168,7 @@ class _Marker(Traced):
         static = [Tensor if isinstance(a, Tensor) else _Sym if isinstance(a, torch.SymInt) else a for a in flat]
         inplace = bool(getattr(self.twin, "inplace", False)) and bool(tensors)
         key = f"{self.path}#{next(_NUMBERS)}"
-        call = _CALLS[key] = LeafCall(self.path, self.twin, spec, static, inplace=inplace)
+        call = _CALLS[key] = LeafCall(self.path, self.twin, spec, static, inplace=inplace, autocast=_autocast_of(tensors))
         out = list(torch.ops.hatify.leaf(tensors, sizes, key))
         flat_out = [out.pop(0) if c is Tensor else c for c in call.constants]
         result = pytree.tree_unflatten(flat_out, call.out)
@@ -204,6 +206,35 @@ def clear_calls() -> None:
 def _leaf_on_fakes(inputs: list[Tensor], sizes: list[int], key: str) -> list[Tensor]:
     """The results of a leaf as fake tensors, from a call that was alike where there was one."""
     call = _CALLS[key]
+    with inside_a_layer(), _autocast_to(call.autocast, inputs):
+        return _results_of(call, inputs, sizes)
+
+
+@contextlib.contextmanager
+def _autocast_to(dtype: torch.dtype | None, inputs: list[Tensor]) -> Iterator[None]:
+    """Inside of an operator torch has autocast behind it; a layer is called with what was on before."""
+    if dtype is None:
+        yield
+        return
+    device = inputs[0].device.type
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    torch.set_autocast_dtype(device, dtype)
+    torch.set_autocast_enabled(device, True)  # not torch.autocast, which a trace notes
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
+        torch.set_autocast_cache_enabled(before[2])
+
+
+def _autocast_of(tensors: list[Tensor]) -> torch.dtype | None:
+    device = tensors[0].device.type if tensors else None
+    return torch.get_autocast_dtype(device) if device is not None and torch.is_autocast_enabled(device) else None
+
+
+def _results_of(call: LeafCall, inputs: list[Tensor], sizes: list[int]) -> list[Tensor]:
     mode = detect_fake_mode(inputs)
     alike = likeness(call.twin, inputs, [*sizes, *call.static, repr(call.args)]) if isinstance(call.twin, nn.Module) else None
     if alike is None:

@@ -18,11 +18,12 @@ from hatify.analysis.heads import operator_name
 from hatify.analysis.plan import Ratio, Size, node_of
 from hatify.analysis.sizes import open_dims, period
 from hatify.capture import Captured
-from hatify.capture.captured import ByMode
+from hatify.capture.captured import ByMode, Typed
 from hatify.capture.regions import SWITCHES, closes, enter_autocast, opens
 from hatify.gates import Value
 from hatify.modules import Mask, live_norms
 from hatify.modules.task_indexed import write_buffer
+from hatify.modules.types import by_dtype, limit
 from hatify.rewrite.surgery import Surgery
 
 aten = torch.ops.aten
@@ -67,6 +68,7 @@ class _Rewriter:
         self.training: fx.Node | None = None
         self.device: fx.Node | None = None
         self.dtype: fx.Node | None = None
+        self.dtypes: dict[fx.Node, fx.Node] = {}
         self.task: fx.Node | None = None
         self.open: tuple[fx.Node, ...] = ()
         self.within: dict[fx.Node, tuple[fx.Node, ...]] = {}
@@ -164,11 +166,11 @@ class _Rewriter:
         if isinstance(kwargs.get("device"), torch.device):
             kwargs = {**kwargs, "device": self._device()}
             kwargs.pop("pin_memory", None)
-        if "own_dtype" in node.meta:
-            own = node.meta["own_dtype"]
-            args, kwargs = pytree.tree_map(
-                lambda a: self._dtype() if isinstance(a, torch.dtype) and a == own else a, (tuple(args), kwargs)
-            )
+        for place, typed in node.meta.get("typed", {}).items():
+            if isinstance(place, int):
+                args = (*args[:place], self._typed(typed), *args[place + 1 :])
+            else:
+                kwargs = {**kwargs, place: self._typed(typed)}
         plain = OPERATORS.get(str(node.target)) if not kwargs and len(args) == 2 else None
         return self.graph.create_node("call_function", plain or node.target, args, kwargs, name=node.name)
 
@@ -205,6 +207,21 @@ class _Rewriter:
             with self.graph.inserting_after(self.task):
                 self.device = self.graph.call_function(getattr, (first, "device"))
         return self.device
+
+    def _typed(self, typed: Typed) -> fx.Node:
+        """A constant that is taken from a type."""
+        if typed.source is None:
+            dtype = self._dtype()
+        else:
+            dtype = self.dtypes.get(typed.source)
+            if dtype is None:
+                read = self.new[typed.source]
+                with self.graph.inserting_after(self.task if read.op == "placeholder" else read):
+                    dtype = self.graph.create_node("call_function", getattr, (read, "dtype"), name=f"{read.name}_dtype")
+                self.dtypes[typed.source] = self._noted(dtype, typed.source)
+        if typed.choices:
+            return self.graph.call_function(by_dtype, (dtype, *typed.choices))
+        return self.graph.call_function(limit, (dtype, typed.limit)) if typed.limit else dtype
 
     def _dtype(self) -> fx.Node:
         """The model's own type: that of its first floating-point parameter."""

@@ -1,0 +1,33 @@
+"""Numbers and types that a model's code takes from the type of a tensor, read when the network runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hatify.errors import CallError
+
+LIMITS = ("min", "max", "eps", "tiny")
+"""What :func:`limit` gives."""
+
+
+def limit(dtype: torch.dtype, name: str) -> float:
+    """``torch.finfo(dtype).min`` and the like."""
+    return getattr(torch.finfo(dtype), name)
+
+
+def by_dtype(dtype: torch.dtype, *choices: tuple[torch.dtype, Any]) -> Any:
+    """A constant that the original's forward chose by ``dtype``.
+
+    Raises:
+        CallError: it was not traced in this type.
+    """
+    for known, value in choices:
+        if known == dtype:
+            return value
+    raise CallError(
+        f"the model's code takes a value from a type, and was not traced in {dtype}",
+        why=f"known are {', '.join(str(known) for known, _ in choices)}",
+        fix="cast the model to one of these, or convert it in the type that you need",
+    )
