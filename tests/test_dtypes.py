@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tasks import draw_masks
+from tasks import draw_masks, finish
 from torch import Tensor, nn
 
 import hatify
@@ -227,6 +227,29 @@ def test_compiled_as_a_whole_they_follow_too(following: tuple) -> None:
         with within(way), torch.no_grad():
             compiled = torch.compile(cast, backend="eager", fullgraph=True)
             assert torch.equal(compiled(x.to(way.dtype), mask), original(x.to(way.dtype), mask))
+
+
+@pytest.mark.parametrize("slim", [False, True])
+def test_an_extracted_task_follows_too(following: tuple, slim: bool) -> None:
+    hat, (x, mask) = copy.deepcopy(following[1]).eval(), given()
+    draw_masks(hat)
+    finish(hat, 0)
+    plain = hatify.extract(hat, 0, slim)
+    assert not any("hatify" in str(getattr(node.target, "__module__", "")) for node in plain.graph.nodes)
+    for way in WAYS:
+        cast, small, given_x = copy.deepcopy(hat).to(way.dtype), copy.deepcopy(plain).to(way.dtype), x.to(way.dtype)
+        with within(way), torch.no_grad():
+            wanted, found = cast(given_x, mask, task=0), small(given_x, mask)
+        assert found.dtype == wanted.dtype and found.isfinite().all()
+        torch.testing.assert_close(found, wanted)
+
+
+def test_an_extracted_task_notes_which_types_take_another_path() -> None:
+    for make, ways in ((Eps, ()), (Clamped, REFUSED[Clamped])):
+        _, hat = pair(make)
+        finish(hat, 1)
+        notes = hatify.extract(hat, 1).extraction["notes"]
+        assert len(notes) == len(ways) and all(any(str(way) in note for note in notes) for way in ways)
 
 
 @pytest.mark.parametrize("make", FOLLOWING, ids=lambda cls: cls.__name__)

@@ -154,6 +154,8 @@ def _notes(hat: HATModel) -> list[str]:
         notes.append("in train mode the original takes another path; this module follows the path of eval mode in both")
     if not hat.can_train:
         notes.append("train mode could not be captured: this module serves in eval mode")
+    for way, line in hat._facts.unlike[False].items():
+        notes.append(f"the original takes another path {way} ({line}); this module does not")
     return notes
 
 

@@ -19,6 +19,7 @@ from hatify.lifecycle.calls import placeholders, put_together
 from hatify.model import HATModel
 from hatify.modules import HATLayer, HATRecurrent, LiveMask, Mask, TaskIndexed, TaskIndexedParameter, live_norms
 from hatify.modules.task_indexed import write_buffer
+from hatify.modules.types import by_dtype, limit
 from hatify.rewrite.graph import by_mode
 from hatify.rewrite.scope import Scope
 
@@ -246,6 +247,10 @@ class _Specialiser:
             return self.graph.call_function(torch.amp.autocast_mode._enter_autocast, (kind, dtype, enabled, cache))
         if target is exit_autocast:
             return self.graph.call_function(torch.amp.autocast_mode._exit_autocast, args)
+        if target is limit:
+            return self.graph.call_function(getattr, (self.graph.call_function(torch.finfo, args[:1]), args[1]))
+        if target is by_dtype:
+            return self.graph.call_function(operator.getitem, (dict(args[1:]), args[0]))
         return self.graph.create_node("call_function", target, args, kwargs, name=node.name)
 
     def _operands(self, node: fx.Node) -> tuple[tuple, dict]:
