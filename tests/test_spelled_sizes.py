@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import hatify
-from hatify.capture import export
+from hatify.capture import export, spelled
 from hatify.errors import CallError
 from hatify.verification import VerificationError
 
@@ -19,6 +20,8 @@ TEXTS: dict[str, Callable[[Tensor], str]] = {
     "format": lambda x: "{}".format(x.shape[-1]),  # noqa: UP032
     "percent": lambda x: "%s" % x.shape[-1],  # noqa: UP031
     "shape": lambda x: str(tuple(x.shape[2:])).strip("(),"),
+    "f-string": lambda x: f"{x.shape[-1]}",
+    "f-string with a form": lambda x: f"{x.shape[-1]:>02d}",
     "half": lambda x: str(x.shape[-1] / 2).replace(".0", "").replace("8", "16"),
 }
 
@@ -65,15 +68,65 @@ def test_a_size_in_a_text_is_fixed(text: str, example: int) -> None:
     assert torch.equal(hat(inputs(example)[:1]), model(inputs(example)[:1]))  # the batch is open
 
 
-def test_a_message_leaves_its_size_open() -> None:
-    class Checks(Tables):
-        def forward(self, x: Tensor) -> Tensor:
-            torch._assert(x.shape[-1] % 2 == 0, f"{x.shape[-1]} is odd")
-            return self.head(torch.relu(self.first(x)).mean(-1))
+class Checks(Tables):
+    """Messages, shown and not shown, in the ways that people make them."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.shape[-1] % 2 == 0, f"{x.shape[-1]} is odd")
+        torch._check(
+            x.shape[-1] > 2,
+            lambda: f"{x.shape[-1]} is small",
+        )
+        logging.getLogger("hatify.tests").info(
+            "a signal of "
+            f"{x.shape[-1]:4d} samples"
+        )  # fmt: skip
+        if x.shape[-1] % 2:
+            raise ValueError("%s is odd" % x.shape[-1])  # noqa: UP031
+        assert x.shape[-1] > 2, str(x.shape[-1])
+        return self.head(torch.relu(self.first(x)).mean(-1))
+
+
+class Remembers(Tables):
+    """A text in a statement of its own that is no message."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, names = self.first(x), []
+        names.append(f"{x.shape[-1]}")
+        return self.head(torch.relu(h * self.gains.get(names[0], 1.0)).mean(-1))
+
+
+def test_a_message_leaves_its_size_open() -> None:
     model = Checks(str)
     hat = hatify.convert(model, 2, example_inputs=inputs(16)).eval()
     assert all(torch.equal(hat(inputs(n)), model.eval()(inputs(n))) for n in (16, 24, 32))
+
+
+def test_a_text_that_is_kept_is_no_message() -> None:
+    model = Remembers(str)
+    hat = hatify.convert(model, 2, example_inputs=inputs(16)).eval()
+    assert torch.equal(hat(inputs(16)), model.eval()(inputs(16)))
+    with pytest.raises(CallError):
+        hat(inputs(24))
+
+
+def test_messages_are_found_by_the_statement_that_they_are_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controls of both: every text taken for a message, and none."""
+    monkeypatch.setattr(spelled, "_in_a_message", lambda frame: True)
+    model = Remembers(str)
+    hat = hatify.convert(model, 2, example_inputs=inputs(24), verify=False).eval()
+    assert not torch.equal(hat(inputs(16)), model.eval()(inputs(16)))
+    monkeypatch.setattr(spelled, "_in_a_message", lambda frame: False)
+    with pytest.raises(CallError):
+        hatify.convert(Checks(str), 2, example_inputs=inputs(16))(inputs(24))
+
+
+def test_code_without_a_source_keeps_no_message() -> None:
+    names: dict = {}
+    exec("def text(x):\n    return f'{x.shape[-1]}'\n", names)
+    hat = hatify.convert(Tables(names["text"]), 2, example_inputs=inputs(16)).eval()
+    with pytest.raises(CallError):
+        hat(inputs(24))
 
 
 def test_unless_it_is_followed_a_text_has_no_number_in_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
 import contextlib
-import dis
+import linecache
+import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from types import FrameType
 from typing import Any
 
@@ -17,14 +20,18 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from hatify.capture.questions import of_a_model
 
 _SPELLINGS = [
-    (kind, name, number) for kind, number in ((torch.SymInt, int), (torch.SymFloat, float)) for name in ("__repr__", "__str__")
+    (kind, name, number)
+    for kind, number in ((torch.SymInt, int), (torch.SymFloat, float))
+    for name in ("__repr__", "__str__", "__format__")
 ]
+_READERS = re.compile("assert|check|warn|log|print|debug|info|error|exception|critical", re.IGNORECASE)
+"""In the names of functions that show a text to people."""
 
 
 @contextlib.contextmanager
 def spelled_sizes() -> Iterator[None]:
     """Inside, the text of an open size in a traced model's own code (``self.tables[str(n)]``) fixes it, for the text has one number in it
-    and leaves no guard (f-strings are taken for messages); ``len`` of a traced tensor leaves its size open, which Python's own fixes."""
+    and leaves no guard; messages leave it open. So does ``len`` of a traced tensor, which with Python's own fixes it."""
     kept = [(kind, name, kind.__dict__.get(name)) for kind, name, _ in _SPELLINGS]
     for kind, name, number in _SPELLINGS:
         setattr(kind, name, _text_of(getattr(kind, name), number))
@@ -41,17 +48,53 @@ def spelled_sizes() -> Iterator[None]:
                 setattr(kind, name, method)
 
 
-def _text_of(spell: Callable[[Any], str], number: type) -> Callable[[Any], str]:
-    def text(size: Any) -> str:
+def _text_of(spell: Callable[..., str], number: type) -> Callable[..., str]:
+    spelled = getattr(number, spell.__name__)
+
+    def text(size: Any, *form: str) -> str:
         frame = sys._getframe(1)
-        return str(number(size)) if of_a_model(frame) and not _in_f_string(frame) else spell(size)
+        if of_a_model(frame):
+            # what a message shows is the number, too, but nothing that the graph has to ask for
+            return spelled(_hint(size, number) if _in_a_message(frame) else number(size), *form)
+        return spell(size, *form)
 
     return text
 
 
-def _in_f_string(frame: FrameType) -> bool:
-    """Whether an f-string is put together: nearly all are messages, which are made whether or not they are shown."""
-    return dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("FORMAT")
+def _hint(size: Any, number: type) -> Any:
+    """The example's size, with no question asked."""
+    return number(size.node.hint if size.node.has_hint() else 0)
+
+
+def _in_a_message(frame: FrameType) -> bool:
+    """Whether a text is made for people: in ``raise``, in ``assert``, or in a call of what asserts, warns or prints, whose result nobody
+    takes. Messages are made whether or not they are shown."""
+    statement = _statement(frame.f_code.co_filename, frame.f_lineno)
+    if isinstance(statement, ast.Raise | ast.Assert):
+        return True
+    if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Call):
+        return False
+    function = statement.value.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    return _READERS.search(name) is not None
+
+
+def _statement(file: str, line: int) -> ast.stmt | None:
+    """The innermost statement that a line is in; None where there is no source."""
+    found, within = None, _parsed("".join(linecache.getlines(file))).body
+    while within:
+        inside = [n for n in within if getattr(n, "lineno", line) <= line <= getattr(n, "end_lineno", line)]
+        found = next((n for n in inside if isinstance(n, ast.stmt)), found)
+        within = [child for n in inside for child in ast.iter_child_nodes(n)]
+    return found
+
+
+@lru_cache(maxsize=64)
+def _parsed(source: str) -> ast.Module:
+    try:
+        return ast.parse(source)
+    except SyntaxError:  # what a notebook holds beside Python
+        return ast.Module([], [])
 
 
 def _length_of(length: Callable[[Any], int]) -> Callable[[Any], int]:
