@@ -22,7 +22,7 @@ from hatify.capture.names import line_behind, scope_of, telling_name
 from hatify.capture.regions import enter_autocast, exit_autocast
 from hatify.capture.repeats import MARK, REPEAT, Copier
 from hatify.capture.sizes import fixed_sizes, guards_of
-from hatify.capture.tree import LEAF, FunctionCall, arguments, forget_call
+from hatify.capture.tree import LEAF, FunctionCall, OperatorCall, arguments, forget_call
 from hatify.modules.closures import memory_of
 from hatify.modules.grouped import EQUIVALENT
 
@@ -201,6 +201,12 @@ def _leaf_node(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> list[
     call = forget_call(key)
     args, kwargs = arguments(call, [env[t] for t in tensors], [env[s] if isinstance(s, fx.Node) else s for s in sizes])
     args, kwargs = fx.map_arg((args, kwargs), lambda n: n)
+    if isinstance(call.twin, OperatorCall):
+        target = call.twin.operator
+        new = graph.create_node("call_function", target, tuple(args), dict(kwargs), name=telling_name(target, scope_of(node)))
+        _note(new, node)
+        new.meta["val"] = node.meta["val"][0]
+        return [new]
     if isinstance(call.twin, FunctionCall):
         new = graph.create_node("call_function", call.twin, tuple(args), {}, name=call.twin.__name__.lower())
         _note(new, node)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class LeafCall:
     """One call of a leaf while tracing: where it is, how it was called (and under which autocast) and what it gave."""
 
     path: str
-    twin: nn.Module | FunctionCall
+    twin: nn.Module | FunctionCall | OperatorCall
     args: Any
     static: list[Any]
     out: Any = None
@@ -77,6 +78,15 @@ class FunctionCall:
 
     def __call__(self, *args: Any) -> Any:
         return self.function.apply(*args)
+
+
+@dataclass(frozen=True)
+class OperatorCall:
+    """An operator that would fix the sizes that it is called with, as one that takes sizes. ``result`` makes an empty result for the same
+    arguments."""
+
+    operator: torch._ops.OpOverload
+    result: Callable[..., Tensor]
 
 
 class _Sym:
@@ -150,7 +160,7 @@ class _Marker(Traced):
     """The forward of a leaf while tracing: one operator in the graph. ``twin`` is the leaf with tensors that the exporter leaves alone,
     ``leaf`` itself is traced through where a transform (``torch.vmap``) calls it."""
 
-    def __init__(self, path: str, twin: nn.Module | FunctionCall, leaf: nn.Module | None = None) -> None:
+    def __init__(self, path: str, twin: nn.Module | FunctionCall | OperatorCall, leaf: nn.Module | None = None) -> None:
         self.path, self.twin, self.leaf = path, twin, leaf
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -176,6 +186,11 @@ class _Marker(Traced):
             return tensors[0].copy_(result)
         call.inplace = False
         return result
+
+
+def mark_operator(called: OperatorCall, args: tuple, kwargs: Mapping[str, Any] = MappingProxyType({})) -> Tensor:
+    """The call of an operator while tracing."""
+    return _Marker("", called)(*args, **kwargs)
 
 
 def arguments(call: LeafCall, tensors: list, sizes: list) -> tuple[tuple, dict]:
@@ -250,6 +265,9 @@ def _results_of(call: LeafCall, inputs: list[Tensor], sizes: list[int]) -> list[
 
 def _run_on_fakes(call: LeafCall, mode: Any, inputs: list[Tensor], sizes: list[int]) -> list[Tensor]:
     """Runs the real leaf on fake tensors, parameters included, so that shapes and dtypes are the leaf's own."""
+    if isinstance(call.twin, OperatorCall):
+        args, kwargs = arguments(call, list(inputs), list(sizes))
+        return _noted_results(call, call.twin.result(*args, **kwargs), inputs)
     if isinstance(call.twin, FunctionCall):
         args, _ = arguments(call, list(inputs), list(sizes))
         return _noted_results(call, _APPLY.__get__(None, call.twin.function)(*args), inputs)

@@ -40,9 +40,7 @@ POOLS = {
     "grid_sampler": 2,
     "mkldnn_max_pool2d": 2,
 }
-POOL_PAIRS = {
-    f"{kind}{k}d{tail}" for k in (1, 2, 3) for kind in ("max_pool", "adaptive_max_pool") for tail in ("", "_with_indices")
-}
+POOL_PAIRS = {f"{kind}{k}d{tail}" for k in (1, 2, 3) for kind, tail in (("max_pool", "_with_indices"), ("adaptive_max_pool", ""))}
 DIMS = {"norm": 2, "linalg_vector_norm": 2, "linalg_norm": 2}
 KEEP = {
     "norm": 3,
