@@ -262,7 +262,6 @@ def _rewrite(
         original_keys=keys,
         original_names=names,
         reference=reference,
-        stand_in=None,
         analysis=analysis,
         values=analysis.values,
         switches=any(n.target in SWITCHES for g in graphs for n in g.graph.nodes),

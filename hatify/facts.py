@@ -2,28 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
+from hatify.calling import Signature
 from hatify.capture import Captured
 from hatify.capture.captured import Way
 from hatify.errors import CallError
+from hatify.structure import Structure
+
+if TYPE_CHECKING:
+    from hatify.analysis.plan import Analysis
+    from hatify.gates.locks import Use
+    from hatify.gates.program import Program
+    from hatify.inspection import Row
+    from hatify.modules import HATConfig
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Facts:
-    """What a HAT model knows of its making; immutable (:meth:`HATModel.add_tasks` replaces it), shared by its copies.
+    """What a HAT model knows of its making; :meth:`HATModel.add_tasks` replaces it, and copies of the model share it.
 
-    ``uses`` are the uses of every shared parameter, ``masker_paths`` where each masker lives, ``original_keys`` the keys of the
-    original's state dict in order, ``reference`` the original's tree on the meta device (its code, without its weights), ``stand_in``
-    what a directory holds of it, ``own_modes`` the modules that the original's ``train(mode)`` leaves in the other mode, by mode,
-    ``unlike`` the types in which the original takes another path, with its source line, by mode.
+    Attributes:
+        name: of the original's class.
+        settings: what the conversion was asked for.
+        signature, inputs: of the original's forward, and the example inputs in its order.
+        output, train_output: the structure of what it gives, in eval and in train mode.
+        check_sizes: the sizes that the capture fixed.
+        room: the path of the module that holds what the conversion added.
+        masker_paths: where each masker is.
+        indexed_paths: where the task copies of raw parameters and buffers are, by their names.
+        indexed, indexed_buffers: the names of parameters and buffers with task copies.
+        program: gates as a program, for any of their ids.
+        uses: the uses of every shared parameter.
+        original_keys, original_names: the keys of the original's state dict in order; its parameters and buffers, all names.
+        reference: the original's tree on the meta device (its code, without its weights); None in a loaded model.
+        stand_in: what a directory holds of that.
+        values: what the analysis found of every node; nothing in a loaded model, which has ``rows``.
+        switches: whether a graph switches gradients or autocast.
+        can_train: whether train mode could be captured.
+        asks: where the original asks whether gradients are on, by mode (True: train mode).
+        own_modes: the modules that its ``train(mode)`` leaves in the other mode, by mode.
+        unlike: the types in which it takes another path, with its source line, by mode.
+        selections: buffers whose values were taken for which elements a boolean index picks.
     """
 
-    def __init__(self, **facts: Any) -> None:
-        self.__dict__.update(facts)
+    name: str
+    config: HATConfig
+    settings: dict[str, Any]
+    signature: Signature
+    inputs: list[Tensor]
+    output: Structure
+    train_output: Structure
+    check_sizes: Sizes
+    room: str
+    masker_paths: dict[str, str]
+    indexed_paths: dict[str, str]
+    indexed: list[str]
+    indexed_buffers: list[str]
+    program: Callable[[Tensor], Program]
+    uses: dict[str, list[Use]]
+    original_keys: list[str]
+    original_names: list[str]
+    reference: nn.Module | None = None
+    stand_in: nn.Module | None = None
+    analysis: Analysis
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    switches: bool
+    can_train: bool
+    asks: dict[bool, list[str]]
+    own_modes: dict[bool, list[str]]
+    unlike: dict[bool, dict[Way, str]]
+    selections: dict[str, Tensor]
 
     def __deepcopy__(self, memo: dict) -> Facts:
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -247,23 +247,9 @@ class Rebuilt:
         functions = {name_of(c): c for c in known if issubclass(c, torch.autograd.Function)}
         self.graphs = {name: graph_from(part, root, functions=functions) for name, part in fields.at("graphs").pairs()}
         _check_modes(fields, self.graphs)
-        analysis = Analysis()
-        paths = {}
+        analysis, paths = Analysis(), {}
         for name, part in fields.at("maskers").pairs():
-            part.only("path", "channels")
-            paths[name] = part.get("path", str)
-            analysis.sizes[name] = part.at("channels").count(1)
-            masker = self.tree.module(paths[name])
-            held = (
-                masker._modules.get("embeddings")
-                if isinstance(masker, Masker) and masker.channels == analysis.sizes[name]
-                else None
-            )
-            embeddings = [] if held is None else [*held._parameters.values()]
-            if len(embeddings) != config.num_tasks or any(tuple(e.shape) != (masker.channels,) for e in embeddings):
-                raise part.wrong(
-                    repr(paths[name][:100]), f"a masker of {analysis.sizes[name]} channels and {config.num_tasks} tasks"
-                )
+            paths[name], analysis.sizes[name] = self._masker(part, config.num_tasks)
         analysis.table = table_from(gates[TABLE], [*paths], analysis.sizes, gates_file)
         analysis.uses = uses_from(fields.at("uses"), ids, self.tree.numel)
         _plans_from(fields.at("plans"), analysis)
@@ -298,19 +284,14 @@ class Rebuilt:
             indexed_buffers=self._named(indexed.at("buffers")),
             original_keys=original.list("keys", str),
             original_names=self._named(original.at("names")),
-            reference=None,
             analysis=analysis,
-            values={},
             rows=[_row_from(part, ids) for part in fields.at("rows").items()],
             switches=fields.get("switches", bool) or any(n.target in SWITCHES for g in graphs for n in g.nodes),
             can_train=fields.get("can_train", bool),
             selections={
                 part.data: self._selection(part, n, gates, gates_file) for n, part in enumerate(fields.at("selections").items())
             },
-            asks={
-                mode == "train": [place.is_a(str) for place in part.items()]
-                for mode, part in fields.at("asks").only("train", "eval").pairs()
-            },
+            asks={training: [place.is_a(str) for place in part.items()] for training, part in self._by_mode("asks", added=False)},
             own_modes=self._own_modes(),
             unlike=self._unlike(),
             stand_in=None if own is None else self._own_code(own, own_tree, classes, original),
@@ -325,11 +306,28 @@ class Rebuilt:
             _recipe_body(recipe, part, [tree.root])
         return own_code_from(tree, recipe, own, original.list("names", str))
 
+    def _masker(self, fields: Fields, tasks: int) -> tuple[str, int]:
+        """Where a masker is, and its channels."""
+        fields.only("path", "channels")
+        path, channels = fields.get("path", str), fields.at("channels").count(1)
+        masker = self.tree.module(path)
+        held = masker._modules.get("embeddings") if isinstance(masker, Masker) and masker.channels == channels else None
+        embeddings = [] if held is None else [*held._parameters.values()]
+        if len(embeddings) != tasks or any(tuple(e.shape) != (channels,) for e in embeddings):
+            raise fields.wrong(repr(path[:100]), f"a masker of {channels} channels and {tasks} tasks")
+        return path, channels
+
+    def _by_mode(self, name: str, added: bool = True) -> Iterator[tuple[bool, Fields]]:
+        """What is stored for train mode (True) and eval mode; older directories have nothing of what was ``added``."""
+        if not added or self.fields.has(name):
+            for mode, part in self.fields.at(name).only("train", "eval").pairs():
+                yield mode == "train", part
+
     def _own_modes(self) -> dict[bool, list[str]]:
         """The modules that the original's ``train()`` and ``eval()`` leave in the other mode."""
         found: dict[bool, list[str]] = {}
-        for mode, part in self.fields.at("own_modes").only("train", "eval").pairs() if self.fields.has("own_modes") else ():
-            found[mode == "train"] = list(part.data)
+        for training, part in self._by_mode("own_modes"):
+            found[training] = list(part.data)
             for path in part.items():
                 if self.tree.module(path.is_a(str)) is None:
                     raise path.wrong(repr(path.data[:100]), "the path of a module")
@@ -338,8 +336,8 @@ class Rebuilt:
     def _unlike(self) -> dict[bool, dict[Way, str]]:
         """The types in which the original takes another path."""
         found: dict[bool, dict[Way, str]] = {}
-        for mode, part in self.fields.at("unlike").only("train", "eval").pairs() if self.fields.has("unlike") else ():
-            found[mode == "train"] = ways = {}
+        for training, part in self._by_mode("unlike"):
+            found[training] = ways = {}
             for entry in part.items():
                 if len(entry.is_a(list)) != 3:
                     raise entry.wrong(str(entry.data)[:60], "a type, that of autocast, and a source line")

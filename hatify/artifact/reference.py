@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,4 +39,4 @@ def take_reference(hat: HATModel, factory: Callable[[], nn.Module], directory: P
         raise ArtifactError(
             "the factory gives another model", where=str(directory), why="\n".join(lines), fix="the very model that was converted"
         )
-    hat._facts.reference = on_meta(model)
+    hat.__dict__["_facts"] = replace(hat._facts, reference=on_meta(model))
