@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from hatify.errors import TaskError
@@ -59,6 +60,15 @@ class TaskContexts:
             return self._lasting(task, sealed)
         masks = self._bank.masks(task, mask_scale)
         return TaskContext(task, mask_scale, None, hard=mask_scale is None, masks=masks)
+
+    def binary_context(self, task: int) -> TaskContext:
+        """The context of a task as if it were finished: its masks binary, computed from its embeddings where they are needed."""
+        maskers = self.maskers
+        return TaskContext(task, None, lambda name: maskers[name](task, None), hard=True)
+
+    def binary_masks(self, task: int) -> dict[str, Tensor]:
+        """The masks of a task as if it were finished, by masker: zeros and ones of shape ``(channels,)``, on the CPU."""
+        return {name: masker.live(task).float().cpu() for name, masker in self.maskers.items()}
 
     def _lasts(self, task: int) -> bool:
         """Whether the masks of ``task`` are what they were: its embeddings are protected, and nobody looks on who would want to see

@@ -30,7 +30,7 @@ class LockMethods:
         """:meth:`locks` one parameter at a time: all together take a byte per weight."""
         tasks = [self.checked_task(t) for t in tasks]
         memo: dict[tuple, Tensor] = {}
-        masks = {t: {n: m.live(t).float().cpu() for n, m in self.maskers.items()} for t in tasks}
+        masks = {task: self.binary_masks(task) for task in tasks}
         evaluated: dict[int, dict] = {t: {} for t in tasks}
 
         def live(ids: Tensor, task: int) -> Tensor:

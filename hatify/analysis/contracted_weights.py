@@ -18,7 +18,7 @@ from hatify.analysis.plan import HAT, ROW_LOCKED, LayerPlan
 from hatify.gates import State, Use, Value
 from hatify.gates.rules import Call, Gates, Outcome
 from hatify.gates.rules.base import clean
-from hatify.gates.rules.contractions import LETTERS, common_along, or_over
+from hatify.gates.rules.contractions import common_along, letters_of_einsum, letters_of_matmul, or_over
 from hatify.gates.table import TOP
 
 if TYPE_CHECKING:
@@ -49,19 +49,13 @@ def contraction(call: Call) -> Contraction | None:
     if len(values) != 2 or (values[0].origin is None) == (values[1].origin is None):
         return None
     if call.name == "einsum":
-        equation = call.args[0].replace(" ", "")
-        if "." in equation or "->" not in equation:
-            return None
-        sides, out = equation.split("->")
-        first, second = sides.split(",")
-    elif call.name in ("matmul", "bmm") and min(v.rank for v in values) >= 2:
-        batch = LETTERS[: max(v.rank for v in values) - 2]
-        first, second = (batch[len(batch) - (v.rank - 2) :] + tail for v, tail in zip(values, ("mk", "kn")))
-        out = batch + "mn"
+        letters = letters_of_einsum(call.args[0])
     else:
+        letters = letters_of_matmul(*(v.rank for v in values)) if call.name in ("matmul", "bmm") else None
+    if letters is None:
         return None
-    (x, of_x), (weight, of_weight) = sorted(zip(values, (first, second)), key=lambda side: side[0].origin is not None)
-    found = Contraction(x, weight, of_x, of_weight, out)
+    (x, of_x), (weight, of_weight) = sorted(zip(values, letters[0]), key=lambda side: side[0].origin is not None)
+    found = Contraction(x, weight, of_x, of_weight, letters[1])
     return found if _is_layer(found) else None
 
 

@@ -65,7 +65,7 @@ def _of_converted(hat: HATModel, tasks: list[int]) -> dict[str, Sets]:
     """A weight is needed by the tasks that have both its output and its input live; outputs and inputs come in few distinct sets of
     tasks, so one pass over pairs of them counts all tasks at once."""
     facts = hat._facts
-    masks = {t: {n: m.live(t).float().cpu() for n, m in hat.maskers.items()} for t in tasks}
+    masks = {task: hat.binary_masks(task) for task in tasks}
     evaluated: dict[int, dict] = {t: {} for t in tasks}
     memo: dict[tuple, Tensor] = {}
 

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, fx
 
 from hatify.model import HATModel
-from hatify.modules import TaskContext
 
 
 def inexact_nodes(hat: HATModel, task: int, module: fx.GraphModule, tensors: list[Tensor], values: list[Any]) -> list[str]:
@@ -20,8 +19,7 @@ def inexact_nodes(hat: HATModel, task: int, module: fx.GraphModule, tensors: lis
         tensors: the flat inputs of ``hat``.
         values: the same, one per placeholder of ``module``.
     """
-    maskers = hat.maskers
-    context = TaskContext(task, None, lambda name: maskers[name](task, None), hard=True)
+    context = hat.binary_context(task)
     original, extracted = _Recorder(hat), _Recorder(module)
     training = module.training
     module.eval()

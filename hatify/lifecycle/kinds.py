@@ -15,6 +15,7 @@ from hatify.analysis.plan import Ratio, Size
 from hatify.gates import Value
 from hatify.gates.layers import ChannelNorm, Elementwise, MixingNorm, Moving, Spatial, Weighted
 from hatify.gates.rules import RULES, Call, contractions, elementwise, movement, norms, reductions
+from hatify.gates.rules.contractions import letters_of_einsum, letters_of_matmul
 from hatify.gates.value import constants, ones
 from hatify.lifecycle.picture import Picture, operator_of
 from hatify.lifecycle.plain import LIVE_NORMS, MASK, Plain
@@ -30,7 +31,6 @@ _BY_RULE = {
     norms.layer_norm: "mixing", norms.group_norm: "mixing",
 }  # fmt: skip
 _COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "isnan", "isinf", "bitwise_not"}
-LETTERS = contractions.LETTERS
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,17 +211,9 @@ def _mixing(name: str, call: Call, rank: int) -> Kind:
 def _contraction(name: str, call: Call) -> Kind:
     values = call.values()
     if name == "einsum":
-        equation = call.args[0].replace(" ", "")
-        if "." in equation or "->" not in equation:
-            return Kind("unknown")
-        inputs, out = equation.split("->")
-        sides = inputs.split(",")
-        if any(len(set(side)) != len(side) for side in sides) or len(sides) != len(values):
-            return Kind("unknown")
-        return Kind("contraction", sides=tuple((v.data, s) for v, s in zip(values, sides)), out=out)
-    a, b = values[0], values[-1]
-    if len(values) != 2 or a.rank < 2 or b.rank < 2:
+        letters = letters_of_einsum(call.args[0])
+    else:
+        letters = letters_of_matmul(*(v.rank for v in values)) if len(values) == 2 else None
+    if letters is None or len(letters[0]) != len(values) or any(len(set(side)) != len(side) for side in letters[0]):
         return Kind("unknown")
-    batch = LETTERS[: max(a.rank, b.rank) - 2]
-    left, right = batch[len(batch) - (a.rank - 2) :] + "mk", batch[len(batch) - (b.rank - 2) :] + "kn"
-    return Kind("contraction", sides=((a.data, left), (b.data, right)), out=batch + "mn")
+    return Kind("contraction", sides=tuple((v.data, side) for v, side in zip(values, letters[0])), out=letters[1])

@@ -153,7 +153,7 @@ class _Specialiser:
     def __init__(self, hat: HATModel, task: int, plain: Plain) -> None:
         self.hat, self.task, self.plain, self.graph = hat, task, plain, plain.graph
         self.new: dict[fx.Node, Any] = {}
-        self.masks = {name: m.live(task).float().cpu() for name, m in hat.maskers.items()}
+        self.masks = hat.binary_masks(task)
         self.evaluated: dict = {}
 
     def run(self) -> None:

@@ -79,7 +79,6 @@ def _finite(outputs: list[Tensor]) -> bool:
 def _outputs(hat: HATModel, batches: list[list[Tensor]], task: int | None, seed: int, without_masks: Sequence[str]) -> list[Tensor]:
     """Outputs of a task with binary masks (None: without a task), in eval mode and, where the modes have graphs of their own, in train
     mode."""
-    maskers = hat.maskers
     out: list[Tensor] = []
     modes = [False, True] if hat.train_graph is not None else [False]
     with _without(hat, without_masks):
@@ -88,7 +87,7 @@ def _outputs(hat: HATModel, batches: list[list[Tensor]], task: int | None, seed:
             for tensors in batches:
                 if training and batch_size(tensors) == 1 < batch_size(batches[0]):
                     continue  # one value has no variance: a norm over the batch refuses it, the original's too
-                context = None if task is None else TaskContext(task, None, lambda name: maskers[name](task, None), hard=True)
+                context = None if task is None else hat.binary_context(task)
                 with buffers_kept(hat), seeded(seed):
                     out += [o.detach().clone() for o in hat.run([t.clone() for t in tensors], context)]
     return out

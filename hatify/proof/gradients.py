@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hatify.model import HATModel
-from hatify.modules import TaskContext
 from hatify.proof.keeping import kept, seeded
 from hatify.proof.noise import draw
 from hatify.proof.reach import reached_by_inputs
@@ -143,8 +142,7 @@ def _inputs(hat: HATModel, generator: torch.Generator) -> Iterator[list[Tensor]]
 
 def _gradients(hat: HATModel, tensors: list[Tensor], task: int, smooth: bool, generator: torch.Generator) -> dict[str, Tensor]:
     """Gradients of a random sum of a task's outputs with respect to every shared parameter, on the CPU."""
-    maskers = hat.maskers
-    context = TaskContext(task, None, lambda name: maskers[name](task, None), hard=True)
+    context = hat.binary_context(task)
     with _leaves(hat) as leaves, torch.enable_grad(), Smooth() if smooth else contextlib.nullcontext():
         out = [o for o in hat.run([t.clone() for t in tensors], context) if o.requires_grad]
         loss = sum((o * torch.randn(o.shape, generator=generator).to(o)).sum() for o in out)

@@ -127,15 +127,33 @@ def contraction_of(call: Call) -> Contraction | None:
     return None if spell is None else spell(call)
 
 
-def _matmul_letters(call: Call) -> Contraction | None:
-    a, b = call.args[0], call.args[1]
-    if a.rank < 2 or b.rank < 2:
+def letters_of_einsum(equation: str) -> tuple[list[str], str] | None:
+    """The letters of each operand and of the result; None for an equation with an ellipsis."""
+    equation = equation.replace(" ", "")
+    if "." in equation:
         return None
-    batch = LETTERS[: max(a.rank, b.rank) - 2]
-    left = batch[len(batch) - (a.rank - 2) :] + "mk"
-    right = batch[len(batch) - (b.rank - 2) :] + "kn"
-    operands = [(a, left), (b, right)]
-    return Contraction(operands, batch + "mn", operands)
+    if "->" not in equation:
+        letters = equation.replace(",", "")
+        equation += "->" + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    inputs, out = equation.split("->")
+    return inputs.split(","), out
+
+
+def letters_of_matmul(*ranks: int) -> tuple[list[str], str] | None:
+    """The letters of two operands of these ranks and of their product; None where one is a vector."""
+    if min(ranks) < 2:
+        return None
+    batch = LETTERS[: max(ranks) - 2]
+    return [batch[len(batch) - (rank - 2) :] + tail for rank, tail in zip(ranks, ("mk", "kn"))], batch + "mn"
+
+
+def _matmul_letters(call: Call) -> Contraction | None:
+    values = call.args[:2]
+    found = letters_of_matmul(*(v.rank for v in values))
+    if found is None:
+        return None
+    operands = list(zip(values, found[0]))
+    return Contraction(operands, found[1], operands)
 
 
 def _linear_letters(call: Call) -> Contraction | None:
@@ -148,18 +166,11 @@ def _linear_letters(call: Call) -> Contraction | None:
 
 
 def _einsum_letters(call: Call) -> Contraction | None:
-    equation = call.args[0].replace(" ", "")
-    if "." in equation:
+    found = letters_of_einsum(call.args[0])
+    if found is None or any(len(set(side)) != len(side) for side in found[0]):
         return None
-    if "->" not in equation:
-        letters = equation.replace(",", "")
-        equation += "->" + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-    inputs, out = equation.split("->")
-    sides = inputs.split(",")
-    if any(len(set(side)) != len(side) for side in sides):
-        return None
-    operands = list(zip(call.values(), sides))
-    return Contraction(operands, out, operands)
+    operands = list(zip(call.values(), found[0]))
+    return Contraction(operands, found[1], operands)
 
 
 def _attention_letters(call: Call) -> Contraction | None:
