@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from hatify.errors import VerificationError
@@ -19,8 +20,8 @@ from hatify.proof.parity import Parity, measure_parity, takes
 
 __all__ = ["VerificationError", "VerificationReport", "measure_drift", "prove", "prove_by_gradients", "verify"]
 
-ROUNDING = 1e-4
-"""Gradients, not outputs, may differ by less than this, relative to a parameter's largest."""
+ROUNDING, ROUNDINGS = 1e-4, 16
+"""Gradients, not outputs, may differ by less than this, relative to a parameter's largest; or by so many steps of a coarser type."""
 
 SEEDS = 4
 """How often masks are drawn anew while the control sees nothing."""
@@ -35,7 +36,7 @@ class VerificationReport:
     ``torch.inference_mode()``, where a model may take another path (torch's transformer layers do); ``parity_train`` is None where
     train mode could not be captured. ``gradients``: the largest relative
     difference of a parameter's gradient in that step. Outputs are promised to the bit; a gradient may differ by
-    rounding (below 1e-4) where a library chooses another kernel while it is traced; a lost region or function shows as more.
+    rounding (less than ``rounding``) where a library chooses another kernel while it is traced; a lost region or function shows as more.
     ``drift``: a finished task's outputs before and after all that is not locked was replaced by noise. ``control``: the same with
     the locks taken away, which must not be zero, or the check was blind (None for a model that shares no weights).
     ``batch_sizes``: those it was tried at. ``tightness`` and ``leak``, None unless asked for: the share of locked weights that a
@@ -57,12 +58,13 @@ class VerificationReport:
     tightness: float | None = None
     leak: float | None = None
     unreached: float | None = None
+    rounding: float = ROUNDING
 
     @property
     def ok(self) -> bool:
         """Whether every promise held."""
         parities = (self.parity, self.parity_no_grad, self.parity_train)
-        parity = all(p in (0.0, None) for p in parities) and (self.gradients or 0.0) < ROUNDING
+        parity = all(p in (0.0, None) for p in parities) and (self.gradients or 0.0) < self.rounding
         return parity and self.drift == 0.0 and self.control != 0.0 and self.leak in (0.0, None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,4 +153,10 @@ def _measure(hat: HATModel, without_locks: Sequence[str], without_masks: Sequenc
             break
     seconds["drift"] = time.perf_counter() - start
     found = (parity.evaluation, parity.no_grad, parity.training, parity.gradients, drift, control)
-    return VerificationReport(*found, [batch_size(b) for b in batches], seconds, notes)
+    return VerificationReport(*found, [batch_size(b) for b in batches], seconds, notes, rounding=_rounding(hat))
+
+
+def _rounding(hat: HATModel) -> float:
+    """What gradients may differ by: sums of another kernel, rounded to the coarsest type among the parameters."""
+    steps = [torch.finfo(p.dtype).eps for p in hat.parameters() if p.is_floating_point() and p.element_size() > 1]
+    return max([ROUNDING, *(ROUNDINGS * step for step in steps)])

@@ -381,3 +381,25 @@ def test_deberta_learns_under_autocast() -> None:
             loss.backward()
             optimizer.step()
     assert hat.finished_tasks == {0}
+
+
+class SharedHead(nn.Module):
+    """The gradient of ``x`` is a sum of many, which another order rounds otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, 0), (torch.float64, 0), (HALF, 16), (BRAIN, 16)])
+def test_gradients_may_differ_by_the_rounding_of_the_type(dtype: torch.dtype, steps: int) -> None:
+    hat = hatify.convert(SharedHead().to(dtype), 2, example_inputs=torch.randn(5, 4, dtype=dtype))
+    report = hat.verification
+    assert report.ok and report.rounding == max(1e-4, steps * torch.finfo(dtype).eps)
+    report.gradients = report.rounding
+    assert not report.ok
+    report.gradients = 0.9 * report.rounding
+    assert report.ok

@@ -158,7 +158,7 @@ def _proof(proof: Any) -> list[tuple[str, str | Text]]:
         ("parity, eval", _error(proof.parity)),
         ("parity, no grad", _error(proof.parity_no_grad)),
         ("parity, train", _error(proof.parity_train)),
-        ("gradients, train", _gradients(getattr(proof, "gradients", None))),
+        ("gradients, train", _gradients(proof.gradients, proof.rounding)),
         ("drift", _error(proof.drift)),
         ("control", _control(proof.control)),
     ]
@@ -170,10 +170,10 @@ def _error(value: float | None) -> str | Text:
     return "0 (equal to the bit)" if value == 0 else Text(f"{value:.3g}", style="bold red")
 
 
-def _gradients(value: float | None) -> str | Text:
+def _gradients(value: float | None, rounding: float) -> str | Text:
     if not value:
         return _error(value)
-    return f"{value:.1g} relative: rounding" if value < 1e-4 else Text(f"{value:.3g} relative", style="bold red")
+    return f"{value:.1g} relative: rounding" if value < rounding else Text(f"{value:.3g} relative", style="bold red")
 
 
 def _control(value: float | None) -> str | Text:

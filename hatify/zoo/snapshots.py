@@ -72,7 +72,7 @@ def _proof(proof: dict[str, Any]) -> dict[str, Any]:
         else "equal"
         if gradients == 0
         else "equal up to rounding"
-        if gradients < 1e-4
+        if gradients < proof["rounding"]
         else "differ"
     )
     return {
