@@ -269,9 +269,17 @@ def _rewrite(
         asks=graphs[0].asks,
         own_modes=graphs[0].own_modes,
         unlike={training: graph.unlike for training, graph in zip((False, True), (graphs[0], graphs[-1]))},
+        input_types=_input_types(model, graphs),
         selections=graphs[0].selections,
     )
     return HATModel(root, rewritten[0], rewritten[1] if len(rewritten) > 1 else None, facts)
+
+
+def _input_types(model: nn.Module, graphs: list[Captured]) -> list[torch.dtype | None]:
+    if not any(g.reads or g.reads_whole for g in graphs):
+        return []
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    return [None if t.dtype == own else t.dtype for t in graphs[0].inputs]
 
 
 def own_copy(model: nn.Module) -> nn.Module:

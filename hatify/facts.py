@@ -48,6 +48,7 @@ class Facts:
         asks: where the original asks whether gradients are on, by mode (True: train mode).
         own_modes: the modules that its ``train(mode)`` leaves in the other mode, by mode.
         unlike: the types in which it takes another path, with its source line, by mode.
+        input_types: the types of the example inputs, where the original's code looks at types; None for one that has the parameters'.
         selections: buffers whose values were taken for which elements a boolean index picks.
     """
 
@@ -78,6 +79,7 @@ class Facts:
     asks: dict[bool, list[str]]
     own_modes: dict[bool, list[str]]
     unlike: dict[bool, dict[Way, str]]
+    input_types: list[torch.dtype | None]
     selections: dict[str, Tensor]
 
     def __deepcopy__(self, memo: dict) -> Facts:
@@ -138,6 +140,27 @@ class Sizes:
         example = f"torch.randn({shape})" if alone else f"...), in which {name} is {tensor.dtype} of the shape ({shape}"
         fix = f"hatify.convert(model, example_inputs={example})"
         return CallError(f"the input {name} does not fit the capture", where=name, why=why, fix=fix)
+
+
+def check_input_types(facts: Facts, dtype: torch.dtype | None, tensors: list[Tensor]) -> None:
+    """Whether inputs have the types that were captured, where the original's code looks at types.
+
+    Args:
+        dtype: of the model's parameters.
+
+    Raises:
+        CallError: one has another.
+    """
+    for name, tensor, known in zip(facts.signature.names, tensors, facts.input_types):
+        expected = dtype if known is None else known
+        if tensor.dtype in (expected, dtype) or (tensor.is_floating_point() and torch.is_autocast_enabled(tensor.device.type)):
+            continue
+        raise CallError(
+            f"the input {name} is {tensor.dtype}, not {expected}",
+            where=name,
+            why="the model's code looks at types, and was captured with inputs of " + ("its own" if known is None else str(known)),
+            fix=f"{name}.to({expected}), or hatify.convert with example inputs of {tensor.dtype}",
+        )
 
 
 def check_way(unlike: Mapping[Way, str], dtype: torch.dtype | None, tensors: list[Tensor]) -> None:

@@ -16,7 +16,7 @@ from torch._C._dynamo import eval_frame
 from hatify.calling import unflatten
 from hatify.capture.selections import check_selections
 from hatify.errors import CallError
-from hatify.facts import check_way
+from hatify.facts import check_input_types, check_way
 from hatify.learning.reading import Reading
 from hatify.modules import HATPayload, TaskContext
 
@@ -94,9 +94,10 @@ def _prepared(self: HATModel, args: tuple, kwargs: dict[str, Any], task: int | N
     scale = mask_scale if task is not None or payload is None else None
     context = self.context(task, scale, sealed=reading is not None and not reading.rest)
     own = context is None and self.runs_own_code
-    if not own and self._facts.unlike.get(self.training):
+    if not own and (self._facts.input_types or self._facts.unlike.get(self.training)):
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
-        check_way(self._facts.unlike[self.training], dtype, tensors)
+        check_input_types(self._facts, dtype, tensors)
+        check_way(self._facts.unlike.get(self.training, {}), dtype, tensors)
     return _Call(tensors, context, own, None if payload is None else (task, mask_scale), reading)
 
 

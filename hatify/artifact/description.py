@@ -91,6 +91,7 @@ class Description:
             ]
             for mode, ways in facts.unlike.items()
         }
+        self.data["input_types"] = [constant_to(dtype) for dtype in facts.input_types]
         self.data["selections"] = list(facts.selections)
         self._table = lambda: facts.analysis.table.stored(maskers)
         self._ids = ids.tensors()
@@ -220,7 +221,7 @@ class Rebuilt:
     ) -> None:
         fields.only("name", "graphs", "outputs", "signature", "sizes", "modules", "own_code", "recipes", "room", "maskers",
                     "indexed", "uses", "original",
-                    "switches", "can_train", "asks", "own_modes", "unlike", "selections", "plans", "rows", "report",
+                    "switches", "can_train", "asks", "own_modes", "unlike", "input_types", "selections", "plans", "rows", "report",
                     "verification")  # fmt: skip
         self.fields = fields
         known = list(known)
@@ -294,6 +295,7 @@ class Rebuilt:
             asks={training: [place.is_a(str) for place in part.items()] for training, part in self._by_mode("asks", added=False)},
             own_modes=self._own_modes(),
             unlike=self._unlike(),
+            input_types=self._input_types(),
             stand_in=None if own is None else self._own_code(own, own_tree, classes, original),
         )
         self.model = self._made()
@@ -345,6 +347,14 @@ class Rebuilt:
                 if not isinstance(dtype, torch.dtype) or not isinstance(autocast, torch.dtype | None):
                     raise entry.wrong(str(entry.data[:2])[:60], "types")
                 ways[Way(dtype, autocast)] = entry.at(2).is_a(str)
+        return found
+
+    def _input_types(self) -> list[torch.dtype | None]:
+        found = []
+        for part in self.fields.at("input_types").items() if self.fields.has("input_types") else ():
+            found.append(part.decoded(constant_from, "a type"))
+            if not isinstance(found[-1], torch.dtype | None):
+                raise part.wrong(str(part.data)[:60], "a type")
         return found
 
     def _room(self) -> str:

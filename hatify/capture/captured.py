@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from hatify.calling import Signature, Structure
 
@@ -59,7 +60,8 @@ class Captured:
     the places where the model's code asks whether gradients are on, by mode (True: train mode); ``own_modes`` the modules
     that the model's own ``train()`` and ``eval()`` leave in the other mode, ``frozen`` the parameters that they freeze or thaw;
     ``kept`` are attributes of modules that forward puts tensors into, ``selections`` buffers whose values were taken for which elements
-    a boolean index picks; ``reads`` the source lines that read the type of a tensor,
+    a boolean index picks; ``reads`` the source lines that read the type of a tensor of real numbers
+    (``reads_whole``: of another),
     ``unlike`` those that compute something else when the model runs in another way.
     """
 
@@ -80,6 +82,7 @@ class Captured:
     frozen: list[str] = field(default_factory=list)
     selections: dict[str, Tensor] = field(default_factory=dict)
     reads: list[str] = field(default_factory=list)
+    reads_whole: list[str] = field(default_factory=list)
     unlike: dict[Way, str] = field(default_factory=dict)
 
 
@@ -89,6 +92,13 @@ class ByMode:
 
     train: Any
     eval: Any
+
+
+def with_numbers_by_mode(arguments: Any, by_mode: Any) -> Any:
+    """The arguments of a node, with the numbers that ``by_mode`` (the same arguments) has by mode."""
+    leaves, _ = pytree.tree_flatten_with_path(by_mode, is_leaf=lambda a: isinstance(a, ByMode))
+    numbers = {path: leaf for path, leaf in leaves if isinstance(leaf, ByMode)}
+    return pytree.tree_map_with_path(lambda path, a: numbers.get(path, a), arguments)
 
 
 @dataclass(frozen=True)

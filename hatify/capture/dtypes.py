@@ -19,9 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from hatify.calling import Signature
-from hatify.capture.captured import Captured, Typed, Way
+from hatify.capture.captured import Captured, Typed, Way, with_numbers_by_mode
+from hatify.capture.casts import is_cast, place_of_type, type_of
 from hatify.capture.export import export_mode
-from hatify.capture.regions import closes, opens
+from hatify.capture.layouts import in_order_alike, spelled_out
+from hatify.capture.regions import closes, enter_autocast, opens
 from hatify.capture.tree import FunctionCall, copy_tree
 from hatify.errors import CaptureError
 from hatify.modules.types import LIMITS
@@ -29,7 +31,14 @@ from hatify.modules.types import LIMITS
 aten = torch.ops.aten
 TYPES = (torch.float16, torch.float32, torch.bfloat16, torch.float64)
 AUTOCAST = (torch.bfloat16, torch.float16)
-CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default}
+NORMS = {
+    aten.layer_norm.default,
+    aten.group_norm.default,
+    aten.rms_norm.default,
+    aten.instance_norm.default,
+    aten.batch_norm.default,
+}
+"""Operators that become modules, whose settings are numbers."""
 MOST_CASTS = 2
 """Casts in a row that are told apart."""
 NEAREST = 64
@@ -47,20 +56,27 @@ def follow_dtypes(captured: Captured, model: nn.Module, signature: Signature, tr
         Whether it is alike in all types.
     """
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    if own is None or own not in TYPES or not (captured.reads or any(own in _dtypes(n) for n in captured.graph.nodes)):
+    if own is None or own not in TYPES or not _knows_types(captured, own):
         return True
     casts = [Way(t) for t in TYPES if t != own]
-    ways = [casts[0], Way(own, AUTOCAST[0])]
-    if captured.reads and not brief:  # code that never looks at a type takes no branch on it
-        ways += [*casts[1:], Way(own, AUTOCAST[1])]
-    follower = _Follower(captured, Way(own))
+    trained = torch.float32  # in which autocast is used
+    ways = [casts[0], Way(trained, AUTOCAST[0])]
+    if (captured.reads or _made(captured, own)) and not brief:  # code that never looks at a type takes no branch on it
+        ways += casts[1:]
+    if not brief and (captured.reads or any(n.target is enter_autocast for n in captured.graph.nodes)):
+        ways.append(Way(trained, AUTOCAST[1]))
+    twins: dict[Way, Captured] = {}
     for way in ways:
-        if way.autocast is AUTOCAST[1] and not captured.unlike:
-            continue  # types that have been seen, mixed as has been seen
         try:
-            follower.add(way, _traced(model, captured, signature, training, own, way))
+            twins[way] = _traced(model, captured, signature, training, own, way)
         except CaptureError as error:
             captured.unlike[way] = f"{error.where or type(model).__name__}: {error.what}"
+    for twin in (*twins.values(), *twins.values()):  # what the last one puts into the graph, the first one gets
+        in_order_alike(captured.graph, twin.graph, left_out=lambda node: node.op == "get_attr" or is_cast(node))
+    follower = _Follower(captured, Way(own))
+    for way, twin in twins.items():
+        try:
+            follower.add(way, twin)
         except _Unlike as unlike:
             captured.unlike[way] = unlike.args[0]
     follower.settle()
@@ -73,8 +89,20 @@ def follow_dtypes(captured: Captured, model: nn.Module, signature: Signature, tr
     return follow_dtypes(captured, model, signature, training)
 
 
+def _knows_types(captured: Captured, own: torch.dtype) -> bool:
+    """Whether the code looked at a type, or the graph holds the model's own: in an argument, or as that of a tensor which the code made."""
+    return bool(captured.reads) or _made(captured, own) or any(own in _dtypes(n) for n in captured.graph.nodes)
+
+
+def _made(captured: Captured, own: torch.dtype) -> bool:
+    return any(c.dtype == own for c in captured.constants.values())
+
+
 def _traced(model: nn.Module, captured: Captured, signature: Signature, training: bool, own: torch.dtype, way: Way) -> Captured:
-    if way.dtype != own:
+    device = captured.inputs[0].device.type if captured.inputs else "cpu"
+    with torch.autocast(device, dtype=way.autocast or torch.bfloat16, enabled=way.autocast is not None):
+        if way.dtype == own:
+            return export_mode(model, signature, captured.inputs, training, open_sizes=captured.open_sizes)
         try:
             tree, inputs = _cast(model, captured.inputs, way.dtype)
             return export_mode(tree, signature, inputs, training, open_sizes=captured.open_sizes)
@@ -83,9 +111,6 @@ def _traced(model: nn.Module, captured: Captured, signature: Signature, training
                 raise
             tree, inputs = _cast(model, captured.inputs, way.dtype, values=True)
             return export_mode(tree, signature, inputs, training, open_sizes=captured.open_sizes)
-    device = captured.inputs[0].device.type if captured.inputs else "cpu"
-    with torch.autocast(device, dtype=way.autocast or torch.bfloat16, enabled=way.autocast is not None):
-        return export_mode(model, signature, captured.inputs, training, open_sizes=captured.open_sizes)
 
 
 class _Unlike(Exception):
@@ -108,7 +133,7 @@ class _Follower:
 
     def __init__(self, captured: Captured, own: Way) -> None:
         self.captured, self.own = captured, own
-        self.nodes = [n for n in captured.graph.nodes if not _is_cast(n)]
+        self.nodes = [n for n in captured.graph.nodes if not is_cast(n)]
         self.twins: dict[Way, _Twin] = {own: _Twin(dict(zip(self.nodes, self.nodes)), dict(zip(self.nodes, self.nodes)))}
         self.order = {n: i for i, n in enumerate(captured.graph.nodes)}
         self.regions = _regions(captured.graph)
@@ -120,21 +145,27 @@ class _Follower:
         Raises:
             _Unlike: they are others, or otherwise connected.
         """
+        if twin.output != self.captured.output:
+            raise _Unlike(_place(self.nodes[-1]))
         pairs: dict[fx.Node, fx.Node] = {}
         held = {n.target: n for n in twin.graph.nodes if n.op == "get_attr"}
         for node in self.nodes:
             if node.op == "get_attr":
                 other = held.get(node.target)
                 if node.target in self.captured.constants and not _same(self.captured.constants, twin.constants, node.target):
-                    raise _Unlike(_place(node))
+                    raise _Unlike(next((_place(user) for user in node.users), _place(node)))
                 if other is not None:
                     pairs[node] = other
         mine, others = ([n for n in nodes if n.op != "get_attr"] for nodes in (self.nodes, twin.graph.nodes))
-        others = [n for n in others if not _is_cast(n)]
+        others = [n for n in others if not is_cast(n)]
         for node, other in itertools.zip_longest(mine, others):
             if node is None or other is None or _kind(node) != _kind(other):
                 raise _Unlike(_place(other or node))
             pairs[node] = other
+            if len(node.args) != len(other.args) or node.kwargs.keys() != other.kwargs.keys():
+                (node.args, node.kwargs), (other.args, other.kwargs) = spelled_out(node, other), spelled_out(other, node)
+                if "by_mode" in node.meta:
+                    node.meta["by_mode"] = with_numbers_by_mode((node.args, node.kwargs), node.meta["by_mode"])
         found = _Twin(pairs, {b: a for a, b in pairs.items()})
         for node in mine:
             self._check(node, pairs[node], found)
@@ -162,8 +193,9 @@ class _Follower:
         for node in self.nodes:
             if len(self.twins) > 1:
                 self._settled(node)
-        written = set(self.captured.writes.values())
-        for cast in reversed([n for n in self.captured.graph.nodes if _is_cast(n)]):
+        sources = {typed.source for node in self.captured.graph.nodes for typed in node.meta.get("typed", {}).values()}
+        written = {*self.captured.writes.values(), *sources}
+        for cast in reversed([n for n in self.captured.graph.nodes if is_cast(n)]):
             if not cast.users and cast not in written:
                 self.captured.graph.erase_node(cast)
 
@@ -175,7 +207,7 @@ class _Follower:
             values = {way: other.args[place] if isinstance(place, int) else other.kwargs[place] for way, other in others.items()}
             if isinstance(argument, float | torch.dtype):
                 if any(not _equal(argument, v) for v in values.values()):
-                    found = self._source(values, node)
+                    found = None if _kind(node)[1] in NORMS else self._source(values, node)
                     if found is None:
                         self._refuse(node, [w for w, v in values.items() if not _equal(argument, v)])
                     else:
@@ -196,16 +228,17 @@ class _Follower:
                 node.update_kwarg(place, argument)
         if typed:
             node.meta["typed"] = typed
+        if "by_mode" in node.meta:  # the same operands there
+            node.meta["by_mode"] = with_numbers_by_mode((node.args, node.kwargs), node.meta["by_mode"])
 
     def _operand(self, node: fx.Node, operand: fx.Node, values: dict[Way, fx.Node]) -> fx.Node:
         """The operand behind the casts that the code puts before ``node`` in every type. A cast that does nothing leaves no trace:
         ``x.float()`` is ``x`` in float32, and its later uses look like uses of the cast."""
         base, chain = _base(operand), _chain(operand)
-        held = base.op == "get_attr" and base.target in self.captured.constants
-        starts = {way: _dtype(base) if held else twin.dtype(base) for way, twin in self.twins.items() if way in values}
-        wanted = {
-            way: _run([_type_of(c) for c in _chain(v)], starts[way], self.twins[way].dtype(base)) for way, v in values.items()
+        starts = {
+            way: _dtype(base) if self._is_made(base) else twin.dtype(base) for way, twin in self.twins.items() if way in values
         }
+        wanted = {way: _run([type_of(c) for c in _chain(v)], starts[way], self.twins[way].dtype(base)) for way, v in values.items()}
         if all(_run([self._type_in(way, c) for c in chain], starts[way]) == wanted[way] for way in values):
             for cast in chain:
                 cast.meta.setdefault("typed", {})
@@ -226,14 +259,20 @@ class _Follower:
     def _type_in(self, way: Way, cast: fx.Node) -> torch.dtype:
         """The type of a cast of the graph's, in another way."""
         typed = next(iter(cast.meta.get("typed", {}).values()), None)
-        return _type_of(cast) if typed is None else self._value(typed, way)
+        return type_of(cast) if typed is None else self._value(typed, way)
 
     def _value(self, typed: Typed, way: Way) -> Any:
         dtype = self._dtype_of(typed.source, way)
         return dict(typed.choices)[dtype] if typed.choices else getattr(torch.finfo(dtype), typed.limit) if typed.limit else dtype
 
     def _dtype_of(self, source: fx.Node | None, way: Way) -> torch.dtype | None:
+        if source is not None and self._is_made(source):
+            return _dtype(source)  # it stays as it was made
         return way.dtype if source is None else self.twins[way].dtype(source)
+
+    def _is_made(self, node: fx.Node) -> bool:
+        """Whether a node reads a tensor that the code made."""
+        return node.op == "get_attr" and node.target in self.captured.constants
 
     def _explained(
         self, wanted: dict[Way, list[torch.dtype]], starts: dict[Way, Any], node: fx.Node
@@ -287,7 +326,7 @@ class _Follower:
     def _cast(self, value: fx.Node, step: Typed | torch.dtype, node: fx.Node, reused: fx.Node | None) -> fx.Node:
         """A cast of ``value`` before ``node``: the one that the graph has there, where nothing else is meant by that."""
         dtype = step if isinstance(step, torch.dtype) else self._value(step, self.own)
-        free = reused is not None and "typed" not in reused.meta and _type_of(reused) == dtype
+        free = reused is not None and "typed" not in reused.meta and type_of(reused) == dtype
         needed = [value, *([step.source] if isinstance(step, Typed) and step.source is not None else [])]
         if free and all(self.order.get(n, len(self.order)) < self.order[reused] for n in needed):
             reused.replace_input_with(reused.args[0], value)
@@ -297,7 +336,7 @@ class _Follower:
             val = value.meta["val"]
             reused.meta.update(node.meta, val=val if val.dtype == dtype else val.to(dtype))
             reused.meta.pop("by_mode", None)
-        reused.meta["typed"] = {} if isinstance(step, torch.dtype) else {_place_of_type(reused): step}
+        reused.meta["typed"] = {} if isinstance(step, torch.dtype) else {place_of_type(reused): step}
         return reused
 
     def _refuse(self, node: fx.Node, ways: list[Way]) -> None:
@@ -308,39 +347,17 @@ class _Follower:
 # graphs
 
 
-def _is_cast(node: fx.Node) -> bool:
-    """Whether a node does nothing but to change a value's type to one of real numbers."""
-    if node.target not in CASTS or node.op != "call_function":
-        return False
-    place, known = _place_of_type(node), {"dtype", "layout", "device", "pin_memory", "non_blocking", "copy"}
-    if place is None or not _type_of(node).is_floating_point or not isinstance(node.meta.get("val"), Tensor):
-        return False
-    return not any(node.args[place + 1 :] if isinstance(place, int) else ()) and not (
-        node.kwargs.keys() - known or node.kwargs.get("copy")
-    )
-
-
-def _place_of_type(node: fx.Node) -> int | str | None:
-    found = [k for k, a in [*enumerate(node.args), *node.kwargs.items()] if isinstance(a, torch.dtype)]
-    return found[0] if len(found) == 1 else None
-
-
-def _type_of(cast: fx.Node) -> torch.dtype:
-    place = _place_of_type(cast)
-    return cast.args[place] if isinstance(place, int) else cast.kwargs[place]
-
-
 def _chain(node: fx.Node) -> list[fx.Node]:
     """The casts between a value and its base, the first one first."""
     found: list[fx.Node] = []
-    while _is_cast(node):
+    while is_cast(node):
         found.insert(0, node)
         node = node.args[0]
     return found
 
 
 def _base(node: fx.Node) -> fx.Node:
-    while _is_cast(node):
+    while is_cast(node):
         node = node.args[0]
     return node
 

@@ -17,6 +17,7 @@ from hatify.calling import Signature, flatten
 from hatify.capture.aside import kept_tensors, set_aside
 from hatify.capture.branches import noted_branches
 from hatify.capture.captured import Captured
+from hatify.capture.casts import is_cast
 from hatify.capture.effects import has_effect
 from hatify.capture.enclosed import clear_regions, enclose, written_across
 from hatify.capture.entering import enter_mode
@@ -124,7 +125,10 @@ def _export_once(
         if written - through:
             return captured, written
         buffers = {n for n, _ in model.named_buffers(remove_duplicate=False)}
-        writes = make_functional(captured.graph, buffers, parameters)
+        lost: list[str] = []
+        writes = make_functional(captured.graph, buffers, parameters, leaves)
+        if writes is None:  # what does nothing in this type is not in a functional graph
+            lost = [n.meta.get("line", "") for n in captured.graph.nodes if is_cast(n)]
         if writes is None and repeats:
             raise NotRepeatable("what writes through views is made functional by tracing alone")
         if writes is None:  # writes through views: PyTorch's own functionalisation
@@ -149,7 +153,7 @@ def _export_once(
                 names = list(program.graph_signature.parameters_to_mutate.values())
                 raise writes_parameter(names, line_of_write(captured.graph, parameters))
             captured = read_program(program, signature, flat.seen.structure, inputs, branches)
-            writes = make_functional(captured.graph, set(), parameters)
+            writes = make_functional(captured.graph, set(), parameters, leaves)
             if writes is None:
                 raise CaptureError(
                     f"{type(model).__name__} writes into tensors in a way that cannot be made functional",
@@ -168,7 +172,7 @@ def _export_once(
     captured.own_modes = {training: own_modes}
     captured.frozen, captured.kept = frozen, flat.seen.kept
     captured.selections = selections
-    captured.reads = reads
+    captured.reads, captured.reads_whole = [*reads[0], *lost], reads[1]
     return captured, set()
 
 

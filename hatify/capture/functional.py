@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import fx
+from torch import fx, nn
+
+from hatify.capture.in_place import Provenance, keep_type
 
 _MAYBE_ALIAS = {"reshape", "flatten", "contiguous", "to", "dropout", "type_as", "expand_as", "view_as", "reshape_as", "unflatten",
                 "movedim", "chunk", "split", "split_with_sizes", "tensor_split", "narrow", "squeeze", "feature_dropout", "pad",
                 "alpha_dropout", "numpy_T", "mT", "matrix_H", "hsplit", "vsplit", "swapaxes", "swapdims", "einsum", "getitem"}  # fmt: skip
 
 
-def make_functional(graph: fx.Graph, buffers: set[str], parameters: set[str]) -> dict[str, fx.Node] | None:
+def make_functional(
+    graph: fx.Graph, buffers: set[str], parameters: set[str], leaves: Mapping[str, nn.Module]
+) -> dict[str, fx.Node] | None:
     """Replaces the in-place operators of ``graph``; None (and nothing changed) where views make a renaming unsound, or
     one of ``parameters`` (names too) is written.
 
     An operator ``x.op_()`` may become ``y = op(x)``, with later uses of ``x`` reading ``y``, if no other name of the same memory
     that existed before is used afterwards. Returns the final values of the written ``buffers`` (names of ``get_attr`` nodes).
+    ``leaves`` are the layers by path.
     """
     _copy_what_goes_out(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -29,12 +36,13 @@ def make_functional(graph: fx.Graph, buffers: set[str], parameters: set[str]) ->
         if used_after or parameter or any(alias in held for alias in before) or _functional_overload(node) is None:
             return None
     writes: dict[str, fx.Node] = {}
+    provenance = Provenance(leaves)
     current = dict(held)  # node -> the buffer whose newest value it is
     for node in inplace:
         target = mutated(node)
-        new = _functional(graph, node)
+        new = _functional(graph, node, provenance)
         for user in list(target.users):
-            if order.get(user, len(order)) > order[node] and user is not new:
+            if order.get(user, len(order)) > order[node] and user is not new and user is not new.args[0]:
                 user.replace_input_with(target, new)
         node.replace_all_uses_with(new)
         order.setdefault(new, order[node])
@@ -175,14 +183,14 @@ def _functional_overload(node: fx.Node):
     return getattr(packet, overload, None) if packet is not None and overload in packet.overloads() else None
 
 
-def _functional(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def _functional(graph: fx.Graph, node: fx.Node, provenance: Provenance) -> fx.Node:
     overload = _functional_overload(node)
     with graph.inserting_before(node):
         if overload is torch.ops.aten.copy.default:
             return copied(graph, node.args[0], node.args[1], node.meta)
         new = graph.call_function(overload, node.args, node.kwargs)
     new.meta = dict(node.meta)
-    return new
+    return keep_type(graph, new, node.args[0], provenance)
 
 
 def copied(graph: fx.Graph, target: fx.Node, value: fx.Node, meta: dict) -> fx.Node:

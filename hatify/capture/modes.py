@@ -15,6 +15,7 @@ from hatify.capture.aside import hooks_left
 from hatify.capture.captured import ByMode, Captured
 from hatify.capture.dtypes import follow_dtypes
 from hatify.capture.export import export_mode
+from hatify.capture.layouts import in_order_alike, spelled_out, taken_out
 from hatify.capture.selections import words
 from hatify.errors import CaptureError
 
@@ -75,9 +76,9 @@ def _both_modes(
     evaluated.own_modes.update(trained.own_modes)
     evaluated.selections.update(trained.selections)
     notes += [*_asking(evaluated), *_keeping(evaluated, trained), *words(evaluated.selections)]
-    merged = _merge(evaluated, trained)
-    evaluated.reads += [] if not merged else trained.reads
-    alike = follow_dtypes(evaluated, model, signature, training=False)
+    read_alike = set(trained.reads) <= set(evaluated.reads)
+    merged = read_alike and _merge(evaluated, trained)  # else types are followed mode by mode
+    alike = follow_dtypes(evaluated, model, signature, training=False) and read_alike
     if merged:
         return evaluated, None, [*notes, *_elsewhere(evaluated)]
     follow_dtypes(trained, model, signature, training=True, brief=alike)
@@ -135,25 +136,35 @@ def _capture_open_batch(
 
 def _merge(evaluated: Captured, trained: Captured) -> bool:
     """Writes constants that differ between two otherwise equal graphs into ``evaluated`` as :class:`ByMode`."""
+    put = in_order_alike(evaluated.graph, trained.graph)
+    merged = _merged(evaluated, trained)
+    if not merged:
+        taken_out(put)
+    return merged
+
+
+def _merged(evaluated: Captured, trained: Captured) -> bool:
     a, b = list(evaluated.graph.nodes), list(trained.graph.nodes)
     if len(a) != len(b) or evaluated.output != trained.output:
         return False
     twin = dict(zip(a, b))
     if {k: twin[v] for k, v in evaluated.writes.items()} != trained.writes:
         return False
-    changes: list[tuple[fx.Node, tuple, dict]] = []
+    changes: list[tuple[fx.Node, tuple[tuple, dict], tuple[tuple, dict]]] = []
     for x, y in zip(a, b):
         if x.op != y.op or getattr(x.target, "function", x.target) != getattr(y.target, "function", y.target):
             return False
         differs: list[bool] = []
+        own = spelled_out(x, y)
         try:
-            args, kwargs = _zip(((x.args, x.kwargs)), (y.args, y.kwargs), twin, differs)
+            by_mode = _zip(own, spelled_out(y, x), twin, differs)
         except _Different:
             return False
         if differs:
-            changes.append((x, args, kwargs))
-    for node, args, kwargs in changes:
-        node.meta["by_mode"] = (args, kwargs)
+            changes.append((x, own, by_mode))
+    for node, own, by_mode in changes:
+        node.args, node.kwargs = own
+        node.meta["by_mode"] = by_mode
     return all(_same_constant(v, trained.constants.get(k)) for k, v in evaluated.constants.items())
 
 

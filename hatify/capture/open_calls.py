@@ -42,9 +42,10 @@ def _open(given: Any) -> bool:
 
 def _average(rank: int) -> Callable:
     def result(x: Tensor, kernel: list, stride: list, padding: list, ceil_mode: bool, *count: Any) -> Tensor:
-        return _pooled(rank, x, kernel, stride, padding, [1] * rank, ceil_mode)
+        return _pooled(pool, x, kernel, stride, padding, [1] * rank, ceil_mode)
 
-    operator = OperatorCall(getattr(aten, f"avg_pool{rank}d").default, result)
+    pool = getattr(aten, f"avg_pool{rank}d").default
+    operator = OperatorCall(pool, result)
 
     def call(
         input: Tensor,
@@ -62,7 +63,8 @@ def _average(rank: int) -> Callable:
 
 
 def _largest(rank: int) -> Callable:
-    operator = OperatorCall(getattr(aten, f"max_pool{rank}d").default, partial(_pooled, rank))
+    pool = getattr(aten, f"max_pool{rank}d").default
+    operator = OperatorCall(pool, partial(_pooled, pool))
 
     def call(
         input: Tensor,
@@ -92,16 +94,19 @@ def _each(rank: int, numbers: Numbers) -> list[Number]:
     return numbers * rank if len(numbers) == 1 else numbers
 
 
-def _pooled(rank: int, x: Tensor, kernel: list, stride: list, padding: list, dilation: list, ceil_mode: bool) -> Tensor:
+def _pooled(
+    operator: torch._ops.OpOverload, x: Tensor, kernel: list, stride: list, padding: list, dilation: list, ceil_mode: bool
+) -> Tensor:
     """An empty result; its sizes as in torch's documentation of the pools."""
-    sizes: list[Number] = []
+    rank, sizes = len(kernel), []
     for n, k, s, p, d in zip(x.shape[-rank:], kernel, stride, padding, dilation):
         steps = n + 2 * p - d * (k - 1) - 1
         size = (-(-steps // s) if ceil_mode else steps // s) + 1
         if ceil_mode and (size - 1) * s >= n + p:  # no window starts in the padding on the right
             size -= 1
         sizes.append(size)
-    return x.new_empty((*x.shape[:-rank], *sizes))
+    one = operator(x.new_empty((1,) * (rank + 2)), [1] * rank)  # autocast may give another type
+    return x.new_empty((*x.shape[:-rank], *sizes), dtype=one.dtype)
 
 
 def _linspace(start: Any, end: Any, steps: Number, **options: Any) -> tuple[OperatorCall, tuple, dict] | None:

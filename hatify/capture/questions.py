@@ -24,7 +24,8 @@ ABOUT_TYPES = tuple(
     for name in ("is_autocast_enabled", "get_autocast_dtype", "is_autocast_cpu_enabled", "get_autocast_cpu_dtype",
                  "get_autocast_gpu_dtype", "get_autocast_device")
     if hasattr(torch, name)
-)  # fmt: skip
+) + ((torch, "result_type"), (torch.Tensor, "element_size"), (torch.Tensor, "type"))  # fmt: skip
+_ITEMSIZE = torch._C.TensorBase.itemsize
 """What code asks that computes otherwise under autocast; it also reads the types of tensors."""
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -73,23 +74,23 @@ def answered(traced: bool, places: list[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def noted_types() -> Iterator[list[str]]:
+def noted_types() -> Iterator[tuple[list[str], list[str]]]:
     """The source lines where a model that is traced inside the block looks at the type of a tensor, or at autocast.
 
     What a layer that stays one does inside is not meant: it looks again in each call. Neither is torch's own code, which takes types from
-    a tensor, and no branch on one.
+    a tensor, and no branch on one. Looks at types of whole numbers and truth values are in the second list.
     """
     lines: dict[str, None] = {}
+    whole: dict[str, None] = {}
     read, tracing = torch._C.TensorBase.dtype, threading.get_ident()
 
-    def note(frame: FrameType) -> None:
+    def note(frame: FrameType, real: bool = True) -> None:
         if not _INSIDE_LAYERS and threading.get_ident() == tracing and not is_inside(frame.f_code.co_filename):
-            lines[line_of(frame)] = None
+            (lines if real else whole)[line_of(frame)] = None
 
     def dtype(tensor: Any) -> torch.dtype:
         found = read.__get__(tensor)
-        if found.is_floating_point:
-            note(sys._getframe(1))
+        note(sys._getframe(1), found.is_floating_point)
         return found
 
     def noting(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,14 +100,16 @@ def noted_types() -> Iterator[list[str]]:
 
         return ask
 
-    found: list[str] = []
+    found: tuple[list[str], list[str]] = ([], [])
     torch.Tensor.dtype = property(dtype)
+    torch.Tensor.itemsize = property(lambda tensor: (note(sys._getframe(1)), _ITEMSIZE.__get__(tensor))[1])
     try:
         with _replaced(ABOUT_TYPES, noting):
             yield found
     finally:
-        del torch.Tensor.dtype
-        found += lines
+        del torch.Tensor.dtype, torch.Tensor.itemsize
+        found[0].extend(lines)
+        found[1].extend(whole)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from hatify.capture.names import line_behind, scope_of, telling_name
 from hatify.capture.regions import enter_autocast, exit_autocast
 from hatify.capture.repeats import MARK, REPEAT, Copier
 from hatify.capture.sizes import fixed_sizes, guards_of
-from hatify.capture.tree import LEAF, FunctionCall, OperatorCall, arguments, forget_call
+from hatify.capture.tree import LEAF, FunctionCall, OperatorCall, arguments, call_of
 from hatify.modules.closures import memory_of
 from hatify.modules.grouped import EQUIVALENT
 
@@ -198,7 +198,7 @@ def _mapped(env: dict[fx.Node, Any], node: fx.Node) -> tuple[tuple, dict]:
 def _leaf_node(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node) -> list[fx.Node]:
     """A marker turned back into a call of the module; one node per tensor that it returns."""
     tensors, sizes, key = node.args
-    call = forget_call(key)
+    call = call_of(key)
     args, kwargs = arguments(call, [env[t] for t in tensors], [env[s] if isinstance(s, fx.Node) else s for s in sizes])
     args, kwargs = fx.map_arg((args, kwargs), lambda n: n)
     if isinstance(call.twin, OperatorCall):

@@ -200,7 +200,7 @@ def arguments(call: LeafCall, tensors: list, sizes: list) -> tuple[tuple, dict]:
     return pytree.tree_unflatten(flat, call.args)
 
 
-def forget_call(key: str) -> LeafCall:
+def call_of(key: str) -> LeafCall:
     """The record of a leaf call by its key."""
     return _CALLS[key]
 
