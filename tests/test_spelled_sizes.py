@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import logging
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -68,6 +69,14 @@ def test_a_size_in_a_text_is_fixed(text: str, example: int) -> None:
     assert torch.equal(hat(inputs(example)[:1]), model(inputs(example)[:1]))  # the batch is open
 
 
+def test_the_text_of_a_comparison_is_a_condition() -> None:
+    model = Tables(lambda x: {"True": "16", "False": "0"}[str(x.shape[-1] == 16)]).eval()
+    hat = hatify.convert(model, 2, example_inputs=inputs(24)).eval()
+    assert torch.equal(hat(inputs(32)), model(inputs(32)))
+    with pytest.raises(CallError, match="takes another path"):
+        hat(inputs(16))
+
+
 class Checks(Tables):
     """Messages, shown and not shown, in the ways that people make them."""
 
@@ -91,9 +100,27 @@ class Remembers(Tables):
     """A text in a statement of its own that is no message."""
 
     def forward(self, x: Tensor) -> Tensor:
-        h, names = self.first(x), []
-        names.append(f"{x.shape[-1]}")
-        return self.head(torch.relu(h * self.gains.get(names[0], 1.0)).mean(-1))
+        h, self.names = self.first(x), []
+        self.remember(x)
+        return self.head(torch.relu(h * self.gains.get(self.names[0], 1.0)).mean(-1))
+
+    def remember(self, x: Tensor) -> None:
+        self.names.append(f"{x.shape[-1]}")
+
+
+class Logs(Remembers):
+    """A method of its own with the name of one that shows messages."""
+
+    def remember(self, x: Tensor) -> None:
+        self.log_size(f"{x.shape[-1]}")
+
+    def log_size(self, size: str) -> None:
+        self.names.append(size)
+
+
+class OnOneLine(Remembers):
+    def remember(self, x: Tensor) -> None:
+        warnings.warn("", stacklevel=1); self.names.append(f"{x.shape[-1]}")  # fmt: skip  # noqa: E702
 
 
 def test_a_message_leaves_its_size_open() -> None:
@@ -102,8 +129,10 @@ def test_a_message_leaves_its_size_open() -> None:
     assert all(torch.equal(hat(inputs(n)), model.eval()(inputs(n))) for n in (16, 24, 32))
 
 
-def test_a_text_that_is_kept_is_no_message() -> None:
-    model = Remembers(str)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [Remembers, Logs, OnOneLine])
+def test_a_text_that_is_kept_is_no_message(make: type) -> None:
+    model = make(str)
     hat = hatify.convert(model, 2, example_inputs=inputs(16)).eval()
     assert torch.equal(hat(inputs(16)), model.eval()(inputs(16)))
     with pytest.raises(CallError):

@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from hatify.calling import Signature, flatten
 from hatify.capture.aside import kept_tensors, set_aside
 from hatify.capture.branches import noted_branches
+from hatify.capture.caches import traces_forgotten
 from hatify.capture.captured import Captured
 from hatify.capture.casts import is_cast
 from hatify.capture.effects import has_effect
@@ -182,7 +183,7 @@ def _export(flat: _Flat, inputs: list[Tensor], model: nn.Module, open_sizes: boo
     The exporter's memory of operators costs more than it saves where sizes are open; leaves have one of their own (alike.py).
     """
     memory = config.patch(fake_tensor_cache_enabled=False)
-    with _quiet(), torch.enable_grad(), mark_functions(), set_aside(), spelled_sizes(), OpenCalls(), memory:
+    with _quiet(), torch.enable_grad(), mark_functions(), set_aside(), spelled_sizes(), OpenCalls(), memory, traces_forgotten():
         first: Exception | None = None
         if open_sizes:
             try:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from hatify.calling import Signature
 from hatify.capture.aside import hooks_left
+from hatify.capture.caches import known_caches
 from hatify.capture.captured import ByMode, Captured
 from hatify.capture.dtypes import follow_dtypes
 from hatify.capture.export import export_mode
@@ -35,7 +36,7 @@ def capture(
     Raises:
         CaptureError: eval mode cannot be traced.
     """
-    with ONE_AT_A_TIME, _untouched(model):
+    with ONE_AT_A_TIME, _untouched(model), known_caches():
         return _both_modes(model, args, kwargs, doubled)
 
 

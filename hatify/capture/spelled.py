@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.experimental.symbolic_shapes import uninteresting_files
 
 from hatify.capture.questions import of_a_model
 
 _SPELLINGS = [
     (kind, name, number)
-    for kind, number in ((torch.SymInt, int), (torch.SymFloat, float))
+    for kind, number in ((torch.SymInt, int), (torch.SymFloat, float), (torch.SymBool, bool))
     for name in ("__repr__", "__str__", "__format__")
 ]
+uninteresting_files().add(__file__)  # torch names the frame below ours as the one that asked
 _READERS = re.compile("assert|check|warn|log|print|debug|info|error|exception|critical", re.IGNORECASE)
 """In the names of functions that show a text to people."""
 
@@ -75,16 +77,21 @@ def _in_a_message(frame: FrameType) -> bool:
     if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Call):
         return False
     function = statement.value.func
+    if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "self":
+        return False  # the model's own method may keep it
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
     return _READERS.search(name) is not None
 
 
 def _statement(file: str, line: int) -> ast.stmt | None:
-    """The innermost statement that a line is in; None where there is no source."""
+    """The innermost statement that a line is in; None where there is no source, or where several are."""
     found, within = None, _parsed("".join(linecache.getlines(file))).body
     while within:
         inside = [n for n in within if getattr(n, "lineno", line) <= line <= getattr(n, "end_lineno", line)]
-        found = next((n for n in inside if isinstance(n, ast.stmt)), found)
+        statements = [n for n in inside if isinstance(n, ast.stmt)]
+        if len(statements) > 1:
+            return None
+        found = next(iter(statements), found)
         within = [child for n in inside for child in ast.iter_child_nodes(n)]
     return found
 
