@@ -41,8 +41,7 @@ def write_out(graph: fx.Graph, node: fx.Node, picture: Picture) -> None:
             operands = (*node.args, *node.kwargs.values())
             out = _grouped_mm(*map(proxy, operands), experts=picture[operands[1]].shape[0])
         else:
-            dtype, rank = picture[node].dtype, len(picture[node].shape)
-            out = _RULES[node.target](*map(proxy, node.args), proxy(node.kwargs["live"]), dtype, rank)
+            out = _RULES[node.target](*map(proxy, node.args), proxy(node.kwargs["live"]), len(picture[node].shape))
     out.node.meta.update(node.meta)
     node.replace_all_uses_with(out.node)
     graph.erase_node(node)
@@ -58,20 +57,20 @@ def _grouped_mm(x: Any, weight: Any, offs: Any, experts: int) -> Any:
     return out
 
 
-def _layer_norm(x: Any, shape: tuple, weight: Any, bias: Any, eps: float, live: Any, dtype: torch.dtype, rank: int) -> Any:
+def _layer_norm(x: Any, shape: tuple, weight: Any, bias: Any, eps: float, live: Any, rank: int) -> Any:
     dims = list(range(rank - len(shape), rank))
-    return _affine(_normalised(x, live, dims, eps, True, dtype), weight, bias)
+    return _affine(_normalised(x, live, dims, eps, True), weight, bias)
 
 
-def _rms_norm(x: Any, shape: tuple, weight: Any, eps: float | None, live: Any, dtype: torch.dtype, rank: int) -> Any:
-    eps = torch.finfo(dtype).eps if eps is None else eps
-    return _affine(_normalised(x, live, list(range(rank - len(shape), rank)), eps, False, dtype), weight, None)
+def _rms_norm(x: Any, shape: tuple, weight: Any, eps: float | None, live: Any, rank: int) -> Any:
+    eps = _called(x, torch.finfo, _wide(x)).eps if eps is None else eps
+    return _affine(_normalised(x, live, list(range(rank - len(shape), rank)), eps, False), weight, None)
 
 
-def _group_norm(x: Any, groups: int, weight: Any, bias: Any, eps: float, live: Any, dtype: torch.dtype, rank: int) -> Any:
+def _group_norm(x: Any, groups: int, weight: Any, bias: Any, eps: float, live: Any, rank: int) -> Any:
     grouped = x.unflatten(1, (groups, -1))
     mask = live.expand(-1, x.size(1), *[-1] * (rank - 2)).unflatten(1, (groups, -1))
-    out = _normalised(grouped, mask, list(range(2, rank + 1)), eps, True, dtype).flatten(1, 2)
+    out = _normalised(grouped, mask, list(range(2, rank + 1)), eps, True).flatten(1, 2)
     by_channel = (-1, *[1] * (rank - 2))
     return _affine(out, None if weight is None else weight.view(by_channel), None if bias is None else bias.view(by_channel))
 
@@ -81,10 +80,10 @@ _RULES: dict[Callable, Callable] = {
 }  # fmt: skip
 
 
-def _normalised(x: Any, live: Any, dims: list[int], eps: float, centred: bool, dtype: torch.dtype) -> Any:
-    half = dtype in (torch.float16, torch.bfloat16)
-    wide = x.float() if half else x
-    mask = live.to(torch.float32 if half else dtype)
+def _normalised(x: Any, live: Any, dims: list[int], eps: Any, centred: bool) -> Any:
+    """Half types are computed in float32, whatever type the module is cast to."""
+    wide = x.to(_wide(x))
+    mask = live.to(wide.dtype)
     repeats = 1
     for dim in dims:
         repeats = (x.size(dim) // mask.size(dim)) * repeats
@@ -93,8 +92,17 @@ def _normalised(x: Any, live: Any, dims: list[int], eps: float, centred: bool, d
     if centred:
         wide = torch.where(mask > 0, wide - wide.sum(dims, keepdim=True) / count, 0.0)
     variance = (wide.square() * mask).sum(dims, keepdim=True) / count
-    out = wide * torch.rsqrt(variance + eps)
-    return out.to(dtype) if half else out
+    return (wide * torch.rsqrt(variance + eps)).to(x.dtype)
+
+
+def _wide(x: fx.Proxy) -> fx.Proxy:
+    """The type that a norm of ``x`` is computed in."""
+    return _called(x, torch.promote_types, x.dtype, torch.float32)
+
+
+def _called(x: fx.Proxy, function: Callable, *args: Any) -> fx.Proxy:
+    """A call of what takes types, which no proxy reaches by itself."""
+    return x.tracer.create_proxy("call_function", function, args, {})
 
 
 def _affine(x: Any, weight: Any, bias: Any) -> Any:

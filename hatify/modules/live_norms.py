@@ -31,7 +31,8 @@ def rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, eps: float 
     """Root-mean-square normalisation over the last dimensions."""
     if live is None:
         return F.rms_norm(x, shape, weight, eps)
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    if eps is None:  # that of the type it is computed in
+        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
     return _normalised(_in_order(x), live, list(range(-len(shape), 0)), eps, False, weight)
 
 
