@@ -95,7 +95,7 @@ def _prepared(self: HATModel, args: tuple, kwargs: dict[str, Any], task: int | N
     context = self.context(task, scale, sealed=reading is not None and not reading.rest)
     own = context is None and self.runs_own_code
     if not own and (self._facts.input_types or self._facts.unlike.get(self.training)):
-        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+        dtype = self._dtype()
         check_input_types(self._facts, dtype, tensors)
         check_way(self._facts.unlike.get(self.training, {}), dtype, tensors)
     return _Call(tensors, context, own, None if payload is None else (task, mask_scale), reading)

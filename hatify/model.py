@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -233,9 +234,12 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
         network_of(self).rest()
         return self
 
+    def _dtype(self) -> torch.dtype | None:
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+
     def _apply(self, fn: Any, recurse: bool = True) -> HATModel:
         """``.to()`` and the like: the protected values move along, and binary masks stay as they are. So do the types of tensors that the
-        original made in its forward or held in plain attributes.
+        original made in its forward or held in plain attributes. Example inputs that have the parameters' type get the new one.
 
         Raises:
             NonFiniteError: a weight would become infinite; nothing has been cast then.
@@ -243,8 +247,12 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
         self._guard.restore()
         check_reach(self, fn)
         constants = self.room.constants._buffers
-        made = dict(constants)
+        made, before = dict(constants), self._dtype()
         super()._apply(fn, recurse)
+        after = self._dtype()
+        if after != before:
+            inputs = [t.to(after) if t.dtype == before else t for t in self._facts.inputs]
+            self.__dict__["_facts"] = replace(self._facts, inputs=inputs)
         constants.update({n: t.to(constants[n].device) for n, t in made.items() if constants[n].dtype != t.dtype})
         self._guard.follow()
         return self

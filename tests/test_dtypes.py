@@ -14,6 +14,7 @@ from tasks import draw_masks, finish
 from torch import Tensor, nn
 
 import hatify
+from hatify.capture import functional
 from hatify.capture.captured import Way
 from hatify.capture.dtypes import _Follower
 from hatify.errors import CallError
@@ -440,7 +441,11 @@ def test_a_norm_over_live_channels_has_torchs_own_default(dtype: torch.dtype) ->
     assert 0 < live.sum() < 8
     kept = [F.rms_norm((hat.first(x) * 0.01)[:, live], (int(live.sum()),), hat.norm.tasks[0].weight[live])]
     wanted = kept[0] @ hat.head.tasks[0].weight[:, live].T + hat.head.tasks[0].bias
-    for found in (hat(x, task=0), hatify.extract(hat.float(), 0).to(dtype)(x), hatify.extract(hat.float(), 0, slim=True).to(dtype)(x)):
+    for found in (
+        hat(x, task=0),
+        hatify.extract(hat.float(), 0).to(dtype)(x),
+        hatify.extract(hat.float(), 0, slim=True).to(dtype)(x),
+    ):
         torch.testing.assert_close(found, wanted)
         hat.to(dtype)
 
@@ -456,3 +461,120 @@ def test_an_extracted_norm_follows_the_type(norm: nn.Module) -> None:
         with within(way):
             found = copy.deepcopy(plain).to(way.dtype)(x.to(way.dtype))
             torch.testing.assert_close(found, copy.deepcopy(hat).to(way.dtype)(x.to(way.dtype), task=0))
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN, DOUBLE])
+def test_a_model_that_was_cast_can_be_verified(dtype: torch.dtype) -> None:
+    _, hat = pair(MaskedFill)
+    report = hatify.verify(hat.to(dtype))
+    assert report.ok and report.parity == report.parity_train == report.drift == 0.0
+    assert [t.dtype for t in hat.example_inputs[0]] == [dtype, torch.int64]
+
+
+def test_inputs_are_not_cast_behind_the_back_of_code_that_looks_at_types() -> None:
+    class Scales(Tokens):
+        def body(self, x: Tensor, mask: Tensor) -> Tensor:
+            return x * mask[..., None] if mask.dtype == torch.int64 else x
+
+    model, hat = pair(Scales)
+    x, mask = given()
+    assert torch.equal(hat(x, mask), model(x, mask))
+    for call in ((x, mask.bool()), (x.double(), mask)):
+        with pytest.raises(CallError, match="looks at types"):
+            hat(*call)
+    assert torch.equal(hat.double()(x.double(), mask), model.double()(x.double(), mask))
+
+
+class AddsInPlace(Tokens):
+    def body(self, x: Tensor, mask: Tensor) -> Tensor:
+        x += self.gain
+        x /= x.float().norm(dim=-1, keepdim=True)
+        return x
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_in_place_operators_keep_the_type_of_what_they_write_to(way: Way) -> None:
+    checked(*pair(AddsInPlace), way)
+
+
+def test_without_it_they_take_the_wider_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control."""
+    monkeypatch.setattr(functional, "keep_type", lambda graph, new, target, provenance: new)
+    with pytest.raises((AssertionError, RuntimeError)):
+        checked(*pair(AddsInPlace), WAYS[3])
+
+
+class ViewsWritten(Tokens):
+    """The exporter's own functionalisation takes out what does nothing in float32."""
+
+    def body(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = x * 1
+        y[:, 0] = 0
+        return y.float().exp().to(x.dtype)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_casts_that_do_nothing_in_one_type_are_kept_beside_writes_through_views(way: Way) -> None:
+    checked(*pair(ViewsWritten), way)
+
+
+class Made(Tokens):
+    def body(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x * x.new_tensor([0.5, 0.25, 1.5, 2.0, 3.0, 4.0, 0.125, 8.0])
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_tensors_made_in_the_type_of_another_follow_it(way: Way) -> None:
+    checked(*pair(Made), way)
+
+
+class Normed(Tokens):
+    def body(self, x: Tensor, mask: Tensor) -> Tensor:
+        return F.layer_norm(x * 0.01, (8,), eps=torch.finfo(x.dtype).eps)
+
+
+class OnlyInTraining(Tokens):
+    def body(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x.clamp(-0.1, 0.1) if self.training and x.dtype == BRAIN else x
+
+
+class Measures(Tokens):
+    def body(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x.clamp(-0.1, 0.1) if x.element_size() == 2 else x
+
+
+class AsksWhich(Tokens):
+    def body(self, x: Tensor, mask: Tensor) -> Tensor:
+        half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == HALF
+        return x.clamp(-0.1, 0.1) if half else x
+
+
+class Gives(Tokens):
+    def forward(self, x: Tensor, mask: Tensor) -> tuple:
+        return super().forward(x, mask), torch.finfo(self.embed(x).dtype).max
+
+    def body(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("make", "way", "training"),
+    [(Normed, WAYS[1], False), (OnlyInTraining, WAYS[1], True), (OnlyInTraining, WAYS[3], True), (Measures, WAYS[0], False),
+     (AsksWhich, WAYS[4], False), (Gives, WAYS[2], False)],
+)  # fmt: skip
+def test_other_paths_are_refused(make: type, way: Way, training: bool) -> None:
+    _, hat = pair(make)
+    x, mask = given()
+    assert hat.verification.ok
+    hat = hat.to(way.dtype).train(training)
+    with within(way), pytest.raises(CallError, match="another path"):
+        hat(x.to(way.dtype), mask)
+
+
+@pytest.mark.parametrize("dtype", [BRAIN, DOUBLE])
+def test_a_model_converted_in_another_type_follows_under_autocast(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, (x, mask) = MaskedFill().eval().to(dtype), given()
+    hat = hatify.convert(copy.deepcopy(model), 2, example_inputs=(x.to(dtype), mask)).eval()
+    for way in WAYS[3:]:
+        checked(model, hat, way)
