@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -152,6 +153,7 @@ def _measure(hat: HATModel, without_locks: Sequence[str], without_masks: Sequenc
         if drift != 0.0 or control != 0.0:  # masks may leave one channel of a narrow layer, which hides everything: draw again
             break
     seconds["drift"] = time.perf_counter() - start
+    control = None if control is None else min(control, sys.float_info.max)  # noise may overflow, and JSON has no infinity
     found = (parity.evaluation, parity.no_grad, parity.training, parity.gradients, drift, control)
     return VerificationReport(*found, [batch_size(b) for b in batches], seconds, notes, rounding=_rounding(hat))
 

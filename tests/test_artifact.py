@@ -457,3 +457,21 @@ def test_a_task_that_was_being_learned_is_not_active_without_its_session(tmp_pat
     hat.finish_task()
     again.finish_task()
     assert hat.active_task is again.active_task is None
+
+
+class Overflows(nn.Module):
+    """Powers of negative numbers, which are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.first(x).pow(1.5))
+
+
+def test_a_proof_whose_control_is_not_finite_is_stored(tmp_path):
+    torch.manual_seed(0)
+    hat = hatify.convert(Overflows(), tasks=2, example_inputs=torch.randn(16, 5, 4))
+    hatify.save(hat, tmp_path / "saved")
+    assert hatify.load(tmp_path / "saved").verification.control == hat.verification.control > 1e300
