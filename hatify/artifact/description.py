@@ -329,9 +329,9 @@ class Rebuilt:
         """The modules that the original's ``train()`` and ``eval()`` leave in the other mode."""
         found: dict[bool, list[str]] = {}
         for training, part in self._by_mode("own_modes"):
-            found[training] = list(part.data)
+            found[training] = [path.is_a(str) for path in part.items()]
             for path in part.items():
-                if self.tree.module(path.is_a(str)) is None:
+                if self.tree.module(path.data) is None:
                     raise path.wrong(repr(path.data[:100]), "the path of a module")
         return found
 
