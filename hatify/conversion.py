@@ -25,6 +25,7 @@ from hatify.gates import compile_gates
 from hatify.model import HATModel
 from hatify.modules import HATConfig
 from hatify.modules.copies import copy_module
+from hatify.modules.types import type_of_parameters
 from hatify.proof.parity import equals_original
 from hatify.proof.small_sizes import settle
 from hatify.report import make_report
@@ -278,7 +279,7 @@ def _rewrite(
 def _input_types(model: nn.Module, graphs: list[Captured]) -> list[torch.dtype | None]:
     if not any(g.reads or g.reads_whole for g in graphs):
         return []
-    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    own = type_of_parameters(model)
     return [None if t.dtype == own else t.dtype for t in graphs[0].inputs]
 
 

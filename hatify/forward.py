@@ -19,6 +19,7 @@ from hatify.errors import CallError
 from hatify.facts import check_input_types, check_way
 from hatify.learning.reading import Reading
 from hatify.modules import HATPayload, TaskContext
+from hatify.modules.types import type_of_parameters
 
 if TYPE_CHECKING:
     from hatify.model import HATModel
@@ -95,7 +96,7 @@ def _prepared(self: HATModel, args: tuple, kwargs: dict[str, Any], task: int | N
     context = self.context(task, scale, sealed=reading is not None and not reading.rest)
     own = context is None and self.runs_own_code
     if not own and (self._facts.input_types or self._facts.unlike.get(self.training)):
-        dtype = self._dtype()
+        dtype = type_of_parameters(self)
         check_input_types(self._facts, dtype, tensors)
         check_way(self._facts.unlike.get(self.training, {}), dtype, tensors)
     return _Call(tensors, context, own, None if payload is None else (task, mask_scale), reading)

@@ -29,6 +29,7 @@ from hatify.learning.methods import LearningMethods
 from hatify.learning.network import Converted, network_of
 from hatify.locking import LockMethods
 from hatify.modules import HATConfig, Masker, TaskContext
+from hatify.modules.types import type_of_parameters
 from hatify.original import OwnCode
 from hatify.part_modes import check_modes, parts_that_ask
 from hatify.rewrite.carrying import Carried, carrying, modules_of
@@ -234,8 +235,9 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
         network_of(self).rest()
         return self
 
-    def _dtype(self) -> torch.dtype | None:
-        return next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+    def _learn(self, **facts: Any) -> None:
+        """Replaces some of what the model knows of its making; copies of it keep theirs."""
+        self.__dict__["_facts"] = replace(self._facts, **facts)
 
     def _apply(self, fn: Any, recurse: bool = True) -> HATModel:
         """``.to()`` and the like: the protected values move along, and binary masks stay as they are. So do the types of tensors that the
@@ -247,12 +249,11 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
         self._guard.restore()
         check_reach(self, fn)
         constants = self.room.constants._buffers
-        made, before = dict(constants), self._dtype()
+        made, before = dict(constants), type_of_parameters(self)
         super()._apply(fn, recurse)
-        after = self._dtype()
+        after = type_of_parameters(self)
         if after != before:
-            inputs = [t.to(after) if t.dtype == before else t for t in self._facts.inputs]
-            self.__dict__["_facts"] = replace(self._facts, inputs=inputs)
+            self._learn(inputs=[t.to(after) if t.dtype == before else t for t in self._facts.inputs])
         constants.update({n: t.to(constants[n].device) for n, t in made.items() if constants[n].dtype != t.dtype})
         self._guard.follow()
         return self

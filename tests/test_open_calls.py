@@ -1,4 +1,4 @@
-"""Sizes that stay open where torch's own operators would fix them: kernels of pools as large as the image, ``linspace``, grids."""
+"""Sizes that stay open where torch would fix them: pools along one dimension, kernels as large as the image, ``linspace``, grids."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import hatify
 from hatify.capture import export
+from hatify.capture.pools import POOL
 from hatify.errors import CallError
 
 
@@ -53,6 +54,10 @@ CALLS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "average of a volume": (3, lambda x: F.avg_pool3d(x, x.shape[2:])),
     "maximum of the size": (2, lambda x: F.max_pool2d(x, x.size()[2:])),
     "maximum with settings": (2, lambda x: F.max_pool2d(x, x.shape[-1] // 3, 2, 1, dilation=(1, 2), ceil_mode=True)),
+    "maximum along one": (1, lambda x: F.max_pool1d(x, 2)),
+    "maximum along one with settings": (1, lambda x: F.max_pool1d(x, 4, 3, 2, 1, ceil_mode=True)),
+    "maximum along one, dilated": (1, lambda x: torch.max_pool1d(x, [2], [1], dilation=[3])),
+    "maximum of a layer": (1, nn.MaxPool1d(3, 2, 1)),
     "maximum over time": (1, lambda x: F.max_pool1d(x, x.size(2))),
     "maximum of torch": (1, lambda x: torch.max_pool1d(x, x.shape[-1] // 2)),
     "maximum of a volume": (3, lambda x: F.max_pool3d(x, kernel_size=x.shape[2:])),
@@ -74,7 +79,7 @@ def taken(model: nn.Module, x: Tensor) -> bool:
     return False
 
 
-WRITTEN = ("average of the size", "maximum over time", "positions")
+WRITTEN = ("average of the size", "maximum along one", "maximum of a layer", "maximum over time", "positions")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +90,7 @@ def test_the_sizes_stay_open(call: str, writes: bool) -> None:
     model = Network(function, dims, writes)
     hat = hatify.convert(model, 2, example_inputs=inputs(dims))
     held, names = dict(hat.named_parameters()), [name for name, _ in model.named_parameters()]
-    assert hat.verification.ok
+    assert hat.verification.ok and not POOL.py_kernels  # torch's own way is back
     sizes = 0
     for x in (*(inputs(dims, n) for n in range(3)), inputs(dims, 1, batch=1)):
         if not taken(model, x):
@@ -118,7 +123,8 @@ def test_saved_and_extracted_they_stay_open(call: str, tmp_path: Path) -> None:
 def test_torch_itself_fixes_them(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control."""
     dims, function = CALLS[call]
-    monkeypatch.setattr(export, "OpenCalls", contextlib.nullcontext)
+    for opening in ("OpenCalls", "open_pools"):
+        monkeypatch.setattr(export, opening, contextlib.nullcontext)
     model = Network(function, dims)
     hat = hatify.convert(model, 2, example_inputs=inputs(dims), verify=False)
     for number in (1, 2):

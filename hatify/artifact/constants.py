@@ -10,12 +10,18 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["constant_from", "constant_to"]
+__all__ = ["constant_from", "constant_to", "portable"]
 
 TEXT = re.compile(r"[\w ,>.+-]{0,64}", re.ASCII)
 """Strings that operators take: names of modes and einsum equations; nothing that could leave a string of generated code."""
 _TAGS = ("node", "tuple", "slice", "dict", "float", "complex", "dtype", "device", "layout", "memory_format", "size")
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+def portable(line: str) -> str:
+    """A source line (``file:number: code``) without where the file was on this machine."""
+    place, found, code = line.partition(": ")
+    return f"{place.rpartition('/')[2]}{found}{code}"
 
 
 def constant_to(value: Any) -> Any:

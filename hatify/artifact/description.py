@@ -21,7 +21,7 @@ from ..model import HATModel
 from ..modules import HATConfig, Masker, TaskIndexedParameter
 from ..report import ConversionReport
 from ..verification import VerificationReport
-from .constants import constant_from, constant_to
+from .constants import constant_from, constant_to, portable
 from .expressions import guard_from, guard_to
 from .fields import Fields, typed
 from .gates import TABLE, Budget, Ids, StoredIds, table_from, uses_from, uses_to
@@ -87,7 +87,7 @@ class Description:
         }
         self.data["unlike"] = {
             "train" if mode else "eval": [
-                [constant_to(way.dtype), constant_to(way.autocast), _line(line)] for way, line in ways.items()
+                [constant_to(way.dtype), constant_to(way.autocast), portable(line)] for way, line in ways.items()
             ]
             for mode, ways in facts.unlike.items()
         }
@@ -111,12 +111,6 @@ def describe_model(hat: HATModel) -> Description:
         ArtifactError: a layer, a function or a constant that cannot be stored; names it, and the fix.
     """
     return Description(hat)
-
-
-def _line(line: str) -> str:
-    """A source line without where the code was on this machine."""
-    place, found, code = line.partition(": ")
-    return f"{place.rpartition('/')[2]}{found}{code}"
 
 
 def _sizes_to(sizes: Sizes) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._sympy import functions
 
 from ..capture.captured import ShapeGuard
+from .constants import portable
 from .fields import Fields
 
 __all__ = ["StoredGuard", "guard_from", "guard_to"]
@@ -57,7 +58,7 @@ def guard_to(guard: ShapeGuard | StoredGuard) -> dict[str, Any]:
     """
     symbols = {name: list(place) for name, place in guard.symbols.items()}
     condition = guard.condition if isinstance(guard, StoredGuard) else _to(guard.expression)
-    return {"text": guard.text, "line": guard.line.rpartition("/")[2], "condition": condition, "symbols": symbols}
+    return {"text": guard.text, "line": portable(guard.line), "condition": condition, "symbols": symbols}
 
 
 def _to(expression: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from ..capture.tree import FunctionCall
 from ..errors import ArtifactError
-from .constants import constant_from, constant_to
+from .constants import constant_from, constant_to, portable
 from .fields import Fields
 from .known import YOURS, name_of, not_brought
 from .operators import ATTRIBUTES, operator_from, operator_name
@@ -57,7 +57,7 @@ def _node_to(node: fx.Node, where: str, own: bool) -> dict[str, Any]:
     for note in NOTES:
         text = node.meta.get(note)
         if isinstance(text, str) and text:
-            entry[note] = text.rpartition("/")[2] if note == "line" else text  # not where the code was on this machine
+            entry[note] = portable(text) if note == "line" else text
     return entry
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,4 +38,4 @@ def take_reference(hat: HATModel, factory: Callable[[], nn.Module], directory: P
         raise ArtifactError(
             "the factory gives another model", where=str(directory), why="\n".join(lines), fix="the very model that was converted"
         )
-    hat.__dict__["_facts"] = replace(hat._facts, reference=on_meta(model))
+    hat._learn(reference=on_meta(model))

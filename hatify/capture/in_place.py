@@ -81,5 +81,6 @@ def keep_type(graph: fx.Graph, new: fx.Node, target: fx.Node, provenance: Proven
         cast = graph.call_function(aten.to.dtype, (new, old.dtype))
     cast.meta.update(new.meta, val=old)
     if old.is_floating_point():
-        cast.meta["typed"] = {1: Typed(target)}
+        cast.meta["kept"] = {1: Typed(target)}
+        cast.meta["typed"] = dict(cast.meta["kept"])
     return cast

@@ -77,6 +77,7 @@ def _both_modes(
     evaluated.own_modes.update(trained.own_modes)
     evaluated.selections.update(trained.selections)
     notes += [*_asking(evaluated), *_keeping(evaluated, trained), *words(evaluated.selections)]
+    evaluated.reads_whole += trained.reads_whole
     read_alike = set(trained.reads) <= set(evaluated.reads)
     merged = read_alike and _merge(evaluated, trained)  # else types are followed mode by mode
     alike = follow_dtypes(evaluated, model, signature, training=False) and read_alike

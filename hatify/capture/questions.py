@@ -25,8 +25,8 @@ ABOUT_TYPES = tuple(
                  "get_autocast_gpu_dtype", "get_autocast_device")
     if hasattr(torch, name)
 ) + ((torch, "result_type"), (torch.Tensor, "element_size"), (torch.Tensor, "type"))  # fmt: skip
+"""What code asks that computes otherwise in another type, or under autocast; it also reads ``dtype`` and ``itemsize``."""
 _ITEMSIZE = torch._C.TensorBase.itemsize
-"""What code asks that computes otherwise under autocast; it also reads the types of tensors."""
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _LAYERS = os.path.join(_TORCH, "nn", "modules") + os.sep
@@ -127,14 +127,17 @@ _INSIDE_LAYERS: list[bool] = []
 
 @contextlib.contextmanager
 def _replaced(questions: tuple, answering: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    kept = [(room, name, getattr(room, name)) for room, name in questions]
-    for room, name, function in kept:
-        setattr(room, name, answering(function))
+    kept = [(room, name, vars(room).get(name)) for room, name in questions]
+    for room, name, _ in kept:
+        setattr(room, name, answering(getattr(room, name)))
     try:
         yield
     finally:
         for room, name, function in kept:
-            setattr(room, name, function)
+            if function is None:  # inherited
+                delattr(room, name)
+            else:
+                setattr(room, name, function)
 
 
 def _note(frame: FrameType, places: list[str]) -> None:

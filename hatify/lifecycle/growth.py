@@ -80,7 +80,7 @@ def _tell(hat: HATModel, new: list[int], classes: list[int | None] | None) -> No
         known = [*(known or [None] * new[0]), *(classes or [None] * len(new))]
     config = replace(facts.config, num_tasks=count)
     settings = {**facts.settings, "tasks": count, "classes": known, "config": asdict(config)}
-    hat.__dict__["_facts"] = replace(facts, config=config, settings=settings)
+    hat._learn(config=config, settings=settings)
     hat.room.status.tasks = count
     if hat.report is not None:
         hat.report = replace(hat.report, tasks=count, classes=list(known or [None] * count))

@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from hatify.errors import CallError
 
 LIMITS = ("min", "max", "eps", "tiny")
 """What :func:`limit` gives."""
+
+
+def type_of_parameters(module: nn.Module) -> torch.dtype | None:
+    """The type that a model is taken to have: that of its first parameter of real numbers."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
 def limit(dtype: torch.dtype, name: str) -> float:
