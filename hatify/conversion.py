@@ -270,6 +270,7 @@ def _rewrite(
         asks=graphs[0].asks,
         own_modes=graphs[0].own_modes,
         unlike={training: graph.unlike for training, graph in zip((False, True), (graphs[0], graphs[-1]))},
+        parameter_types=sorted({p.dtype for p in model.parameters() if p.is_floating_point()}, key=str),
         input_types=_input_types(model, graphs),
         selections=graphs[0].selections,
     )

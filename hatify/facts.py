@@ -48,6 +48,7 @@ class Facts:
         asks: where the original asks whether gradients are on, by mode (True: train mode).
         own_modes: the modules that its ``train(mode)`` leaves in the other mode, by mode.
         unlike: the types in which it takes another path, with its source line, by mode.
+        parameter_types: those of the original's parameters, each once.
         input_types: the types of the example inputs, where the original's code looks at types; None for one that has the parameters'.
         selections: buffers whose values were taken for which elements a boolean index picks.
     """
@@ -79,6 +80,7 @@ class Facts:
     asks: dict[bool, list[str]]
     own_modes: dict[bool, list[str]]
     unlike: dict[bool, dict[Way, str]]
+    parameter_types: list[torch.dtype]
     input_types: list[torch.dtype | None]
     selections: dict[str, Tensor]
 
@@ -158,8 +160,25 @@ def check_input_types(facts: Facts, dtype: torch.dtype | None, tensors: list[Ten
         raise CallError(
             f"the input {name} is {tensor.dtype}, not {expected}",
             where=name,
-            why="the model's code looks at types, and was captured with inputs of " + ("its own" if known is None else str(known)),
+            why="the model's code looks at types, and was captured with inputs of "
+            + ("the parameters' type" if known is None else str(known)),
             fix=f"{name}.to({expected}), or hatify.convert with example inputs of {tensor.dtype}",
+        )
+
+
+def check_parameter_types(facts: Facts, types: set[torch.dtype]) -> None:
+    """Whether the parameters have one type, or those that they were captured with, where the original's code looks at types.
+
+    Raises:
+        CallError: they have other ones.
+    """
+    captured = set(facts.parameter_types)
+    if types != captured and len({*types, *captured}) > 1 and (len(types) > 1 or types <= captured):
+        raise CallError(
+            f"the parameters are of {', '.join(sorted(map(str, types)))}",
+            where=facts.name,
+            why=f"the model's code looks at types, and was captured with parameters of {', '.join(sorted(map(str, captured)))}",
+            fix="cast the original, and convert that: hatify.convert(model, ...)",
         )
 
 

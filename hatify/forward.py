@@ -16,7 +16,7 @@ from torch._C._dynamo import eval_frame
 from hatify.calling import unflatten
 from hatify.capture.selections import check_selections
 from hatify.errors import CallError
-from hatify.facts import check_input_types, check_way
+from hatify.facts import check_input_types, check_parameter_types, check_way
 from hatify.learning.reading import Reading
 from hatify.modules import HATPayload, TaskContext
 from hatify.modules.types import type_of_parameters
@@ -97,6 +97,8 @@ def _prepared(self: HATModel, args: tuple, kwargs: dict[str, Any], task: int | N
     own = context is None and self.runs_own_code
     if not own and (self._facts.input_types or self._facts.unlike.get(self.training)):
         dtype = type_of_parameters(self)
+        if not torch.compiler.is_compiling():
+            check_parameter_types(self._facts, self._types())
         check_input_types(self._facts, dtype, tensors)
         check_way(self._facts.unlike.get(self.training, {}), dtype, tensors)
     return _Call(tensors, context, own, None if payload is None else (task, mask_scale), reading)

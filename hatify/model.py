@@ -235,6 +235,13 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
         network_of(self).rest()
         return self
 
+    def _types(self) -> set[torch.dtype]:
+        """The types of the parameters but those of masks. A cast changes parameters in place, so looking for them once is enough."""
+        if "_typed" not in self.__dict__:
+            masks = {id(p) for masker in self.maskers.values() for p in masker.parameters()}
+            self.__dict__["_typed"] = [p for p in self.parameters() if p.is_floating_point() and id(p) not in masks]
+        return {p.dtype for p in self.__dict__["_typed"]}
+
     def _learn(self, **facts: Any) -> None:
         """Replaces some of what the model knows of its making; copies of it keep theirs."""
         self.__dict__["_facts"] = replace(self._facts, **facts)

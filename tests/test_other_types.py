@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tasks import finish
-from torch import Tensor
+from torch import Tensor, nn
 from typed_networks import BRAIN, HALF, WAYS, AsksAutocast, Clamped, Eps, Tokens, checked, given, pair, within
 
 import hatify
+from hatify import forward
 from hatify.capture.captured import Way
 from hatify.errors import CallError
 
@@ -40,7 +41,7 @@ def test_another_path_is_refused_where_it_is_taken(make: type, loaded: bool, tmp
             cast, x = copy.deepcopy(hat).to(way.dtype), given()[0].to(way.dtype)
             with within(way), pytest.raises(CallError, match=f"another path {way}") as refused:
                 cast(x, given()[1], task=task)
-            assert "test_dtypes.py" in refused.value.where
+            assert "typed_networks.py" in refused.value.where
 
 
 def test_a_refusal_names_a_call_that_works() -> None:
@@ -123,3 +124,57 @@ def test_inputs_are_not_cast_behind_the_back_of_code_that_looks_at_types() -> No
         with pytest.raises(CallError, match="looks at types"):
             hat(*call)
     assert torch.equal(hat.double()(x.double(), mask), model.double()(x.double(), mask))
+
+
+class OwnNorm(nn.Module):
+    """LLaMA's: computed in the type of its own weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        given, x = x.dtype, x.to(self.weight.dtype)
+        return (self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True))).to(given)
+
+
+class Mixed(nn.Module):
+    """A network whose norms are kept in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(4, 8), OwnNorm(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.norm(self.embed(x))
+        return self.head(x + self.norm(x))
+
+
+def in_parts(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model).to(BRAIN)
+    model.norm.float()
+    return model
+
+
+def test_a_network_of_several_types_is_followed_as_it_was_converted(tmp_path: Path) -> None:
+    model, hat = pair(Mixed)
+    x, mask = given()
+    x = x.to(BRAIN)
+    with pytest.raises(CallError, match="parameters are of torch.bfloat16, torch.float32"):
+        in_parts(hat)(x, mask)
+    assert torch.equal(copy.deepcopy(hat).to(BRAIN)(x, mask), copy.deepcopy(model).to(BRAIN)(x, mask))
+    mixed = in_parts(model)
+    hat = hatify.convert(copy.deepcopy(mixed), 2, example_inputs=(x, mask)).eval()
+    hatify.save(hat, tmp_path / "saved")
+    for found in (hat, hatify.load(tmp_path / "saved").eval()):
+        assert torch.equal(found(x, mask), mixed(x, mask))
+        with pytest.raises(CallError, match="captured with parameters of torch.bfloat16, torch.float32"):
+            found.to(BRAIN)(x, mask)
+
+
+def test_unless_it_is_asked_for_the_norm_is_computed_in_another_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control."""
+    monkeypatch.setattr(forward, "check_parameter_types", lambda facts, types: None)
+    model, hat = pair(Mixed)
+    x, mask = given()
+    assert not torch.equal(in_parts(hat)(x.to(BRAIN), mask), in_parts(model)(x.to(BRAIN), mask))

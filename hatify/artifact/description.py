@@ -91,6 +91,7 @@ class Description:
             ]
             for mode, ways in facts.unlike.items()
         }
+        self.data["parameter_types"] = [constant_to(dtype) for dtype in facts.parameter_types]
         self.data["input_types"] = [constant_to(dtype) for dtype in facts.input_types]
         self.data["selections"] = list(facts.selections)
         self._table = lambda: facts.analysis.table.stored(maskers)
@@ -215,8 +216,8 @@ class Rebuilt:
     ) -> None:
         fields.only("name", "graphs", "outputs", "signature", "sizes", "modules", "own_code", "recipes", "room", "maskers",
                     "indexed", "uses", "original",
-                    "switches", "can_train", "asks", "own_modes", "unlike", "input_types", "selections", "plans", "rows", "report",
-                    "verification")  # fmt: skip
+                    "switches", "can_train", "asks", "own_modes", "unlike", "parameter_types", "input_types", "selections",
+                    "plans", "rows", "report", "verification")  # fmt: skip
         self.fields = fields
         known = list(known)
         modules = [cls for cls in known if issubclass(cls, nn.Module)]
@@ -289,7 +290,8 @@ class Rebuilt:
             asks={training: [place.is_a(str) for place in part.items()] for training, part in self._by_mode("asks", added=False)},
             own_modes=self._own_modes(),
             unlike=self._unlike(),
-            input_types=self._input_types(),
+            parameter_types=self._types("parameter_types", torch.dtype),
+            input_types=self._types("input_types", torch.dtype | None),
             stand_in=None if own is None else self._own_code(own, own_tree, classes, original),
         )
         self.model = self._made()
@@ -343,11 +345,12 @@ class Rebuilt:
                 ways[Way(dtype, autocast)] = entry.at(2).is_a(str)
         return found
 
-    def _input_types(self) -> list[torch.dtype | None]:
+    def _types(self, name: str, kind: Any) -> list[Any]:
+        """Types of tensors; older directories have none."""
         found = []
-        for part in self.fields.at("input_types").items() if self.fields.has("input_types") else ():
+        for part in self.fields.at(name).items() if self.fields.has(name) else ():
             found.append(part.decoded(constant_from, "a type"))
-            if not isinstance(found[-1], torch.dtype | None):
+            if not isinstance(found[-1], kind):
                 raise part.wrong(str(part.data)[:60], "a type")
         return found
 
