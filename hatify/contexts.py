@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from hatify.errors import TaskError
 from hatify.learning import Guard
+from hatify.learning.reading import Reading
 from hatify.modules import Masker, TaskContext, TaskIndexed, TaskIndexedParameter
 from hatify.modules.bank import Bank
 from hatify.modules.masking import Gated
@@ -28,12 +29,12 @@ class TaskContexts:
     _guard: Guard
     _active_task: int | None
 
-    def context(self, task: int | None, mask_scale: float | None = None, *, sealed: bool = False) -> TaskContext | None:
+    def context(self, task: int | None, mask_scale: float | None = None, *, reading: Reading | None = None) -> TaskContext | None:
         """The context of one forward pass; None without a task.
 
         A finished task's masks are binary whatever the scale; so are those of a task that is given no scale in eval mode. In train mode the
         default is ``config.max_mask_scale``; the task of a session gets the session's scale, in train mode or where gradients are on.
-        ``sealed`` says that the pass reads nothing that any task may still train.
+        ``reading`` is what the pass reads in place of the tensors.
 
         Raises:
             TaskError: no such task, or a scale that is not positive and finite.
@@ -57,7 +58,8 @@ class TaskContexts:
             maskers = self.maskers
             return TaskContext(task, mask_scale, lambda name: maskers[name](task, mask_scale), hard=mask_scale is None)
         if mask_scale is None and self._lasts(task):
-            return self._lasting(task, sealed)
+            return self._lasting(task, reading)
+        self._now_in_use(None)
         masks = self._bank.masks(task, mask_scale)
         return TaskContext(task, mask_scale, None, hard=mask_scale is None, masks=masks)
 
@@ -76,20 +78,34 @@ class TaskContexts:
         guard = self._guard
         return task in guard.protection.tasks and not guard.is_open and not _get_current_dispatch_mode_stack()
 
-    def _lasting(self, task: int, sealed: bool) -> TaskContext:
+    def _lasting(self, task: int, reading: Reading | None) -> TaskContext:
         """The context of a finished task, made once. Writes to a finished task's embeddings are undone before its next pass, so its
         masks change only with what is protected, or where an embedding is another tensor for a while (``functional_call``)."""
         known = self._guard.generation, self._bank.state(task)
+        sealed, fixed = (True, reading.fixed) if reading is not None and not reading.rest else (False, ())
         kept = self.__dict__.setdefault("_kept_contexts", {})
         found = kept.pop((task, sealed), None)
         if found is None or found[0] != known:
             with torch.inference_mode(False), torch.no_grad():
                 masks = self._bank.masks(task, None)
-            found = known, TaskContext(task, None, None, hard=True, masks=masks, lasting=True, sealed=sealed)
+            made = TaskContext(task, None, None, hard=True, masks=masks, lasting=True, sealed=sealed, fixed=fixed)
+            found = known, made
         kept[task, sealed] = found  # the last used one is the last
         while len(kept) > LASTING:
             kept.pop(next(iter(kept)))
+        self._now_in_use(found[1])
         return found[1]
+
+    def _now_in_use(self, context: TaskContext | None) -> None:
+        """Weights with masks in them are kept where one finished task is evaluated pass after pass, and nowhere else: they are as large as
+        the weights."""
+        last = self.__dict__.get("_last_context")
+        if last is not context:
+            if last is not None:
+                last.forget_made()
+            self.__dict__["_last_context"] = context
+        elif context is not None:
+            context.keeps = context.carries
 
     def _for_compiler(self, context: TaskContext | None) -> TaskContext | None:
         """The same with tensors and modules only: a number would be a constant that the code is compiled for."""

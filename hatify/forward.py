@@ -93,7 +93,7 @@ def _prepared(self: HATModel, args: tuple, kwargs: dict[str, Any], task: int | N
     if self._facts.selections and not torch.compiler.is_compiling():
         check_selections(self._facts.selections, self.get_buffer)
     scale = mask_scale if task is not None or payload is None else None
-    context = self.context(task, scale, sealed=reading is not None and not reading.rest)
+    context = self.context(task, scale, reading=reading)
     own = context is None and self.runs_own_code
     if not own and (self._facts.input_types or self._facts.unlike.get(self.training)):
         dtype = type_of_parameters(self)

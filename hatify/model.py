@@ -236,11 +236,13 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
         return self
 
     def _types(self) -> set[torch.dtype]:
-        """The types of the parameters but those of masks. A cast changes parameters in place, so looking for them once is enough."""
+        """The types of the parameters but those of masks; their places are looked for once."""
         if "_typed" not in self.__dict__:
             masks = {id(p) for masker in self.maskers.values() for p in masker.parameters()}
-            self.__dict__["_typed"] = [p for p in self.parameters() if p.is_floating_point() and id(p) not in masks]
-        return {p.dtype for p in self.__dict__["_typed"]}
+            held = [(m, name, p) for m in self.modules() for name, p in m._parameters.items() if p is not None]
+            self.__dict__["_typed"] = [(m, name) for m, name, p in held if p.is_floating_point() and id(p) not in masks]
+        held = (m._parameters.get(name) for m, name in self.__dict__["_typed"])
+        return {p.dtype for p in held if p is not None}
 
     def _learn(self, **facts: Any) -> None:
         """Replaces some of what the model knows of its making; copies of it keep theirs."""

@@ -133,6 +133,84 @@ def test_made_without_gradients_and_used_with_them() -> None:
     assert torch.equal(out, before) and x.grad is not None
 
 
+MANY = torch.randn(64, 5, generator=torch.Generator().manual_seed(2))
+
+
+def kept(hat: HATModel) -> int:
+    """How many weights with masks in them are kept, of all tasks."""
+    return sum(len(context._made) for _, context in hat.__dict__.get("_kept_contexts", {}).values())
+
+
+@torch.no_grad()
+def evaluated(hat: HATModel, task: int = 0) -> Tensor:
+    """A finished task evaluated until what is kept of it is there; each time to the bit the same."""
+    first = hat(MANY, task=task)
+    assert all(torch.equal(hat(MANY, task=task), first) for _ in range(3)) and kept(hat) > 0
+    return first
+
+
+def test_weights_with_masks_in_them_are_kept_for_the_task_that_is_evaluated() -> None:
+    hat = made()
+    with torch.no_grad():
+        hat(MANY, task=0)
+        assert kept(hat) == 0, "a single pass keeps nothing"
+    first, of_one = evaluated(hat), kept(hat)
+    evaluated(hat, 1)
+    assert kept(hat) == of_one, "those of one task at a time"
+    with torch.no_grad():
+        assert torch.equal(hat(MANY, task=0), first)
+    evaluated(hat)
+    with hat.learning(2, optimizer=torch.optim.SGD(hat.parameters(), lr=0.1), steps_per_epoch=2):
+        hat.train()(MANY).sum().backward()
+        assert kept(hat) == 0, "training has the memory to itself"
+    assert torch.equal(evaluated(hat.eval()), first)
+
+
+def test_kept_weights_follow_what_they_are_made_of() -> None:
+    hat = made()
+    before, other = evaluated(hat), evaluated(hat, 1)
+    evaluated(hat)
+    for parameter in hat.parameters():
+        parameter.data.mul_(2)
+    assert torch.equal(evaluated(hat), before)
+    with torch.no_grad():
+        doubled = {n: p * 2 for n, p in hat.named_parameters() if ".masker." not in n and not n.startswith("hat.")}
+        called = torch.func.functional_call(hat, doubled, (MANY,), {"task": 0})
+        assert not torch.equal(called, before) and torch.equal(hat(MANY, task=0), before)
+    evaluated(hat)
+    state = {n: t * 2 if t.dim() == 2 and "mask" not in n else t.clone() for n, t in hat.state_dict().items()}
+    hat.load_state_dict(state, overwrite=True)
+    assert not torch.equal(evaluated(hat), before)
+    evaluated(hat)
+    hat.double(), hat.float()
+    evaluated(hat, 1), evaluated(hat)
+    with torch.inference_mode():
+        inside = [hat(MANY, task=0) for _ in range(3)]
+    assert all(torch.equal(a, evaluated(hat)) for a in inside)
+    hat.load_state_dict({n: t / 2 if t.dim() == 2 and "mask" not in n else t for n, t in state.items()}, overwrite=True)
+    assert torch.equal(evaluated(hat), before)
+    hatify.forget_task(hat, 0)
+    assert torch.equal(evaluated(hat, 1), other)
+
+
+class ReadsTypes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(5, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.hidden(x).clamp(min=torch.finfo(x.dtype).min).relu())
+
+
+def test_a_model_that_looks_at_types_reads_its_protected_values_too() -> None:
+    hat = hatify.convert(ReadsTypes(), 2, example_inputs=torch.randn(2, 5), verify=False)
+    finish(hat, 0)
+    with torch.no_grad():
+        hat.eval()(MANY, task=0)
+    assert hat._facts.input_types, "the model does look at types"
+    assert all(not reading.rest for reading in hat._guard._readings.values()) and hat._guard._readings
+
+
 @pytest.mark.parametrize("scale", [None, 3.0], ids=["binary", "soft"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 def test_all_at_once_are_each_by_itself(scale: float | None, dtype: torch.dtype) -> None:

@@ -29,6 +29,7 @@ class Reading:
             only these may hold zeros for what is not protected.
 
     Attributes:
+        fixed: the ids of the protected values that are read.
         rest: what has to be looked at as ever: tensors that something else holds too, or that are not ``plain``.
     """
 
@@ -46,6 +47,7 @@ class Reading:
             for name, tensor in shelf.items()
             if id(tensor) in values
         ]
+        self.fixed = frozenset(id(value) for *_, value in self._places)
 
     def __enter__(self) -> None:
         for shelf, name, tensor, value in self._places:

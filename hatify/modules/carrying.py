@@ -58,6 +58,10 @@ class ChannelMask(NamedTuple):
         mask = self.task.mask(self.program).view(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
         return apply_mask(weight, mask.view(*mask.shape, *[1] * (weight.dim() - 2)), soft=self.soft)
 
+    def of(self, x: Tensor) -> Tensor:
+        """:meth:`onto` the first dimension of a weight or a bias, made once where that can be."""
+        return self.task.made_of(x, lambda x: self.onto(x, 0), "onto", self.program)
+
     @staticmethod
     def _shape(x: Tensor, dim: int) -> tuple[int, ...]:
         return -1, *[1] * (x.dim() - 1 - dim % x.dim())
@@ -92,7 +96,7 @@ def norm_with(norm: nn.Module, mask: ChannelMask, x: Tensor, call: Callable[[nn.
     if not held or not own or x.dtype is torch.float16 or watched(norm):
         return mask.onto(call(norm))
     twin = object.__new__(type(norm))
-    vars(twin).update(vars(norm), _parameters={**norm._parameters, **{name: mask.onto(p, 0) for name, p in held.items()}})
+    vars(twin).update(vars(norm), _parameters={**norm._parameters, **{name: mask.of(p) for name, p in held.items()}})
     return call(twin)
 
 
@@ -106,23 +110,34 @@ def watched(module: nn.Module) -> bool:
 def layer_with(layer: nn.Module, x: Tensor, mask: ChannelMask | None, inputs: ChannelMask | None) -> Tensor:
     """What a layer with torch's own forward (:func:`torchs_own`) gives with masks on its output and on its input.
 
-    They are in its weight where that has fewer elements than the value; a binary mask of the output is applied to that in place. Half
-    precision overflows too easily for weights: zero times infinity is NaN.
+    They are in its weight where that has fewer elements than the value; a binary mask of the output is applied to that in place, unless
+    the weight with masks in it can be kept. Half precision overflows too easily for weights: zero times infinity is NaN.
     """
     weight, bias, dim = layer.weight, layer.bias, 1 - layer.weight.dim()
     plain = type(weight) in (Tensor, nn.Parameter) and x.dtype is not torch.float16
     each = weight.numel() if plain else math.inf
-    if inputs is not None:
-        if each <= x.numel():
-            weight = inputs.onto_inputs(weight, getattr(layer, "groups", 1))
-        else:
-            x = inputs.onto(x)
+    in_columns = inputs is not None and each <= x.numel()
+    if inputs is not None and not in_columns:
+        x = inputs.onto(x)
     positions = x.numel() // max(1, x.shape[dim]) // math.prod(getattr(layer, "stride", ()))  # of the output, or nearly so
-    in_weight = mask is not None and mask.soft and each <= positions * weight.shape[0]
-    if in_weight:
-        weight, bias = mask.onto(weight, 0), None if bias is None else mask.onto(bias, 0)
+    in_rows = mask is not None and each <= positions * weight.shape[0] and (mask.soft or id(weight) in mask.task.fixed)
+    if in_columns or in_rows:
+        weight = _with_masks(weight, mask if in_rows else None, inputs if in_columns else None, getattr(layer, "groups", 1))
+    if in_rows and bias is not None:
+        bias = mask.of(bias)
     y = F.linear(x, weight, bias) if isinstance(layer, nn.Linear) else layer._conv_forward(x, weight, bias)
-    return y if mask is None or in_weight else mask.onto_(y)
+    return y if mask is None or in_rows else mask.onto_(y)
+
+
+def _with_masks(weight: Tensor, rows: ChannelMask | None, columns: ChannelMask | None, groups: int) -> Tensor:
+    """A weight with masks in it, made once where that can be."""
+
+    def make(weight: Tensor) -> Tensor:
+        weight = weight if columns is None else columns.onto_inputs(weight, groups)
+        return weight if rows is None else rows.onto(weight, 0)
+
+    programs = (None if mask is None else mask.program for mask in (rows, columns))
+    return (rows or columns).task.made_of(weight, make, *programs, groups)
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -28,8 +28,10 @@ class TaskContext:
         masks: masks that are there already, by name.
         lasting: see above.
         sealed: whether the pass reads nothing that any task may still train.
+        fixed: the ids of tensors that stay as they are for as long as the context is used.
 
     Attributes:
+        keeps: whether what is made of ``fixed`` tensors is kept for the next pass.
         carries: whether layers and norms may carry masks in their weights in this pass. Weights that a later task trains may overflow
             in a dead channel, and zero times infinity is NaN: for a finished task masks are applied where they stand, unless it is
             sealed.
@@ -46,14 +48,17 @@ class TaskContext:
         masks: Mapping[str, Tensor] | None = None,
         lasting: bool = False,
         sealed: bool = False,
+        fixed: Container[int] = (),
     ) -> None:
         self.id, self.scale, self.hard = task, scale, hard
-        self.chosen, self._lasting = chosen, lasting
+        self.chosen, self._lasting, self.fixed = chosen, lasting, fixed
+        self.keeps = False
         self.carries = (sealed or not hard) and chosen is None and not torch.compiler.is_compiling()
         self._mask_of = mask_of
         self._atoms: dict[str, Tensor] = dict(masks or {})
         self._memo: dict = {}
         self._derived: dict = {}
+        self._made: dict = {}
 
     def atom(self, masker: str) -> Tensor:
         """One masker's mask: float32, shape ``(channels,)``."""
@@ -78,6 +83,21 @@ class TaskContext:
             with self._for_all():
                 found = self._derived[key] = make(self.mask(program).reshape(shape))
         return found
+
+    def made_of(self, tensor: Tensor, make: Callable[[Tensor], Tensor], *key: Any) -> Tensor:
+        """What ``make`` gives of a tensor; of a fixed one it is made once, if the context ``keeps`` it. ``key`` tells what is made."""
+        if not self.keeps or id(tensor) not in self.fixed:
+            return make(tensor)
+        found = self._made.get((id(tensor), *key))
+        if found is None:
+            with self._for_all():
+                found = self._made[id(tensor), *key] = make(tensor)
+        return found
+
+    def forget_made(self) -> None:
+        """What :meth:`made_of` kept is made anew, and kept no more."""
+        self._made.clear()
+        self.keeps = False
 
     def _for_all(self) -> AbstractContextManager:
         """What is made here once serves all that ask for it: later passes with gradients if the context is lasting, else the rest of

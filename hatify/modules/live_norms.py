@@ -91,6 +91,8 @@ class _Normalised(torch.autograd.Function):
     def forward(
         x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, eps: float, centred: bool, binary: bool
     ) -> tuple[Tensor, ...]:
+        if binary and centred and live_pieces.fits_kernel(x, mask, weight, bias, k):
+            return live_pieces.by_kernel(x, mask, weight, bias, k, eps)
         if live_pieces.cuttable(x, mask, weight, bias):
             return live_pieces.normalised(x, mask, weight, bias, k, eps, centred, binary)
         dims, share = _reduced(x, mask, k)
@@ -99,12 +101,8 @@ class _Normalised(torch.autograd.Function):
             total = x.sum(dims, keepdim=True)
             # products of the sum with an exact zero where dead: a sum that is not finite comes from a live position
             centre = torch.addcmul(x, total, (mask > 0) * share, value=-1)
-        squares = centre.square()
-        if binary:
-            variance = torch.addcmul(x.new_full((), eps), squares.sum(dims, keepdim=True), share)
-        else:
-            variance = (squares * (mask * share)).sum(dims, keepdim=True) + eps
-        rstd = variance.rsqrt()
+        length = torch.linalg.vector_norm(centre if binary else centre * mask.sqrt(), dim=dims, keepdim=True)
+        rstd = torch.addcmul(x.new_full((), eps), length.square(), share).rsqrt()
         mean = total * share if centred else torch.zeros_like(rstd)
         return _affine(centre * rstd, weight, bias), rstd, mean
 

@@ -20,18 +20,22 @@ from hatify.modules.masking import differentiated
 
 BLOCK = 2**16
 """Elements that one thread takes at a time; a handful of such tensors fit into a core's own cache."""
-LARGE = 3 * BLOCK
+LARGE = 8 * BLOCK
 """A value of no more elements is taken whole: there is more to do about pieces than they save."""
+VAST = 64 * BLOCK
+"""For a larger one memory of its size costs more than torch's own kernel saves."""
 
 
 def cuttable(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether ``x`` is large and lies in order, these are plain tensors on a processor, of one type, and nobody differentiates what
-    becomes of them."""
+    """Whether ``x`` is large, and these are :func:`ordinary`."""
+    return x.numel() > LARGE and ordinary(x, *others)
+
+
+def ordinary(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether ``x`` lies in order, these are plain tensors on a processor, of one type, and nobody differentiates what becomes of them."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
-    if x.numel() <= LARGE or not x.is_contiguous():
-        return False
-    return all(t is None or _plain(t) and t.dtype is x.dtype for t in (x, *others)) and not differentiated()
+    return x.is_contiguous() and all(t is None or _plain(t) and t.dtype is x.dtype for t in (x, *others)) and not differentiated()
 
 
 def _plain(x: Tensor) -> bool:
@@ -119,22 +123,19 @@ def normalised(
     layout = layout_of(x, k, mask, weight, bias)
     mask, weight, bias = (None if v is None else layout.vector(v) for v in (mask, weight, bias))
     share = share_of(mask, (1, 2), layout.shape[3])
-    keep, factor = (mask > 0) * share, mask * share
+    keep, root = (mask > 0) * share, mask.sqrt()
     lines = x.reshape(layout.shape)
     out = x.new_empty(layout.shape)
     rstd, mean = x.new_empty(2, *layout.shape[:2], 1, 1)
-    room, floor = layout.room(x), x.new_full((), eps)
+    room, floor = None if binary else layout.room(x), x.new_full((), eps)
     for value, made, scale, total in layout.pieces(lines, out, rstd, mean):
-        squares = room[: value.shape[0], : value.shape[1]]
         if centred:
             torch.sum(value, (3, 4), keepdim=True, out=total)
             # products of the sum with an exact zero where dead: a sum that is not finite comes from a live position
             value = torch.addcmul(value, total, keep, value=-1, out=made)
-        torch.mul(value, value, out=squares)
-        if binary:
-            torch.addcmul(floor, torch.sum(squares, (3, 4), keepdim=True, out=scale), share, out=scale).rsqrt_()
-        else:
-            torch.sum(squares.mul_(factor), (3, 4), keepdim=True, out=scale).add_(eps).rsqrt_()
+        counted = value if room is None else torch.mul(value, root, out=room[: value.shape[0], : value.shape[1]])
+        length = torch.linalg.vector_norm(counted, dim=(3, 4), keepdim=True, out=scale)
+        torch.addcmul(floor, length.square_(), share, out=scale).rsqrt_()
         torch.mul(value, scale, out=made)
         if weight is not None and bias is not None:
             torch.addcmul(bias, made, weight, out=made)
@@ -145,6 +146,32 @@ def normalised(
     mean = mean.mul_(share) if centred else mean.zero_()
     rows = (*x.shape[:-k], *[1] * k)
     return out.view(x.shape), rstd.view(rows), mean.view(rows)
+
+
+def fits_kernel(x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, k: int) -> bool:
+    """Whether :func:`by_kernel` does it: a mask that varies along the last ``k`` dimensions only, weight and bias of their shape."""
+    whole = all(v is None or v.shape == x.shape[-k:] for v in (weight, bias))
+    return x.numel() <= VAST and whole and mask.shape[:-k].numel() == 1 and ordinary(x, mask, weight, bias)
+
+
+def by_kernel(
+    x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`normalised` gives for a binary mask, centred: by torch's own layer norm, with dead positions at the mean.
+
+    These add nothing to the mean and to the squares, so of ``n`` positions with ``K`` live ones the kernel's variance is ``K / n`` times
+    that of the live ones, and so its epsilon has to be; what it makes is ``(n / K) ** 0.5`` times as large, and its weight that much
+    smaller. Dead positions come out as the bias, up to rounding: what is normalised is masked before it is used.
+    """
+    shape = x.shape[-k:]
+    live = mask.view(mask.shape[-k:])
+    count = float(live.sum()) * (shape.numel() // live.numel()) or 1.0
+    share = count / shape.numel()
+    total = x.sum(list(range(-k, 0)), keepdim=True)
+    filled = torch.addcmul(x, total, (1 - live) / count)
+    weight = x.new_full(shape, share**0.5) if weight is None else weight * share**0.5
+    out, _, rstd = torch.native_layer_norm(filled, shape, weight, bias, eps * share)
+    return out, rstd.mul_(share**0.5), total.div_(count)
 
 
 def gradients(

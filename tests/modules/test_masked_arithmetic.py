@@ -93,6 +93,7 @@ def of_norm(name: str, soft: bool, dtype: torch.dtype, strided: bool = False) ->
 @pytest.mark.parametrize("soft", [True, False], ids=["soft", "binary"])
 @pytest.mark.parametrize("name", NORMS)
 def test_a_large_norm_in_pieces_is_the_same(name: str, soft: bool, strided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_pieces, "VAST", 0)
     whole, exact = of_norm(name, soft, torch.float32, strided), of_norm(name, soft, torch.float64, strided)
     cut = []
     for function in ("normalised", "gradients"):
@@ -112,6 +113,41 @@ def test_a_large_norm_in_pieces_is_the_same(name: str, soft: bool, strided: bool
             torch.testing.assert_close(found.double(), right, rtol=1e-4, atol=1e-4)
         by_threads.append(pieces)
     assert all(map(torch.equal, *by_threads)), "the number of threads shows in a gradient"
+
+
+BY_KERNEL = ["layer", "layer over tokens", "layer without bias"]
+
+
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("name", NORMS)
+def test_torchs_own_kernel_gives_the_same_for_a_binary_mask(name: str, strided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    plain = live_pieces.by_kernel
+    monkeypatch.setattr(live_pieces, "by_kernel", lambda *given: used.append(1) or plain(*given))
+    found, exact = of_norm(name, False, torch.float32, strided), of_norm(name, False, torch.float64, strided)
+    assert len(used) == (2 if name in BY_KERNEL else 0)
+    monkeypatch.setattr(live_pieces, "VAST", 0)
+    for got, also, right in zip(found, of_norm(name, False, torch.float32, strided), exact, strict=True):
+        torch.testing.assert_close(got, also, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-4)
+    assert len(used) == (2 if name in BY_KERNEL else 0)
+
+
+def test_a_norm_of_nothing_live_is_its_bias() -> None:
+    weight, bias = torch.randn(6), torch.randn(6)
+    for live in (torch.zeros(1, 6, dtype=torch.bool), torch.zeros(1, 6)):
+        out = live_norms.layer_norm(torch.zeros(4, 6), (6,), weight, bias, 1e-5, live)
+        assert torch.equal(out, bias.expand(4, 6))
+
+
+def test_dead_channels_are_not_seen_whatever_the_kernel_makes_of_them() -> None:
+    """What a live channel gives is that of the live channels alone, normalised by torch itself."""
+    torch.manual_seed(0)
+    live = torch.rand(32) > 0.5
+    x, weight, bias = torch.randn(64, 32) * live + 100 * live, torch.randn(32), torch.randn(32)
+    out = live_norms.layer_norm(x, (32,), weight, bias, 1e-5, live.unsqueeze(0))
+    alone = torch.layer_norm(x[:, live], (int(live.sum()),), weight[live], bias[live], 1e-5)
+    torch.testing.assert_close(out[:, live], alone, rtol=1e-4, atol=1e-3)
 
 
 def test_what_is_differentiated_again_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
