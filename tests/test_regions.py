@@ -175,3 +175,40 @@ def test_what_learns_without_a_task_learns_in_one(name: str) -> None:
         total(hat(*args, **kwargs, **how)).backward()
         learns.append({n for n in hat.locks([0]) if hat.get_parameter(n).grad is not None})
     assert learns[0] <= learns[1] and (learns[0] or not hat.locks([0]))
+
+
+class Switched(nn.Module):
+    """A region of autocast, on or off, and what comes behind it."""
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__()
+        self.enabled, self.a, self.b, self.head = enabled, nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.enabled):
+            x = x + self.b(x.float()).float()
+        return self.head(x)
+
+
+@pytest.mark.parametrize("around", [False, True], ids=["plain", "under autocast"])
+@pytest.mark.parametrize(
+    "network", [Gate("autocast"), Gate("nested"), Switched(True), Switched(False)], ids=["gate", "nested", "on", "off"]
+)
+def test_compiled_as_one_graph(network: nn.Module, around: bool) -> None:
+    """Autocast is what it was behind the region, and in the region what the region says, in compiled code as in a plain call."""
+    torch._dynamo.reset()
+    hat = _made(network)
+    compiled = torch.compile(hat, fullgraph=True, backend="aot_eager")
+    plain = {task: hat(X, task=task) for task in (None, 0, 1)}
+    for task in (None, 0, 1):
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            expected, found = hat(X, task=task), compiled(X, task=task)
+            assert torch.is_autocast_enabled("cpu") is around
+        assert found.dtype is expected.dtype
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(expected, plain[task]) is not around, "autocast around it makes a difference"
+    compiled(X, task=0, mask_scale=3.0).square().sum().backward()
+    found = hat.get_parameter("a.weight").grad.clone()
+    torch.testing.assert_close(found, gradients(hat)["a.weight"])
+    torch._dynamo.reset()

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast  # what a compiler takes
 
 
 def enter_autocast(device: str | torch.device, dtype: torch.dtype | None, enabled: bool, cache: bool | None) -> torch.autocast:
     """Begins the region of ``torch.autocast(...)``; returns what :func:`exit_autocast` takes."""
-    mode = torch.autocast(torch.device(device).type, dtype=dtype, enabled=enabled, cache_enabled=cache)
+    kind = torch.device(device).type
+    if torch.compiler.is_compiling():
+        return _enter_autocast(kind, dtype, enabled, cache)
+    mode = torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache)
     mode.__enter__()
     return mode
 
 
 def exit_autocast(mode: torch.autocast) -> None:
     """Ends it: autocast is as it was before."""
-    mode.__exit__(None, None, None)
+    if torch.compiler.is_compiling():
+        _exit_autocast(mode)
+    else:
+        mode.__exit__(None, None, None)
 
 
 SWITCHES = (torch._C._set_grad_enabled, enter_autocast, exit_autocast)
