@@ -19,7 +19,7 @@ from hatify.capture.modes import ONE_AT_A_TIME
 from hatify.capture.questions import answered
 from hatify.capture.regions import SWITCHES
 from hatify.capture.tree import copy_tree
-from hatify.errors import CaptureError, ConversionError
+from hatify.errors import CaptureError, ConversionError, HatifyError, VerificationError
 from hatify.facts import Facts, Sizes
 from hatify.gates import compile_gates
 from hatify.model import HATModel
@@ -86,13 +86,7 @@ def convert(
     tell, seconds = progress or (lambda step: None), {}
     job = _Job(model, *example_call(model, example_inputs), config, classes, options, inplace, seconds, tell)
     hat = _for_the_example(job)
-    if verify:
-        from hatify.verification import prove
-
-        with _timed("verify", seconds, tell):
-            hat.verification = prove(hat, None if inplace else model)
-        hat.report.seconds = dict(seconds)
-    return hat
+    return _verified(hat, job) if verify else hat
 
 
 @dataclass
@@ -109,6 +103,36 @@ class _Job:
     seconds: dict[str, float]
     tell: Progress
     doubled: bool = True
+    open_sizes: bool = True
+
+
+def _verified(hat: HATModel, job: _Job) -> HATModel:
+    """With its proof. Code that tells a size which is left open from an ordinary number (``isinstance(n, int)``) computes something else
+    with it: where parity does not hold so, all sizes but the batch are fixed.
+
+    Raises:
+        VerificationError: a promise does not hold either way.
+    """
+    try:
+        return _with_proof(hat, job)
+    except VerificationError as error:
+        if job.inplace or not job.open_sizes or error.equal:
+            raise
+        try:
+            fixed = _with_proof(_for_the_example(replace(job, open_sizes=False)), job)
+        except HatifyError:
+            raise error from None
+    fixed.report.notes.append("computes something else where sizes are left open: all but the batch are fixed")
+    return fixed
+
+
+def _with_proof(hat: HATModel, job: _Job) -> HATModel:
+    from hatify.verification import prove
+
+    with _timed("verify", job.seconds, job.tell):
+        hat.verification = prove(hat, None if job.inplace else job.model)
+    hat.report.seconds = dict(job.seconds)
+    return hat
 
 
 def _for_the_example(job: _Job) -> HATModel:
@@ -152,7 +176,7 @@ def _converted(job: _Job, asked: list[str], traced: bool) -> HATModel:
     """Captured, analysed and rewritten; a model that asks whether it is traced is answered ``traced``, and ``asked`` gets the places."""
     model, options = job.model, job.options
     with _timed("capture", job.seconds, job.tell), ONE_AT_A_TIME, answered(traced, asked):
-        evaluated, trained, notes = capture(model, job.args, job.kwargs, job.doubled)
+        evaluated, trained, notes = capture(model, job.args, job.kwargs, job.doubled, job.open_sizes)
     graphs = [g for g in (evaluated, trained) if g is not None]
     with _timed("analyse", job.seconds, job.tell), _without_collections():
         analysis = analyse(graphs, model, options["heads"], options["norms"], options["residuals"], options["locking"])

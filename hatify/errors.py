@@ -90,7 +90,9 @@ class CheckpointError(HatifyError):
 
 
 class VerificationError(HatifyError):
-    """A promise does not hold for this model."""
+    """A promise does not hold for this model. ``equal`` says whether parity does."""
+
+    equal: bool = True
 
 
 class ExtractionError(HatifyError):

@@ -62,11 +62,15 @@ class VerificationReport:
     rounding: float = ROUNDING
 
     @property
+    def equal(self) -> bool:
+        """Whether the network is the original as far as that was measured."""
+        parities = (self.parity, self.parity_no_grad, self.parity_train)
+        return all(p in (0.0, None) for p in parities) and (self.gradients or 0.0) < self.rounding
+
+    @property
     def ok(self) -> bool:
         """Whether every promise held."""
-        parities = (self.parity, self.parity_no_grad, self.parity_train)
-        parity = all(p in (0.0, None) for p in parities) and (self.gradients or 0.0) < self.rounding
-        return parity and self.drift == 0.0 and self.control != 0.0 and self.leak in (0.0, None)
+        return self.equal and self.drift == 0.0 and self.control != 0.0 and self.leak in (0.0, None)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "ok": self.ok}
@@ -122,7 +126,7 @@ def prove(hat: HATModel, original: nn.Module | None) -> VerificationReport:
     with kept(hat, held):
         report = _measure(hat, (), (), 0)
     if not report.ok:
-        raise VerificationError(
+        error = VerificationError(
             "a promise does not hold for this model",
             where=hat._facts.name,
             why=f"parity {report.parity}, without gradients {report.parity_no_grad}, in train mode {report.parity_train}, "
@@ -130,6 +134,8 @@ def prove(hat: HATModel, original: nn.Module | None) -> VerificationReport:
             + "".join(f"; {note}" for note in report.notes),
             fix="hatify.convert(..., verify=False) gives the model to look into; please report it",
         )
+        error.equal = report.equal
+        raise error
     return report
 
 
