@@ -83,10 +83,22 @@ def convert(
     """
     options = dict(heads=heads, locking=locking, norms=norms, residuals=residuals)
     config, classes = _settings(model, tasks, config, options)
+    _check_materialised(model)
     tell, seconds = progress or (lambda step: None), {}
     job = _Job(model, *example_call(model, example_inputs), config, classes, options, inplace, seconds, tell)
-    hat = _for_the_example(job)
-    return _verified(hat, job) if verify else hat
+    with _as_anywhere(model):
+        hat = _for_the_example(job)
+        return _verified(hat, job) if verify else hat
+
+
+@contextlib.contextmanager
+def _as_anywhere(model: nn.Module) -> Iterator[None]:
+    """What is on around a conversion is no part of the model; calls follow what is on around them."""
+    with contextlib.ExitStack() as off:
+        off.enter_context(torch.inference_mode(False))  # or what is copied could never learn
+        for device in {"cpu", *(t.device.type for t in (*model.parameters(), *model.buffers()))}:
+            off.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @dataclass
@@ -186,6 +198,18 @@ def _converted(job: _Job, asked: list[str], traced: bool) -> HATModel:
         hat = _rewrite(model, graphs, analysis, job.config, job.classes, job.inplace, options)
     hat.report = make_report(hat, analysis, graphs, notes, job.seconds)
     return hat
+
+
+def _check_materialised(model: nn.Module) -> None:
+    """Raises where weights are on the meta device, which has shapes and no values."""
+    names = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
+    if names:
+        raise ConversionError(
+            f"{len(names)} of the model's tensors are on the meta device",
+            where=", ".join(names[:3]) + (", ..." if len(names) > 3 else ""),
+            why="there are no values in them to convert",
+            fix="load the weights first: model.to_empty(device='cpu'), model.load_state_dict(...)",
+        )
 
 
 def _settings(model: nn.Module, tasks: Any, config: HATConfig | None, options: dict[str, str]):

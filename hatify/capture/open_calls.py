@@ -2,6 +2,9 @@
 
 Given to torch itself, such a size would be fixed. While a model is traced the call is a marker, which takes sizes; the graph has the
 operator, which is given numbers when it runs.
+
+And ``torch.tensor(-1e4, dtype=x.dtype)``, a tensor of one number: to the exporter that is a constant, of the type that it had then;
+``torch.full`` gives the same and follows the type.
 """
 
 from __future__ import annotations
@@ -24,10 +27,12 @@ Numbers = Number | Sequence[Number]
 
 
 class OpenCalls(TorchFunctionMode):
-    """Inside, calls of these operators leave the sizes that they are given open."""
+    """Inside, calls of these operators leave the sizes and types that they are given open."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.tensor and len(args) == 1 and type(args[0]) in (bool, int, float) and kwargs.keys() <= {"dtype", "device"}:
+            return torch.full((), args[0], **kwargs)
         rule = _RULES.get(func)
         if rule is None or torch._C._functorch.peek_interpreter_stack() is not None or not _open((args, kwargs)):
             return func(*args, **kwargs)
