@@ -85,3 +85,39 @@ def test_a_model_that_was_cast_can_be_verified(dtype: torch.dtype) -> None:
     report = hatify.verify(hat.to(dtype))
     assert report.ok and report.parity == report.parity_train == report.drift == 0.0
     assert [t.dtype for t in hat.example_inputs[0]] == [dtype, torch.int64]
+
+
+class MaskedByNumber(nn.Module):
+    """Attention whose mask is filled with a tensor of one number, as GPT-2 wrote it."""
+
+    def __init__(self, value: float | None = None) -> None:
+        super().__init__()
+        self.value, self.q, self.head = value, nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x)
+        scores = q @ q.transpose(-1, -2)
+        value = torch.finfo(scores.dtype).min if self.value is None else self.value
+        fill = torch.tensor(value, dtype=scores.dtype, device=scores.device)
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        return self.head((torch.where(allowed, scores, fill).softmax(-1) @ q).mean(1))
+
+
+@pytest.mark.parametrize("value", [None, -1e4], ids=["limit", "number"])
+def test_a_tensor_of_one_number_follows_the_type(value: float | None) -> None:
+    torch.manual_seed(0)
+    model, x = MaskedByNumber(value), torch.randn(2, 5, 8)
+    hat = hatify.convert(model, 2, example_inputs=x)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        expected = model.to(dtype)(x.to(dtype))
+        assert torch.equal(hat.to(dtype)(x.to(dtype)), expected) and hat(x.to(dtype), task=1).dtype is dtype
+    assert hatify.verify(hat).ok
+
+
+def test_the_value_of_a_constant_may_be_asked() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2 ** float(torch.tensor(0.25, dtype=torch.float32).log2().round())
+
+    model, x = nn.Sequential(Scaled(5, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 5)
+    assert torch.equal(hatify.convert(model, 2, example_inputs=x)(x), model(x))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tasks import same
-from torch import Tensor, nn
+from torch import nn
 
 import hatify
 from hatify import conversion
@@ -54,42 +54,3 @@ def test_weights_without_values_are_refused_by_name(part: str) -> None:
     with pytest.raises(ConversionError, match="meta device") as refused:
         hatify.convert(model, 2, example_inputs=X)
     assert refused.value.where == ("0.weight, 0.bias, 1.weight, ..." if part == "all" else "table")
-
-
-class Masked(nn.Module):
-    """Attention whose mask is filled with a tensor of one number, as GPT-2 wrote it."""
-
-    def __init__(self, value: float | None = None) -> None:
-        super().__init__()
-        self.value, self.q, self.head = value, nn.Linear(8, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q = self.q(x)
-        scores = q @ q.transpose(-1, -2)
-        value = torch.finfo(scores.dtype).min if self.value is None else self.value
-        fill = torch.tensor(value, dtype=scores.dtype, device=scores.device)
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        return self.head((torch.where(allowed, scores, fill).softmax(-1) @ q).mean(1))
-
-
-@pytest.mark.parametrize("value", [None, -1e4], ids=["limit", "number"])
-def test_a_tensor_of_one_number_follows_the_type(value: float | None) -> None:
-    torch.manual_seed(0)
-    model, x = Masked(value), torch.randn(2, 5, 8)
-    hat = hatify.convert(model, 2, example_inputs=x)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        assert same([hat.to(dtype)(x.to(dtype))], [model.to(dtype)(x.to(dtype))])
-        assert hat(x.to(dtype), task=1).dtype is dtype
-    assert hatify.verify(hat).ok
-
-
-@pytest.mark.parametrize(
-    "made", [lambda: torch.tensor(True), lambda: torch.tensor(3), lambda: torch.tensor(0.5)], ids=["bool", "int", "float"]
-)
-def test_a_tensor_of_one_number_has_the_type_that_it_has(made) -> None:
-    class Scaled(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * made()
-
-    model = nn.Sequential(Scaled(5, 8), nn.ReLU(), nn.Linear(8, 3))
-    assert same([hatify.convert(model, 2, example_inputs=X)(X)], [model(X)])
