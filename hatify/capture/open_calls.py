@@ -31,7 +31,12 @@ class OpenCalls(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.tensor and len(args) == 1 and kwargs.keys() <= {"dtype", "device"} and _is_limit(args[0], kwargs.get("dtype")):
+        if (
+            func is torch.tensor
+            and len(args) == 1
+            and kwargs.keys() <= {"dtype", "device"}
+            and _is_limit(args[0], kwargs.get("dtype"))
+        ):
             return torch.full((), args[0], **kwargs)
         rule = _RULES.get(func)
         if rule is None or torch._C._functorch.peek_interpreter_stack() is not None or not _open((args, kwargs)):
