@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from hatify.errors import VerificationError
@@ -17,12 +16,9 @@ from hatify.proof.drift import drift_and_control
 from hatify.proof.gradients import prove_by_gradients
 from hatify.proof.inputs import batch_size, input_batches
 from hatify.proof.keeping import kept
-from hatify.proof.parity import Parity, measure_parity, takes
+from hatify.proof.parity import ROUNDING, Parity, measure_parity, rounding_of, takes
 
 __all__ = ["VerificationError", "VerificationReport", "measure_drift", "prove", "prove_by_gradients", "verify"]
-
-ROUNDING, ROUNDINGS = 1e-4, 16
-"""Gradients, not outputs, may differ by less than this, relative to a parameter's largest; or by so many steps of a coarser type."""
 
 SEEDS = 4
 """How often masks are drawn anew while the control sees nothing."""
@@ -161,10 +157,4 @@ def _measure(hat: HATModel, without_locks: Sequence[str], without_masks: Sequenc
     seconds["drift"] = time.perf_counter() - start
     control = None if control is None else min(control, sys.float_info.max)  # noise may overflow, and JSON has no infinity
     found = (parity.evaluation, parity.no_grad, parity.training, parity.gradients, drift, control)
-    return VerificationReport(*found, [batch_size(b) for b in batches], seconds, notes, rounding=_rounding(hat))
-
-
-def _rounding(hat: HATModel) -> float:
-    """What gradients may differ by: sums of another kernel, rounded to the coarsest type among the parameters."""
-    steps = [torch.finfo(p.dtype).eps for p in hat.parameters() if p.is_floating_point() and p.element_size() > 1]
-    return max([ROUNDING, *(ROUNDINGS * step for step in steps)])
+    return VerificationReport(*found, [batch_size(b) for b in batches], seconds, notes, rounding=rounding_of(hat))
