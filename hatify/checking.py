@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from hatify.analysis import analyse
 from hatify.calling import Signature
 from hatify.capture.export import export_mode
-from hatify.conversion import example_call, own_copy
+from hatify.conversion import check_materialised, example_call, own_copy
 from hatify.errors import CaptureError, HatifyError
 
 MOST = 30
@@ -40,8 +40,10 @@ def check(model: nn.Module, example_inputs: Any = None) -> list[Problem]:
     neither changed nor converted (a copy of it is run once, if tracing stops).
 
     Raises:
+        ConversionError: weights are on the meta device.
         ExampleInputsError: example inputs are missing.
     """
+    check_materialised(model)
     args, kwargs = example_call(model, example_inputs)
     signature, inputs = Signature.from_call(model.forward, args, kwargs)
     problems: list[Problem] = []

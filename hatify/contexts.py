@@ -82,15 +82,15 @@ class TaskContexts:
         """The context of a finished task, made once. Writes to a finished task's embeddings are undone before its next pass, so its
         masks change only with what is protected, or where an embedding is another tensor for a while (``functional_call``)."""
         known = self._guard.generation, self._bank.state(task)
-        sealed, fixed = (True, reading.fixed) if reading is not None and not reading.rest else (False, ())
+        fixed = None if reading is None or reading.rest else reading.fixed
         kept = self.__dict__.setdefault("_kept_contexts", {})
-        found = kept.pop((task, sealed), None)
+        key = task, fixed is not None
+        found = kept.pop(key, None)
         if found is None or found[0] != known:
             with torch.inference_mode(False), torch.no_grad():
                 masks = self._bank.masks(task, None)
-            made = TaskContext(task, None, None, hard=True, masks=masks, lasting=True, sealed=sealed, fixed=fixed)
-            found = known, made
-        kept[task, sealed] = found  # the last used one is the last
+            found = known, TaskContext(task, None, None, hard=True, masks=masks, lasting=True, fixed=fixed)
+        kept[key] = found  # the last used one is the last
         while len(kept) > LASTING:
             kept.pop(next(iter(kept)))
         self._now_in_use(found[1])

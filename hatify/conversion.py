@@ -83,7 +83,7 @@ def convert(
     """
     options = dict(heads=heads, locking=locking, norms=norms, residuals=residuals)
     config, classes = _settings(model, tasks, config, options)
-    _check_materialised(model)
+    check_materialised(model)
     tell, seconds = progress or (lambda step: None), {}
     job = _Job(model, *example_call(model, example_inputs), config, classes, options, inplace, seconds, tell)
     with _as_anywhere(model):
@@ -97,7 +97,8 @@ def _as_anywhere(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as off:
         off.enter_context(torch.inference_mode(False))  # or what is copied could never learn
         for device in {"cpu", *(t.device.type for t in (*model.parameters(), *model.buffers()))}:
-            off.enter_context(torch.autocast(device, enabled=False))
+            if torch.amp.is_autocast_available(device):
+                off.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
@@ -200,8 +201,12 @@ def _converted(job: _Job, asked: list[str], traced: bool) -> HATModel:
     return hat
 
 
-def _check_materialised(model: nn.Module) -> None:
-    """Raises where weights are on the meta device, which has shapes and no values."""
+def check_materialised(model: nn.Module) -> None:
+    """Whether all weights have values.
+
+    Raises:
+        ConversionError: some are on the meta device, which has shapes alone.
+    """
     names = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
     if names:
         raise ConversionError(

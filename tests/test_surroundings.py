@@ -51,6 +51,7 @@ def test_weights_without_values_are_refused_by_name(part: str) -> None:
         model = model.to("meta")
     else:
         model.register_buffer("table", torch.empty(3, device="meta"))
-    with pytest.raises(ConversionError, match="meta device") as refused:
-        hatify.convert(model, 2, example_inputs=X)
-    assert refused.value.where == ("0.weight, 0.bias, 1.weight, ..." if part == "all" else "table")
+    for look in (lambda: hatify.convert(model, 2, example_inputs=X), lambda: hatify.check(model, example_inputs=X)):
+        with pytest.raises(ConversionError, match="meta device") as refused:
+            look()
+        assert refused.value.where == ("0.weight, 0.bias, 1.weight, ..." if part == "all" else "table")

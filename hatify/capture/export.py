@@ -23,6 +23,7 @@ from hatify.capture.effects import has_effect
 from hatify.capture.enclosed import clear_regions, enclose, written_across
 from hatify.capture.entering import enter_mode
 from hatify.capture.functional import line_of_write, make_functional, mutated, written_parameters, written_through_leaves
+from hatify.capture.limits import TypeLimits
 from hatify.capture.open_calls import OpenCalls
 from hatify.capture.pools import open_pools
 from hatify.capture.questions import noted_questions, noted_types
@@ -183,7 +184,17 @@ def _export(flat: _Flat, inputs: list[Tensor], model: nn.Module, open_sizes: boo
     The exporter's memory of operators costs more than it saves where sizes are open; leaves have one of their own (alike.py).
     """
     memory = config.patch(fake_tensor_cache_enabled=False)
-    with _quiet(), torch.enable_grad(), mark_functions(), set_aside(), spelled_sizes(), OpenCalls(), memory, traces_forgotten():
+    with (
+        _quiet(),
+        torch.enable_grad(),
+        mark_functions(),
+        set_aside(),
+        spelled_sizes(),
+        OpenCalls(),
+        TypeLimits(),
+        memory,
+        traces_forgotten(),
+    ):
         first: Exception | None = None
         if open_sizes:
             try:

@@ -2,9 +2,6 @@
 
 Given to torch itself, such a size would be fixed. While a model is traced the call is a marker, which takes sizes; the graph has the
 operator, which is given numbers when it runs.
-
-And ``torch.tensor(torch.finfo(x.dtype).min, dtype=x.dtype)``, as masks are filled: to the exporter that is a constant, of the type that it
-had then; ``torch.full`` gives the same and follows the type. (Of other numbers code may ask the value, which only a constant tells.)
 """
 
 from __future__ import annotations
@@ -27,26 +24,15 @@ Numbers = Number | Sequence[Number]
 
 
 class OpenCalls(TorchFunctionMode):
-    """Inside, calls of these operators leave the sizes and types that they are given open."""
+    """Inside, calls of these operators leave the sizes that they are given open."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if (
-            func is torch.tensor
-            and len(args) == 1
-            and kwargs.keys() <= {"dtype", "device"}
-            and _is_limit(args[0], kwargs.get("dtype"))
-        ):
-            return torch.full((), args[0], **kwargs)
         rule = _RULES.get(func)
         if rule is None or torch._C._functorch.peek_interpreter_stack() is not None or not _open((args, kwargs)):
             return func(*args, **kwargs)
         call = rule(*args, **kwargs)
         return func(*args, **kwargs) if call is None else mark_operator(*call)
-
-
-def _is_limit(number: Any, dtype: torch.dtype | None) -> bool:
-    return type(number) is float and dtype is not None and dtype.is_floating_point and abs(number) == torch.finfo(dtype).max
 
 
 def _open(given: Any) -> bool:

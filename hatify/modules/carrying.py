@@ -58,7 +58,7 @@ class ChannelMask(NamedTuple):
         mask = self.task.mask(self.program).view(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
         return apply_mask(weight, mask.view(*mask.shape, *[1] * (weight.dim() - 2)), soft=self.soft)
 
-    def of(self, x: Tensor) -> Tensor:
+    def onto_rows(self, x: Tensor) -> Tensor:
         """:meth:`onto` the first dimension of a weight or a bias, made once where that can be."""
         return self.task.made_of(x, lambda x: self.onto(x, 0), "onto", self.program)
 
@@ -96,7 +96,7 @@ def norm_with(norm: nn.Module, mask: ChannelMask, x: Tensor, call: Callable[[nn.
     if not held or not own or x.dtype is torch.float16 or watched(norm):
         return mask.onto(call(norm))
     twin = object.__new__(type(norm))
-    vars(twin).update(vars(norm), _parameters={**norm._parameters, **{name: mask.of(p) for name, p in held.items()}})
+    vars(twin).update(vars(norm), _parameters={**norm._parameters, **{name: mask.onto_rows(p) for name, p in held.items()}})
     return call(twin)
 
 
@@ -120,11 +120,11 @@ def layer_with(layer: nn.Module, x: Tensor, mask: ChannelMask | None, inputs: Ch
     if inputs is not None and not in_columns:
         x = inputs.onto(x)
     positions = x.numel() // max(1, x.shape[dim]) // math.prod(getattr(layer, "stride", ()))  # of the output, or nearly so
-    in_rows = mask is not None and each <= positions * weight.shape[0] and (mask.soft or id(weight) in mask.task.fixed)
+    in_rows = mask is not None and each <= positions * weight.shape[0] and (mask.soft or mask.task.is_fixed(weight))
     if in_columns or in_rows:
         weight = _with_masks(weight, mask if in_rows else None, inputs if in_columns else None, getattr(layer, "groups", 1))
     if in_rows and bias is not None:
-        bias = mask.of(bias)
+        bias = mask.onto_rows(bias)
     y = F.linear(x, weight, bias) if isinstance(layer, nn.Linear) else layer._conv_forward(x, weight, bias)
     return y if mask is None or in_rows else mask.onto_(y)
 

@@ -27,8 +27,8 @@ class TaskContext:
             place of ``task`` and ``scale``, which are None then.
         masks: masks that are there already, by name.
         lasting: see above.
-        sealed: whether the pass reads nothing that any task may still train.
-        fixed: the ids of tensors that stay as they are for as long as the context is used.
+        fixed: for a pass that is sealed, which reads nothing that any task may still train: the ids of the tensors that it reads
+            instead, and that stay as they are for as long as the context is used.
 
     Attributes:
         keeps: whether what is made of ``fixed`` tensors is kept for the next pass.
@@ -47,13 +47,12 @@ class TaskContext:
         chosen: Sequence[Any] | None = None,
         masks: Mapping[str, Tensor] | None = None,
         lasting: bool = False,
-        sealed: bool = False,
-        fixed: Container[int] = (),
+        fixed: Container[int] | None = None,
     ) -> None:
         self.id, self.scale, self.hard = task, scale, hard
-        self.chosen, self._lasting, self.fixed = chosen, lasting, fixed
-        self.keeps = False
-        self.carries = (sealed or not hard) and chosen is None and not torch.compiler.is_compiling()
+        self.chosen, self._lasting = chosen, lasting
+        self.keeps, self._fixed = False, () if fixed is None else fixed
+        self.carries = (fixed is not None or not hard) and chosen is None and not torch.compiler.is_compiling()
         self._mask_of = mask_of
         self._atoms: dict[str, Tensor] = dict(masks or {})
         self._memo: dict = {}
@@ -84,9 +83,13 @@ class TaskContext:
                 found = self._derived[key] = make(self.mask(program).reshape(shape))
         return found
 
+    def is_fixed(self, tensor: Tensor) -> bool:
+        """Whether a tensor stays as it is for as long as the context is used."""
+        return id(tensor) in self._fixed
+
     def made_of(self, tensor: Tensor, make: Callable[[Tensor], Tensor], *key: Any) -> Tensor:
         """What ``make`` gives of a tensor; of a fixed one it is made once, if the context ``keeps`` it. ``key`` tells what is made."""
-        if not self.keeps or id(tensor) not in self.fixed:
+        if not self.keeps or not self.is_fixed(tensor):
             return make(tensor)
         found = self._made.get((id(tensor), *key))
         if found is None:

@@ -77,8 +77,8 @@ def _normalised(
 
 
 class _Normalised(torch.autograd.Function):
-    """``(x - mean) * rstd * weight + bias`` over the live positions of the last ``k`` dimensions; dead ones are zero in ``x``, and
-    stay zero until the bias.
+    """``(x - mean) * rstd * weight + bias`` over the live positions of the last ``k`` dimensions; dead ones are zero in ``x``, and what
+    becomes of them is not to be used: zero and the bias, up to rounding.
 
     With ``K`` the sum of the mask ``m``, ``mean = sum(x) / K``, ``c = x - mean`` where live, ``rstd = (sum(m c^2) / K + eps) ** -0.5``.
     One activation is kept for the backward pass, ``x`` itself, as torch's own layer norm keeps it; composed of torch's operators it
