@@ -9,7 +9,12 @@
 A model is timm's name (or ``bert``: a small transformers BERT), arguments of its constructor, image size or tokens, and batch size.
 
 Original and converted run in one process, interleaved round by round, so that a busy machine slows both; a figure is the median of the
-rounds' ratios (converted / original), with the quartiles. Two tasks with random masks, half of the channels live, are finished and
+rounds' ratios (converted / original), with the quartiles. On Linux glibc gives large tensors' memory back to the system, and which of the
+two networks then pays for new pages is chance; so preload jemalloc, as PyTorch's tuning guide recommends, and have it keep what it has:
+
+    LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libjemalloc.so.2 MALLOC_CONF=dirty_decay_ms:-1,muzzy_decay_ms:-1 python benchmarks/overhead.py
+
+A figure of rounds with many page faults says so. Two tasks with random masks, half of the channels live, are finished and
 locked before the measured one is trained.
 
     train       forward, cross entropy, backward, optimizer step (SGD with momentum), regularization included
@@ -24,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import time
 from collections.abc import Callable, Collection
@@ -48,6 +54,7 @@ MODELS = (
 )
 MEASURES = ("train", "decay", "eval", "none")
 CLASSES = 10
+MANY_PAGES = 1000
 
 
 class Classifier(nn.Module):
@@ -97,18 +104,30 @@ def clock_of() -> Callable[[], float]:
 
 
 def ratios(rounds: int, original: Callable[[], None], converted: Callable[[], None]) -> dict[str, float]:
-    """Median and quartiles of converted / original over interleaved rounds, after two of warming up."""
+    """Median and quartiles of converted / original over interleaved rounds, after three of warming up, and page faults of each."""
 
-    def seconds(run: Callable[[], None]) -> float:
-        start = clock()
+    def spent_by(run: Callable[[], None]) -> tuple[float, int]:
+        start, pages = clock(), page_faults()
         run()
-        return clock() - start
+        return clock() - start, page_faults() - pages
 
     clock = clock_of()
-    pairs = [(seconds(original), seconds(converted)) for _ in range(rounds + 2)][2:]
-    found = [b / a for a, b in pairs]
-    low, middle, high = statistics.quantiles(found, n=4)
-    return {"ratio": middle, "low": low, "high": high, "original_ms": 1e3 * statistics.median(a for a, _ in pairs)}
+    pairs = [(*spent_by(original), *spent_by(converted)) for _ in range(rounds + 3)][3:]
+    before, pages_before, after, pages_after = (list(figures) for figures in zip(*pairs))
+    low, middle, high = statistics.quantiles((b / a for a, b in zip(before, after)), n=4)
+    return {
+        "ratio": middle,
+        "low": low,
+        "high": high,
+        "original_ms": 1e3 * statistics.median(before),
+        "page_faults": statistics.median(pages_after),
+        "page_faults_of_original": statistics.median(pages_before),
+    }
+
+
+def page_faults() -> int:
+    """Pages of memory that this process was given so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def spent(run: Callable[[], None], times: int = 5) -> dict[str, float]:
@@ -195,8 +214,11 @@ def measure(
 
 
 def explain(found: dict[str, Any]) -> None:
-    """Prints the operators that a converted model spends most more on, and least."""
+    """Prints the operators that a converted model spends most more on, and least; and where memory was on its way."""
     for key in MEASURES:
+        pages = [found.get(key, {}).get(name, 0) for name in ("page_faults", "page_faults_of_original")]
+        if max(pages) > MANY_PAGES:
+            print(f"  {key}: {pages[0]:.0f} page faults a round, {pages[1]:.0f} of the original; see --help", flush=True)
         more = sorted(found.get(key, {}).get("more_ms", {}).items(), key=lambda item: -item[1])
         shown = [f"{name} {ms:+.1f}" for name, ms in (*more[:10], *more[-3:])]
         if shown:

@@ -1,7 +1,7 @@
 """Normalisations whose statistics see live channels only: a task's subnetwork is an ordinary smaller network.
 
 Without a mask they are torch's own functions, to the bit. With one, counts are sums of the mask (soft in training, the
-number of live channels for a binary mask), and never zero. A mask of type bool is binary, and takes a pass less.
+number of live channels for a binary mask), and never zero.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _normalised(
     alike = all(v is None or v.dtype is x.dtype is wide.dtype for v in (weight, bias))
     inside = (weight, bias) if alike else (None, None)
     run = _Normalised.apply if differentiated() else _Normalised.forward
-    out = run(wide, mask, *inside, len(dims), eps, centred, live.dtype is torch.bool)[0].to(x.dtype)
+    out = run(wide, mask, *inside, len(dims), eps, centred)[0].to(x.dtype)
     return out if alike else _affine(out, weight, bias)
 
 
@@ -80,7 +80,8 @@ class _Normalised(torch.autograd.Function):
     """``(x - mean) * rstd * weight + bias`` over the live positions of the last ``k`` dimensions; dead ones are zero in ``x``, and what
     becomes of them is not to be used: zero and the bias, up to rounding.
 
-    With ``K`` the sum of the mask ``m``, ``mean = sum(x) / K``, ``c = x - mean`` where live, ``rstd = (sum(m c^2) / K + eps) ** -0.5``.
+    ``x`` has its mask ``m`` in it. With ``K`` the sum of the mask, ``mean = sum(x) / K``, ``c = x - m mean``, whose mean is zero, and
+    ``rstd = (sum(c^2) / K + eps) ** -0.5``: the result is ``c rstd`` (without weight and bias), and has the mask in it as ``x`` has.
     One activation is kept for the backward pass, ``x`` itself, as torch's own layer norm keeps it; composed of torch's operators it
     would be four. ``rstd`` and ``mean`` are results too, so that the backward pass can be differentiated again.
     """
@@ -89,54 +90,58 @@ class _Normalised(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, eps: float, centred: bool, binary: bool
+        x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, eps: float, centred: bool
     ) -> tuple[Tensor, ...]:
-        if binary and centred and live_pieces.fits_kernel(x, mask, weight, bias, k):
+        if centred and live_pieces.fits_kernel(x, mask, weight, bias, k):
             return live_pieces.by_kernel(x, mask, weight, bias, k, eps)
         if live_pieces.cuttable(x, mask, weight, bias):
-            return live_pieces.normalised(x, mask, weight, bias, k, eps, centred, binary)
+            return live_pieces.normalised(x, mask, weight, bias, k, eps, centred)
         dims, share = _reduced(x, mask, k)
         centre = x
         if centred:
             total = x.sum(dims, keepdim=True)
             # products of the sum with an exact zero where dead: a sum that is not finite comes from a live position
-            centre = torch.addcmul(x, total, (mask > 0) * share, value=-1)
-        length = torch.linalg.vector_norm(centre if binary else centre * mask.sqrt(), dim=dims, keepdim=True)
+            centre = torch.addcmul(x, total, mask * share, value=-1)
+        length = torch.linalg.vector_norm(centre, dim=dims, keepdim=True)
         rstd = torch.addcmul(x.new_full((), eps), length.square(), share).rsqrt()
         mean = total * share if centred else torch.zeros_like(rstd)
         return _affine(centre * rstd, weight, bias), rstd, mean
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.k, ctx.eps, ctx.centred, _ = inputs
+        *tensors, ctx.k, ctx.eps, ctx.centred = inputs
         ctx.save_for_backward(*tensors, *output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, of_out: Tensor | None, of_rstd: Tensor | None, of_mean: Tensor | None) -> tuple:
         x, mask, weight, bias, rstd, mean = ctx.saved_tensors
-        wanted, none = ctx.needs_input_grad[1:4], (None,) * 4
+        wanted, none = ctx.needs_input_grad[1:4], (None,) * 3
         alone = of_out is not None and of_rstd is None and of_mean is None
+        if alone and ctx.centred and live_pieces.fits_kernel(x, mask, weight, bias, ctx.k, of_out, rstd, mean):
+            return *live_pieces.gradients_by_kernel(of_out, x, mask, weight, bias, rstd, mean, ctx.k, wanted), *none
         if alone and live_pieces.cuttable(x, of_out, mask, weight, bias, rstd, mean):
             found = live_pieces.gradients(of_out, x, mask, weight, bias, rstd, mean, ctx.k, ctx.eps, ctx.centred, wanted)
             return *found, *none
         dims, share = _reduced(x, mask, ctx.k)
         keep = (mask > 0).to(x.dtype)
         of_out = torch.zeros_like(x) if of_out is None else of_out
-        out = (torch.addcmul(x, mean, keep, value=-1) if ctx.centred else x) * rstd
+        out = (torch.addcmul(x, mean, mask, value=-1) if ctx.centred else x) * rstd
         inner = of_out * (keep if weight is None else keep * weight)
         along = (inner * out).sum(dims, keepdim=True)  # d loss / d rstd, times rstd
         along = along if of_rstd is None else along + of_rstd * rstd
-        of_x = rstd * torch.addcmul(inner, out * mask, along * share, value=-1)
-        pulled = torch.zeros_like(rstd)
+        of_x = rstd * torch.addcmul(inner, out, along * share, value=-1)
         if ctx.centred:
-            pulled = of_x.sum(dims, keepdim=True)
+            pulled = (of_x * mask).sum(dims, keepdim=True)
             pulled = pulled if of_mean is None else pulled - of_mean
-            of_x = torch.addcmul(of_x, pulled, keep * share, value=-1)
+            of_x = torch.addcmul(of_x, pulled, share, value=-1)
         of_mask = of_weight = of_bias = None
         if wanted[0]:
-            of_count = ((pulled * mean + along * (1 - ctx.eps * rstd.square()) / 2) * share).sum_to_size(share.shape)
-            of_mask = (out.square() * (along * share / -2)).sum_to_size(mask.shape) + _repeats(x, mask, ctx.k) * of_count
+            of_count = (along * (1 - ctx.eps * rstd.square()) / 2 * share).sum_to_size(share.shape)
+            of_mask = _repeats(x, mask, ctx.k) * of_count
+            of_mask = of_mask - (of_x * mean).sum_to_size(mask.shape) if ctx.centred else of_mask.expand(mask.shape)
+        if ctx.centred:
+            of_x = of_x * keep
         if wanted[1]:
             of_weight = (of_out * out).sum_to_size(weight.shape)
         if wanted[2]:

@@ -117,24 +117,23 @@ def _layout(sizes: Size, k: int, vectors: tuple[Size, ...]) -> Layout:
 
 
 def normalised(
-    x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, eps: float, centred: bool, binary: bool
+    x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(x - mean) * rstd * weight + bias``, ``rstd`` and ``mean``, over the live positions of the last ``k`` dimensions."""
+    """``(x - m mean) * rstd * weight + bias``, ``rstd`` and ``mean``, over the live positions of the last ``k`` dimensions."""
     layout = layout_of(x, k, mask, weight, bias)
     mask, weight, bias = (None if v is None else layout.vector(v) for v in (mask, weight, bias))
     share = share_of(mask, (1, 2), layout.shape[3])
-    keep, root = (mask > 0) * share, mask.sqrt()
+    spread = mask * share
     lines = x.reshape(layout.shape)
     out = x.new_empty(layout.shape)
     rstd, mean = x.new_empty(2, *layout.shape[:2], 1, 1)
-    room, floor = None if binary else layout.room(x), x.new_full((), eps)
+    floor = x.new_full((), eps)
     for value, made, scale, total in layout.pieces(lines, out, rstd, mean):
         if centred:
             torch.sum(value, (3, 4), keepdim=True, out=total)
             # products of the sum with an exact zero where dead: a sum that is not finite comes from a live position
-            value = torch.addcmul(value, total, keep, value=-1, out=made)
-        counted = value if room is None else torch.mul(value, root, out=room[: value.shape[0], : value.shape[1]])
-        length = torch.linalg.vector_norm(counted, dim=(3, 4), keepdim=True, out=scale)
+            value = torch.addcmul(value, total, spread, value=-1, out=made)
+        length = torch.linalg.vector_norm(value, dim=(3, 4), keepdim=True, out=scale)
         torch.addcmul(floor, length.square_(), share, out=scale).rsqrt_()
         torch.mul(value, scale, out=made)
         if weight is not None and bias is not None:
@@ -148,57 +147,32 @@ def normalised(
     return out.view(x.shape), rstd.view(rows), mean.view(rows)
 
 
-def fits_kernel(x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, k: int) -> bool:
-    """Whether :func:`by_kernel` does it: a mask that varies along the last ``k`` dimensions only, weight and bias of their shape."""
-    whole = all(v is None or v.shape == x.shape[-k:] for v in (weight, bias))
-    return x.numel() <= VAST and whole and mask.shape[:-k].numel() == 1 and ordinary(x, mask, weight, bias)
-
-
-def by_kernel(
-    x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`normalised` gives for a binary mask, centred: by torch's own layer norm, with dead positions at the mean.
-
-    These add nothing to the mean and to the squares, so of ``n`` positions with ``K`` live ones the kernel's variance is ``K / n`` times
-    that of the live ones, and so its epsilon has to be; what it makes is ``(n / K) ** 0.5`` times as large, and its weight that much
-    smaller. Dead positions come out as the bias, up to rounding: what is normalised is masked before it is used.
-    """
-    shape = x.shape[-k:]
-    live = mask.view(mask.shape[-k:])
-    count = float(live.sum()) * (shape.numel() // live.numel()) or 1.0
-    share = count / shape.numel()
-    total = x.sum(list(range(-k, 0)), keepdim=True)
-    filled = torch.addcmul(x, total, (1 - live) / count)
-    weight = x.new_full(shape, share**0.5) if weight is None else weight * share**0.5
-    out, _, rstd = torch.native_layer_norm(filled, shape, weight, bias, eps * share)
-    return out, rstd.mul_(share**0.5), total.div_(count)
-
-
 def gradients(
     given: Tensor, x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, rstd: Tensor, mean: Tensor, k: int,
     eps: float, centred: bool, wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """The gradients of ``x``, mask, weight and bias, of the last three where ``wanted``, from that of the result.
 
-    With ``h`` the gradient of what is normalised, ``c = x - mean`` where live and ``K`` the count: that of ``x`` is
-    ``rstd h + m c u`` less its mean over what is live, ``u = -rstd^2 sum(rstd h c) / K``, and that of ``m`` has ``c^2 u / 2`` in it.
+    With ``h`` the gradient of what is normalised, ``c = x - m mean`` and ``K`` the count: that of ``c`` is ``rstd h + c u``, with
+    ``u = -rstd^2 sum(rstd h c) / K``; that of ``x`` is the same less ``sum(m of_c) / K``, and that of ``m`` has ``-mean`` times it.
     """
     layout = layout_of(x, k, mask, weight, bias)
     live, shape = layout.vector(mask), layout.shape
     share = share_of(live, (1, 2), shape[3])
     keep = (live > 0).to(x.dtype)
-    factor, spread = keep if weight is None else keep * layout.vector(weight), keep * share
+    factor = keep if weight is None else keep * layout.vector(weight)
     rstd, mean = (t.reshape(*shape[:2], 1, 1) for t in (rstd, mean))
-    of_x, (along, pulled) = x.new_empty(shape), x.new_zeros(2, *shape[:2], 1, 1)
-    sums = [layout.sums(x) if w else (None, [None] * layout.blocks) for w in wanted]
+    of_x, along = x.new_empty(shape), x.new_zeros(*shape[:2], 1, 1)
+    summed = (wanted[0] and centred, *wanted[1:])
+    sums = [layout.sums(x) if w else (None, [None] * layout.blocks) for w in summed]
     room, other = layout.room(x), layout.room(x)
-    rows = layout.pieces(rstd, mean, rstd.square() * -share, along, pulled)
+    rows = layout.pieces(rstd, mean, rstd.square() * -share, along)
     parts = layout.pieces(given.reshape(shape), x.reshape(shape), of_x)
-    for (slope, value, made), (scale, middle, pull_of, sloped, pull), of_mask, of_weight, of_bias in zip(
+    for (slope, value, made), (scale, middle, pull_of, sloped), of_mask, of_weight, of_bias in zip(
         parts, rows, *(pieces for _, pieces in sums)
     ):
         scaled, centre = room[: value.shape[0], : value.shape[1]], other[: value.shape[0], : value.shape[1]]
-        centre = torch.addcmul(value, middle, keep, value=-1, out=centre) if centred else value
+        centre = torch.addcmul(value, middle, live, value=-1, out=centre) if centred else value
         torch.mul(slope, scale, out=scaled)
         torch.mul(scaled, centre, out=made)
         if of_weight is not None:
@@ -207,19 +181,92 @@ def gradients(
             torch.sum(slope, (1, 4), out=of_bias)
         torch.sum(made.mul_(factor), (3, 4), keepdim=True, out=sloped)
         torch.mul(scaled, factor, out=made)
-        torch.mul(centre, sloped * pull_of, out=scaled)
-        made.addcmul_(scaled, live)
+        made.addcmul_(centre, sloped * pull_of)
         if centred:
-            torch.sum(made, (3, 4), keepdim=True, out=pull)
-            made.addcmul_(pull, spread, value=-1)
-        if of_mask is not None:
-            torch.sum(scaled.mul_(centre), (1, 4), out=of_mask)
+            pull = torch.mul(made, live, out=scaled).sum((3, 4), keepdim=True)
+            made.addcmul_(pull, share, value=-1)
+            if of_mask is not None:
+                torch.sum(torch.mul(made, middle, out=scaled), (1, 4), out=of_mask)
+            made.mul_(keep)
     found = [None if total is None else total.sum(0) for total, _ in sums]
-    if found[0] is not None:
-        of_count = (pulled * mean + along * (1 - eps * rstd.square()) / 2) * share
-        found[0] = found[0] / 2 + shape[3] * of_count.sum(0)[..., 0]
+    if wanted[0]:
+        of_count = shape[3] * (along * (1 - eps * rstd.square()) / 2 * share).sum(0)[..., 0]
+        found[0] = of_count.expand(shape[1:3]) if found[0] is None else of_count - found[0]
     views = (None if of is None else layout.gradient(of, v) for of, v in zip(found, (mask, weight, bias)))
     return of_x.view(x.shape), *views
+
+
+def fits_kernel(x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, *others: Tensor) -> bool:
+    """Whether torch's own kernel does it: a mask that varies along the last ``k`` dimensions only, weight and bias of their shape."""
+    whole = all(v is None or v.shape == x.shape[-k:] for v in (weight, bias))
+    return x.numel() <= VAST and whole and mask.shape[:-k].numel() == 1 and ordinary(x, mask, weight, bias, *others)
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """Torch's own layer norm over what is live: over ``c = x - m mean``, which is zero where dead and whose mean is zero.
+
+    Of ``n`` positions with ``K`` live ones its variance of ``c`` is ``K / n`` times that over what is live, and so its epsilon has to be;
+    what it makes is ``(n / K) ** 0.5`` times as large, and its weight that much smaller.
+    """
+
+    shape: Size
+    live: Tensor
+    """The mask in that shape."""
+    count: float
+    weight: Tensor
+    """What the kernel takes for weight."""
+
+    @classmethod
+    def of(cls, x: Tensor, mask: Tensor, weight: Tensor | None, k: int) -> _Kernel:
+        shape = x.shape[-k:]
+        live = mask.view(mask.shape[-k:])
+        count = float(live.sum()) * (shape.numel() // live.numel()) or 1.0
+        root = (count / shape.numel()) ** 0.5
+        return cls(shape, live, count, x.new_full(shape, root) if weight is None else weight * root)
+
+    @property
+    def share(self) -> float:
+        return self.count / self.shape.numel()
+
+
+def by_kernel(
+    x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`normalised` gives where it is centred and :func:`fits_kernel`."""
+    kernel = _Kernel.of(x, mask, weight, k)
+    mean = x.sum(list(range(-k, 0)), keepdim=True).div_(kernel.count)
+    centre = torch.addcmul(x, mean, kernel.live, value=-1)
+    out, _, rstd = torch.native_layer_norm(centre, kernel.shape, kernel.weight, bias, eps * kernel.share)
+    return out, rstd.mul_(kernel.share**0.5), mean
+
+
+def gradients_by_kernel(
+    given: Tensor, x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, rstd: Tensor, mean: Tensor, k: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """What :func:`gradients` gives where it is centred and :func:`fits_kernel`.
+
+    That of the count is half of ``sum(h rstd c)`` without epsilon's part of it, which is ``sum(of_c c)``; over all, that of the weight
+    times the weight.
+    """
+    kernel = _Kernel.of(x, mask, weight, k)
+    of_mask, of_weight, of_bias = wanted
+    root, lines, last = kernel.share**0.5, mean.numel(), kernel.shape.numel()
+    centre = torch.addcmul(x, mean, kernel.live, value=-1)
+    of_x, of_scaled, found_bias = torch.ops.aten.native_layer_norm_backward(
+        given, centre, kernel.shape, torch.zeros_like(mean), rstd / root, kernel.weight, bias, [True, of_weight or of_mask, of_bias]
+    )
+    whole, flat, found_mask = kernel.live.expand(kernel.shape).reshape(last), of_x.view(lines, last), None
+    if of_mask:
+        of_count = (torch.dot(of_scaled.flatten(), kernel.weight.flatten()) - torch.dot(of_x.flatten(), centre.flatten())) / 2
+    flat.sub_(torch.mv(flat, whole).div_(kernel.count).unsqueeze(1))
+    if of_mask:
+        along = torch.mv(flat.t(), mean.flatten()).view(kernel.shape).sum_to_size(kernel.live.shape)
+        found_mask = (of_count * (last // kernel.live.numel()) / kernel.count - along).view(mask.shape)
+    if not (keep := whole > 0).all():
+        flat.mul_(keep)
+    return of_x, found_mask, of_scaled * root if of_weight else None, found_bias if of_bias else None
 
 
 def share_of(mask: Tensor, dims: Sequence[int], repeats: int) -> Tensor:

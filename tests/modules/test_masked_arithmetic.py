@@ -24,8 +24,8 @@ def composed(x: Tensor, live: Tensor, dims: list[int], eps: float, centred: bool
         repeats *= x.shape[dim] // live.shape[dim]
     count = live.sum(dims, keepdim=True) * repeats
     if centred:
-        x = torch.where(live > 0, x - x.sum(dims, keepdim=True) / count, torch.zeros((), dtype=x.dtype))
-    return x * torch.rsqrt((x.square() * live).sum(dims, keepdim=True) / count + eps)
+        x = x - live * x.sum(dims, keepdim=True) / count
+    return x * torch.rsqrt(x.square().sum(dims, keepdim=True) / count + eps)
 
 
 @pytest.mark.parametrize("centred", [True, False], ids=["centred", "not centred"])
@@ -43,7 +43,7 @@ def test_normalising_is_its_definition_with_its_gradients(layout: str, centred: 
     got = live_norms._normalised(start * (live.detach() > 0), live, dims, 1e-3, centred)
     expected = composed(start * (live.detach() > 0), live, dims, 1e-3, centred)
     torch.testing.assert_close(got, expected)
-    along = torch.randn(shape, dtype=torch.float64)
+    along = torch.randn(shape, dtype=torch.float64) * (live > 0)  # what becomes of dead positions is not used
     for a, b in zip(torch.autograd.grad(got, leaves, along), torch.autograd.grad(expected, leaves, along)):
         torch.testing.assert_close(a, b)
 
@@ -82,7 +82,7 @@ def of_norm(name: str, soft: bool, dtype: torch.dtype, strided: bool = False) ->
     wide = shape if name == "layer over tokens" else (1, shape[channels])
     weight, bias = (torch.randn(wide[-2:] if len(wide) == 3 else wide[-1:], dtype=torch.float64).to(dtype) for _ in "wb")
     x = torch.randn(shape, dtype=torch.float64).add(3).to(dtype) * (mask if soft else mask > 0)
-    along = torch.randn(shape, dtype=torch.float64).to(dtype)
+    along = torch.randn(shape, dtype=torch.float64).to(dtype) * (mask > 0)  # what becomes of dead positions is not used
     x, along = ((t.mT.contiguous().mT if strided else t) for t in (x, along))
     leaves = [t.requires_grad_() for t in (x, weight, bias, *([mask] if soft else []))]
     out = norm(x, weight, bias, mask if soft else mask > 0)
@@ -119,18 +119,36 @@ BY_KERNEL = ["layer", "layer over tokens", "layer without bias"]
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("soft", [True, False], ids=["soft", "binary"])
 @pytest.mark.parametrize("name", NORMS)
-def test_torchs_own_kernel_gives_the_same_for_a_binary_mask(name: str, strided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchs_own_kernel_gives_the_same(name: str, soft: bool, strided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
-    plain = live_pieces.by_kernel
-    monkeypatch.setattr(live_pieces, "by_kernel", lambda *given: used.append(1) or plain(*given))
-    found, exact = of_norm(name, False, torch.float32, strided), of_norm(name, False, torch.float64, strided)
-    assert len(used) == (2 if name in BY_KERNEL else 0)
+    for function in ("by_kernel", "gradients_by_kernel"):
+        plain = getattr(live_pieces, function)
+        monkeypatch.setattr(live_pieces, function, lambda *given, plain=plain: used.append(1) or plain(*given))
+    found, exact = of_norm(name, soft, torch.float32, strided), of_norm(name, soft, torch.float64, strided)
+    assert len(used) == (4 if name in BY_KERNEL else 0)
     monkeypatch.setattr(live_pieces, "VAST", 0)
-    for got, also, right in zip(found, of_norm(name, False, torch.float32, strided), exact, strict=True):
+    for got, also, right in zip(found, of_norm(name, soft, torch.float32, strided), exact, strict=True):
         torch.testing.assert_close(got, also, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-4)
-    assert len(used) == (2 if name in BY_KERNEL else 0)
+    assert len(used) == (4 if name in BY_KERNEL else 0)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1.0], ids=str)
+@pytest.mark.parametrize("repeated", [False, True], ids=["one by one", "repeated"])
+def test_the_kernels_gradients_are_those_of_the_definition(eps: float, repeated: bool) -> None:
+    """With an epsilon as large as the variance too, and a mask that stands for several positions each."""
+    torch.manual_seed(0)
+    live = torch.rand(4, 1 if repeated else 6, dtype=torch.float64).add(0.1).requires_grad_()
+    x, along = torch.randn(2, 5, 4, 6, dtype=torch.float64)
+    weight, bias = torch.randn(2, 4, 6, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)] + [live]
+    with torch.no_grad():
+        assert live_pieces.fits_kernel(x, live, weight, bias, 2)
+    found = torch.autograd.grad(live_norms.layer_norm(x, (4, 6), weight, bias, eps, live), leaves, along)
+    expected = torch.autograd.grad(composed(x, live, [-2, -1], eps, True) * weight + bias, leaves, along)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_norm_of_nothing_live_is_its_bias() -> None:
@@ -156,14 +174,16 @@ def test_what_is_differentiated_again_is_not_cut(monkeypatch: pytest.MonkeyPatch
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     live = (torch.rand(1, 6, dtype=torch.float64) + 0.2).requires_grad_()
     weight = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    monkeypatch.setattr(live_pieces, "gradients", lambda *given: pytest.fail("cut"))
+    for function in ("gradients", "gradients_by_kernel"):
+        monkeypatch.setattr(live_pieces, function, lambda *given: pytest.fail("cut"))
     assert gradgradcheck(lambda *given: live_norms.layer_norm(given[0], (6,), given[2], None, 1e-2, given[1]), (x, live, weight))
     out = live_norms.layer_norm(x, (6,), weight, None, 1e-2, live)
     torch.autograd.grad(out, x, torch.randn(3, 4, 6, dtype=torch.float64), is_grads_batched=True)
 
 
 def test_dead_positions_have_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for large in (10**9, 0):
+    for vast, large in ((live_pieces.VAST, 0), (0, 10**9), (0, 0)):  # by the kernel, whole, in pieces
+        monkeypatch.setattr(live_pieces, "VAST", vast)
         monkeypatch.setattr(live_pieces, "LARGE", large)
         _, of_x, *_ = of_norm("layer", True, torch.float32)
         torch.manual_seed(0)
