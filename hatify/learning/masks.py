@@ -15,7 +15,6 @@ from torch.optim import ASGD, LBFGS, SGD, Optimizer
 
 from hatify.learning.network import Network
 from hatify.learning.regularizers import free_channels, quotas
-from hatify.modules import Masker
 from hatify.modules.shards import local, part_of, whole
 
 PROPORTIONAL = (SGD, ASGD, LBFGS)
@@ -78,6 +77,7 @@ class MaskSteps:
         self.sizes = [m.channels for m in self.maskers]
         self._owner = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes, dtype=torch.long))
         self._before: Tensor | None = None
+        self._room: tuple[frozenset[int], Tensor, Tensor] | None = None
 
     def before(self) -> None:
         """Remembers where the embeddings are."""
@@ -100,25 +100,33 @@ class MaskSteps:
             new = old + (factor * step).clamp(-bound, bound)
             shares = [part_of(n, e) for n, e in zip(new.split(self.sizes), self.embeddings)]
             torch._foreach_copy_([local(e) for e in self.embeddings], shares)
-        closing = ((old >= self.open) & (new < self.open)) | ((old > 0) & (new <= 0))
-        concerned = set(self._owner[closing.cpu()].tolist())
-        if not concerned:
+        free, least = self._to_keep(new.device)
+        closing = (((old >= self.open) & (new < self.open)) | ((old > 0) & (new <= 0))) & free
+        if not closing.any():
             return
+        counts = torch.zeros(2, len(self.sizes), dtype=torch.long, device=new.device)
+        still_open, closed = counts.index_add_(1, self._owner, torch.stack([(new >= self.open) & free, closing]).long())
+        kept = torch.minimum(least - still_open, closed).tolist()
         parts = list(zip(old.split(self.sizes), closing.split(self.sizes)))
-        for i in sorted(concerned):
-            self._keep(self.maskers[i], self.shares[i], *parts[i])
+        for i, count in enumerate(kept):
+            if count > 0:
+                self._keep(self.maskers[i].embeddings[self.task], count, *parts[i])
 
-    def _keep(self, masker: Masker, share: float, old: Tensor, closing: Tensor) -> None:
+    def _to_keep(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Which channels are free, all maskers' one after another (bool), and by masker how many of these are kept at least (int64)."""
+        others = frozenset(self.network.finished - {self.task})
+        if self._room is None or self._room[0] != others or self._room[1].device != device:
+            free = [free_channels(m, self.task, others) > 0 for m in self.maskers]
+            least = [math.ceil(share * int(f.sum()) - 1e-6) for share, f in zip(self.shares, free, strict=True)]
+            self._room = others, torch.cat(free).to(device), torch.tensor(least, dtype=torch.long, device=device)
+            self._owner = self._owner.to(device)
+        return self._room[1:]
+
+    def _keep(self, parameter: Tensor, count: int, old: Tensor, closing: Tensor) -> None:
         """Regularization lowers every free channel, and under soft masks (sigmoid(0) = 1/2 whatever the embedding) it cannot tell that
         the quota is reached; momentum goes on where it ends. Those that the step would kill last stay where they were, and clear of 0: a
         channel that hovers there is trained half open, under a mask of 1/2 even at the largest scale, and finished wide open."""
-        parameter = masker.embeddings[self.task]
         embedding = whole(parameter.data)
-        free = free_channels(masker, self.task, self.network.finished - {self.task}) > 0
-        closing = closing & free
-        missing = math.ceil(share * int(free.sum()) - 1e-6) - int(((embedding >= self.open) & free).sum())
-        count = min(missing, int(closing.sum()))
-        if count > 0:
-            order = embedding.masked_fill(~closing, -math.inf).topk(count).indices
-            embedding[order] = old[order].clamp(min=self.open)
-            local(parameter).copy_(part_of(embedding, parameter))
+        order = embedding.masked_fill(~closing, -math.inf).topk(count).indices
+        embedding[order] = old[order].clamp(min=self.open)
+        local(parameter).copy_(part_of(embedding, parameter))
