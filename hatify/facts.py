@@ -50,7 +50,7 @@ class Facts:
         unlike: the types in which it takes another path, with its source line, by mode.
         parameter_types: those of the original's parameters, each once.
         input_types: the types of the example inputs, where the original's code looks at types; None for one that has the parameters'.
-        selections: buffers whose values were taken for which elements a boolean index picks.
+        selections: buffers whose values were taken for which elements a boolean index picks, or which way a branch goes.
     """
 
     name: str

@@ -198,6 +198,55 @@ def test_calls_of_one_layer_are_cut_alike(layer: torch.nn.Module) -> None:
     extracts(hat, 0)
 
 
+class Chosen(torch.nn.Module):
+    """Values chosen by a condition of inputs or of values, the others a number."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.last, self.how = torch.nn.Linear(5, 8), torch.nn.Linear(8, 3), how
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.first(x))
+        if self.how == "of rows":
+            h = torch.where(mask[:, None], h, 0.0)
+        elif self.how == "of values":
+            h = torch.where(h > 0.1, h, 0.0)
+        else:
+            h = torch.where(mask, h @ h.t(), -1e9).softmax(-1) @ h
+        return self.last(h)
+
+
+@pytest.mark.parametrize("how", ["of rows", "of values", "of pairs"])
+def test_conditions_of_the_models_own_are_no_masks(how: str) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 5), torch.tensor([True, False, True, True])
+    hat = hatify.convert(Chosen(how), 1, example_inputs=inputs, verify=False).eval()
+    finished(hat, 0, live=0.5)
+    extracts(hat, 0, ((inputs[0], ~inputs[1]), {}))
+
+
+class Detached(torch.nn.Module):
+    """Two branches, one of which no gradient passes, as a teacher's; a hidden layer stands before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.teacher = torch.nn.Linear(5, 8), torch.nn.Linear(8, 6)
+        self.student, self.last = torch.nn.Linear(5, 6), torch.nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        taught = torch.relu(self.teacher(torch.relu(self.hidden(x))))
+        return self.last(torch.relu(self.student(x)) + taught.detach())
+
+
+def test_what_gradients_do_not_pass_is_needed() -> None:
+    torch.manual_seed(0)
+    hat = hatify.convert(Detached(), 1, example_inputs=torch.randn(4, 5), verify=False).eval()
+    finished(hat, 0, live=0.5)
+    found = extracts(hat, 0)
+    baked, slim = (sum(p.numel() for p in plain.parameters()) for plain in (found[False], found[True]))
+    assert slim < baked
+
+
 @pytest.mark.parametrize("slim", [False, True])
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
 def test_exports(name: str, slim: bool, tmp_path) -> None:

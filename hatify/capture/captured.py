@@ -60,8 +60,8 @@ class Captured:
     the places where the model's code asks whether gradients are on, by mode (True: train mode); ``own_modes`` the modules
     that the model's own ``train()`` and ``eval()`` leave in the other mode, ``frozen`` the parameters that they freeze or thaw;
     ``kept`` are attributes of modules that forward puts tensors into, ``selections`` buffers whose values were taken for which elements
-    a boolean index picks; ``reads`` the source lines that read the type of a tensor of real numbers (``reads_whole``: of another),
-    ``unlike`` those that compute something else when the model runs in another way.
+    a boolean index picks or which way a branch goes; ``reads`` the source lines that read the type of a tensor of real numbers
+    (``reads_whole``: of another), ``unlike`` those that compute something else when the model runs in another way.
     """
 
     graph: fx.Graph

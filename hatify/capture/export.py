@@ -31,7 +31,7 @@ from hatify.capture.reading import read_program
 from hatify.capture.refusals import not_functional, untraceable, writes_parameter
 from hatify.capture.regions import SWITCHES
 from hatify.capture.repeats import NotRepeatable
-from hatify.capture.selections import known_selections
+from hatify.capture.selections import check_not_written, known_selections
 from hatify.capture.spelled import spelled_sizes
 from hatify.capture.statistics import write_statistics
 from hatify.capture.tree import called_paths, clear_calls, copy_tree, mark_functions, mark_leaves
@@ -163,6 +163,7 @@ def _export_once(
                     fix="write x = x.op() instead of x.op_() there",
                 )
         captured.writes.update(writes)
+        check_not_written(selections, captured.writes, model)
         write_statistics(captured, buffers)
         _drop_dead(captured, model)
     finally:

@@ -2,6 +2,8 @@
 
 Given to torch itself, such a size would be fixed. While a model is traced the call is a marker, which takes sizes; the graph has the
 operator, which is given numbers when it runs.
+
+``torch.broadcast_tensors``, of which distributions are made, is called as what it is: one ``expand`` for each tensor.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ class OpenCalls(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.broadcast_tensors:
+            return _broadcast(*args)
         rule = _RULES.get(func)
         if rule is None or torch._C._functorch.peek_interpreter_stack() is not None or not _open((args, kwargs)):
             return func(*args, **kwargs)
@@ -38,6 +42,11 @@ class OpenCalls(TorchFunctionMode):
 def _open(given: Any) -> bool:
     leaves = pytree.tree_leaves(given, is_leaf=lambda a: isinstance(a, torch.Size))
     return any(isinstance(s, SymInt) for leaf in leaves for s in (leaf if isinstance(leaf, torch.Size) else (leaf,)))
+
+
+def _broadcast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    return tuple(t.expand(shape) for t in tensors)
 
 
 def _average(rank: int) -> Callable:

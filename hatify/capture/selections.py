@@ -1,9 +1,12 @@
-"""Boolean masks of known values, ``x[:, self.keep]``: while tracing they become the integers that they stand for."""
+"""Constants of known values that decide what code does: boolean masks, ``x[:, self.keep]``, which while tracing become the integers that
+they stand for, and branches, ``if self.ready``. What data picks is picked in place: ``x[m] = y[m]`` is a ``where``, ``x[m] = 0`` a
+``masked_fill``, for how many elements a mask picks is not known before the network runs."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,30 +16,84 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils._python_dispatch import _disable_current_modes
 
 from hatify.capture.effects import is_random
-from hatify.errors import CallError
+from hatify.errors import CallError, CaptureError
 
+READERS = ("item", "tolist")
+"""Methods that read booleans; a number that they read may be one that the network goes on with."""
+PATCHED = ("__getitem__", "__setitem__", "__bool__")
 DETACHED = torch.ops.aten.detach_.default
 """In place by name, but it changes no value: ``torch.tensor([...])`` ends with it."""
 
 
 @contextlib.contextmanager
 def known_selections(root: nn.Module, model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """While ``root`` (the traced twin of ``model``) runs, an index by a boolean constant selects a known number of elements.
+    """While ``root`` (the traced twin of ``model``) runs, an index by a boolean constant selects a known number of elements, and a branch
+    on a constant goes the way that it goes for its value.
 
     Gives the buffers whose values were so used, by name.
     """
     used: dict[str, Tensor] = {}
     reader = _Reader(root, dict(model.named_buffers(remove_duplicate=False)), used)
-    original = torch.Tensor.__getitem__
+    getitem, setitem, ask, *readers = (getattr(torch.Tensor, name) for name in (*PATCHED, *READERS))
 
-    def getitem(self: Tensor, index: Any) -> Tensor:
-        return original(self, reader.integers(index))
+    def index(self: Tensor, index: Any) -> Tensor:
+        known = reader.integers(index)
+        picked = getitem(self, known)
+        if known is index and _by_data(index):
+            picked.picked_from = self, self._version, index, index._version
+        return picked
 
-    torch.Tensor.__getitem__ = getitem
+    def assign(self: Tensor, index: Any, value: Any) -> None:
+        if not _by_data(index) or not _assigned(self, index, value):
+            setitem(self, index, value)
+
+    def boolean(self: Tensor) -> bool:
+        value = reader.value(self)
+        return ask(self if value is None else value)
+
+    def reading(read: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        def known(self: Tensor) -> Any:
+            value = reader.value(self) if self.dtype == torch.bool else None
+            return read(self if value is None else value)
+
+        return known
+
+    for name, function in zip((*PATCHED, *READERS), (index, assign, boolean, *map(reading, readers))):
+        setattr(torch.Tensor, name, function)
     try:
         yield used
     finally:
-        del torch.Tensor.__getitem__  # it was inherited
+        for name in (*PATCHED, *READERS):
+            delattr(torch.Tensor, name)  # it was inherited
+
+
+def _by_data(index: Any) -> bool:
+    """Whether a traced index is one mask of booleans."""
+    return isinstance(index, FakeTensor) and index.dtype == torch.bool and index.dim() > 0
+
+
+def _assigned(x: Tensor, mask: Tensor, value: Any) -> bool:
+    """Does ``x[mask] = value`` element by element, where the value is a number or was picked by the same mask from a tensor of the same
+    sizes, neither of which was written since; whether it did."""
+    if not _same_sizes(mask.shape, x.shape[: mask.dim()]):
+        return False
+    along = mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))
+    if isinstance(value, int) or isinstance(value, float) and x.dtype.is_floating_point:
+        x.masked_fill_(along, value)
+        return True
+    source, version, by, version_of_mask = getattr(value, "picked_from", (None,) * 4)
+    if by is not mask or source.dtype != x.dtype or not _same_sizes(source.shape, x.shape):
+        return False
+    if (source._version, mask._version) != (version, version_of_mask) or value._version:
+        return False
+    x.copy_(torch.where(along, source, x))
+    return True
+
+
+def _same_sizes(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
+    """Whether sizes are the same in every call."""
+    here, there = ([size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes] for sizes in (a, b))
+    return here == there
 
 
 def check_selections(selections: dict[str, Tensor], buffers: Callable[[str], Tensor]) -> None:
@@ -51,7 +108,7 @@ def check_selections(selections: dict[str, Tensor], buffers: Callable[[str], Ten
             raise CallError(
                 f"the buffer {name} has other values than at the conversion",
                 where=name,
-                why="they decide which elements a boolean index picks, and the capture fixed these",
+                why="they decide a branch or which elements a boolean index picks, and the capture fixed that",
                 fix="hatify.convert(model, ...) with the values that you need",
             )
 
@@ -59,9 +116,25 @@ def check_selections(selections: dict[str, Tensor], buffers: Callable[[str], Ten
 def words(selections: dict[str, Tensor]) -> list[str]:
     """What was fixed, for the report."""
     return [
-        f"a boolean index reads the buffer {name}: which elements it picks is fixed by its values at the conversion"
+        f"a branch or a boolean index reads the buffer {name}: which way it goes is fixed by its values at the conversion"
         for name in selections
     ]
+
+
+def check_not_written(selections: dict[str, Tensor], written: Collection[str], model: nn.Module) -> None:
+    """That forward does not write what it decides by: the first call would decide otherwise than the next.
+
+    Raises:
+        CaptureError: it does.
+    """
+    names = sorted(selections.keys() & set(written))
+    if names:
+        raise CaptureError(
+            f"{type(model).__name__} decides by the buffer {names[0]}, and writes it",
+            where=names[0],
+            why="a graph has one way to go, and the next call would go another",
+            fix="convert after the calls that set it, or take the decision out of forward (torch.where instead of if)",
+        )
 
 
 class _Reader:
@@ -77,18 +150,21 @@ class _Reader:
         if not any(isinstance(p, FakeTensor) and p.dtype == torch.bool and p.dim() for p in parts):
             return index
         found: list[Any] = []
+        known = False
         for part in parts:
-            value = self._value(part) if isinstance(part, FakeTensor) and part.dtype == torch.bool and part.dim() else None
+            value = self.value(part) if isinstance(part, Tensor) and part.dtype == torch.bool and part.dim() else None
             if value is None:
                 found.append(part)
             else:
+                known = True
                 with _disable_current_modes():
                     positions = [p.tolist() for p in value.nonzero(as_tuple=True)]
                 found += [torch.tensor(p, dtype=torch.int64, device=part.device) for p in positions]
-        return tuple(found)
+        return tuple(found) if known else index
 
-    def _value(self, mask: FakeTensor) -> Tensor | None:
-        mode = get_proxy_mode()
+    def value(self, mask: Tensor) -> Tensor | None:
+        """The actual value of a traced tensor, noted; None where it depends on more than constants."""
+        mode = get_proxy_mode() if isinstance(mask, FakeTensor) else None
         slot = None if mode is None else get_proxy_slot(mask, mode.tracer, None)
         if slot is None:
             return None
@@ -118,6 +194,10 @@ class _Reader:
         elif node.op == "get_attr":
             held = getattr(self.literals, node.target, None)
             done[node] = held if isinstance(held, Tensor) and not isinstance(held, FakeTensor | nn.Parameter) else None
+        elif node.op == "call_function" and node.target is operator.getitem:
+            several, place = node.args
+            found = self._evaluate(several, names, done, read)
+            done[node] = None if found is None else found[place]
         elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             operands = [self._evaluate(n, names, done, read) for n in node.all_input_nodes]
             pure = node.target is DETACHED or not is_random(node.target) and not node.target._schema.is_mutable

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from hatify.lifecycle.needs import Needs
 from hatify.lifecycle.picture import Picture
-from hatify.lifecycle.plain import LIVE_NORMS, MASK, Plain, tidy
+from hatify.lifecycle.plain import LIVE_NORMS, Plain, is_mask, tidy
 from hatify.lifecycle.zeros import Zeros, compressed
 
 
@@ -32,7 +32,7 @@ def fold(plain: Plain, picture: Picture) -> list[Folded]:
     zero_dead(plain)
     zeros = Zeros(plain, picture)
     found = []
-    for node in [n for n in plain.graph.nodes if n.target is MASK]:
+    for node in [n for n in plain.graph.nodes if is_mask(n)]:
         live, x, fill = node.args
         live = picture[live].known
         how = ""

@@ -18,7 +18,7 @@ from hatify.gates.rules import RULES, Call, contractions, elementwise, movement,
 from hatify.gates.rules.contractions import letters_of_einsum, letters_of_matmul
 from hatify.gates.value import constants, ones
 from hatify.lifecycle.picture import Picture, operator_of
-from hatify.lifecycle.plain import LIVE_NORMS, MASK, Plain
+from hatify.lifecycle.plain import LIVE_NORMS, Plain, is_mask
 from hatify.modules import live_norms
 from hatify.registry import describe
 
@@ -126,7 +126,7 @@ def kind_of(node: fx.Node, plain: Plain, picture: Picture) -> Kind:
         return Kind("output")
     if node.op == "call_module":
         return _layer(node, plain, picture)
-    if node.target is MASK:
+    if is_mask(node):
         return Kind("mask")
     if node.target in LIVE_NORMS:
         rank = len(picture[node].shape)
@@ -144,7 +144,7 @@ def kind_of(node: fx.Node, plain: Plain, picture: Picture) -> Kind:
     site = _functional(node, call)
     if site is not None:
         return Kind("weighted", site=site)
-    if name in _COMPARISONS:
+    if name in _COMPARISONS or name == "detach":
         return Kind("elementwise")
     family = _BY_RULE.get(RULES.rules.get(name), "unknown")
     rank = len(call.values()[0].shape) if call.values() else 0

@@ -101,7 +101,10 @@ class Needs:
         if any(not isinstance(i, int) for i in needed):
             self._all(node)
             return
-        chosen = [(results[i], n) for i, n in needed.items() if results[i].requires_grad]
+        if not all(results[i].requires_grad for i in needed):  # it moves elements, and hides from gradients that it does
+            self._all(node)
+            return
+        chosen = [(results[i], n) for i, n in needed.items()]
         leaves = [probes[id(v)] for v in moved]
         if not chosen:
             return

@@ -25,7 +25,7 @@ from hatify.rewrite.scope import Scope
 
 aten = torch.ops.aten
 MASK = aten.where.ScalarOther
-"""A mask node: ``where(live, x, fill)``."""
+"""What a mask node calls, ``where(live, x, fill)``; the model's own code may, too: see :func:`is_mask`."""
 LIVE_NORMS = (live_norms.layer_norm, live_norms.rms_norm, live_norms.group_norm)
 """Placeholders of the statistics over live channels, until the graph is lowered."""
 
@@ -85,6 +85,11 @@ class Plain:
                 delattr(room, name)
             if not room._buffers:
                 delattr(self.root, self.room)
+
+
+def is_mask(node: fx.Node) -> bool:
+    """Whether a node applies one of the task's masks."""
+    return node.meta.get("mask", False)
 
 
 def specialise(hat: HATModel, task: int) -> Plain:
@@ -202,7 +207,9 @@ class _Specialiser:
         if bool(live.all()):
             return x
         buffer = self._buffer(f"{x.name}_live", live)
-        return self.graph.create_node("call_function", MASK, (buffer, x, float(module.fill)), name=node.name)
+        mask = self.graph.create_node("call_function", MASK, (buffer, x, float(module.fill)), name=node.name)
+        mask.meta["mask"] = True
+        return mask
 
     def _buffer(self, name: str, value: Tensor) -> fx.Node:
         # part of the state: without it the weights alone would give other outputs
