@@ -396,3 +396,44 @@ class WritesOut(nn.Module):
 def test_out_is_a_write_and_stays_outside_of_the_gradients() -> None:
     hat = hatify.convert(WritesOut().train(), 2, example_inputs=torch.randn(3, 4))
     assert hat.verification.parity_train == 0.0 and hat.verification.gradients == 0.0 and hat.verification.ok
+
+
+EVERYWHERE: list[nn.Module] = []
+
+
+class Leaky(nn.Module):
+    """A neuron with a state, reset through a list of all neurons, as spiking networks have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("state", torch.zeros(3, 8), persistent=False)
+        EVERYWHERE.append(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.state = 0.9 * self.state + x
+        return torch.sigmoid(self.state)
+
+
+class Spiking(nn.Module):
+    def __init__(self, everywhere: bool) -> None:
+        super().__init__()
+        self.layers, self.everywhere = nn.Sequential(nn.Linear(5, 8), Leaky(), nn.Linear(8, 2)), everywhere
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for module in EVERYWHERE if self.everywhere else self.modules():
+            if isinstance(module, Leaky):
+                module.state = torch.zeros_like(module.state)
+        self.layers(x)
+        return self.layers(x)
+
+
+def test_what_is_reached_past_the_model_is_put_back_and_refused() -> None:
+    EVERYWHERE.clear()
+    model, x = Spiking(everywhere=True), torch.randn(3, 5)
+    before, state = model(x), model.layers[1].state
+    with pytest.raises(CaptureError, match="writes to its modules past its own tree") as error:
+        hatify.convert(model, tasks=2, example_inputs=x)
+    assert error.value.where == "layers.1.state"
+    assert model.layers[1].state is state and torch.equal(model(x), before)
+    EVERYWHERE.clear()
+    hatify.convert(Spiking(everywhere=False), tasks=2, example_inputs=x)

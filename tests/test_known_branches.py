@@ -46,6 +46,8 @@ class Flag(nn.Module):
             "not": lambda: not (~flag if flag.dtype == torch.bool else flag == 0),
             "item": lambda: flag.item(),
             "list": lambda: flag.view(1).tolist()[0],
+            "number": lambda: int(flag) == 3,
+            "count": lambda: len(range(flag)),
             "compared": lambda: (flag > 0).all() and flag == 1,
         }[self.reads]()
 
@@ -101,9 +103,24 @@ def test_a_flag_decides(reads: str, value: bool) -> None:
     assert same(hat(x), model(x))
 
 
-def test_numbers_decide_too() -> None:
-    hat = hatify.convert(Flag(3, "bool"), tasks=2, example_inputs=torch.randn(4, 5))
-    assert "mean" in hat.code
+@pytest.mark.parametrize("reads", ["bool", "item", "list", "number", "count"])
+def test_numbers_decide_too(reads: str) -> None:
+    hat = hatify.convert(Flag(3, reads), tasks=2, example_inputs=torch.randn(4, 5))
+    assert "mean" in hat.code and list(hat._facts.selections) == ["flag"]
+
+
+def test_a_real_number_is_no_decision() -> None:
+    """Were it fixed, the network would refuse what is set later, such as a temperature."""
+
+    class Tempered(Flag):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.relu(self.first(x)) / self.flag)
+
+    model, x = Tempered(2.0), torch.randn(4, 5)
+    hat = hatify.convert(model, tasks=2, example_inputs=x)
+    hat.flag.fill_(3.0)
+    model.flag.fill_(3.0)
+    assert same(hat(x), model(x))
 
 
 def test_without_the_values_the_branch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 import hatify
+from hatify import verification
 from hatify.calling import flatten
+from hatify.errors import VerificationError
 
 
 class Squeezed(nn.Module):
@@ -124,3 +126,67 @@ def test_inputs_that_number_one_another_are_proved_and_extracted(name: str) -> N
         module = hatify.extract(hat, 0, slim=slim)
         expected, got = hat.eval()(*inputs, task=0), module.eval()(*inputs)
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(flatten(expected)[0], flatten(got)[0]))
+
+
+class Field(nn.Module):
+    """Colours behind a density of one channel, which the weights that it begins with may close whatever it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
+        self.density, self.colour = nn.Linear(32, 1), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layers(x)
+        opaque = 1 - torch.exp(-torch.relu(self.density(h)))
+        return (opaque * torch.sigmoid(self.colour(h))).sum(1)
+
+
+def test_a_gate_that_is_closed_is_opened_by_other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    model, x = Field(), torch.randn(5, 6, 3)
+    assert bool((model(x) == 0).all())
+    hat = hatify.convert(model, 3, example_inputs=x)
+    assert hat.verification.ok and hat.verification.control > 0
+    proof = hatify.verify(hat, without_locks=["layers.0.weight"])
+    assert proof.drift > 0 and not proof.ok
+    monkeypatch.setattr(verification, "SEEDS", 1)
+    with pytest.raises(VerificationError, match="control 0.0"):
+        hatify.convert(model, 3, example_inputs=x)
+
+
+NEURONS: list[nn.Module] = []
+
+
+class Neuron(nn.Module):
+    """Keeps its state, graph and all, until somebody resets all neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        NEURONS.append(self)
+        self.state: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state = x if self.state is None else 0.9 * self.state + x
+        return torch.sigmoid(self.state - 1)
+
+
+class Spiking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 16), Neuron(), nn.Linear(16, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for neuron in NEURONS:  # of all models, and of none of their copies
+            neuron.state = None
+        self.layers(x)
+        return self.layers(x)
+
+
+def test_a_backward_that_fails_in_a_second_call_is_told() -> None:
+    torch.manual_seed(0)
+    NEURONS.clear()
+    model, x = Spiking(), torch.randn(3, 6)
+    model(x)
+    with pytest.raises(VerificationError, match="backward fails in a second call alone"):
+        hatify.convert(model, 2, example_inputs=x)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -70,6 +71,10 @@ class _Flat(nn.Module):
         return tuple(out)
 
 
+_NOT_REPEATABLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models whose repeated calls have to be traced one by one: a second mode or type of one need not find that out again."""
+
+
 def export_mode(
     model: nn.Module,
     signature: Signature,
@@ -85,13 +90,14 @@ def export_mode(
         CaptureError: with the user's source line, where tracing stops.
     """
     through: set[str] = set()
-    repeats = True
+    repeats = model not in _NOT_REPEATABLE
     while True:
         try:
             with open_pools():
                 captured, written = _export_once(model, signature, inputs, training, stubs or {}, open_sizes, through, repeats)
         except NotRepeatable:
             repeats = False
+            _NOT_REPEATABLE.add(model)
             continue
         if not written - through:
             return captured

@@ -40,10 +40,17 @@ def capture(
         return _both_modes(model, args, kwargs, doubled, open_sizes)
 
 
+SHELVES = ("_parameters", "_buffers", "_modules")
+
+
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """The user's own hooks run while tracing and may store what they see on the model; that is taken back."""
     before = [(module, dict(vars(module))) for module in model.modules()]
+    shelves = [
+        (path, name, shelf, dict(shelf)) for path, m in model.named_modules() for name in SHELVES if (shelf := vars(m).get(name))
+    ]
+    written: list[str] = []
     try:
         yield
     finally:
@@ -52,6 +59,19 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             if now.keys() != held.keys() or any(now[k] is not v for k, v in held.items()):
                 now.clear()
                 now.update(held)
+        for path, _, shelf, held in shelves:
+            changed = [k for k in held.keys() | shelf.keys() if shelf.get(k) is not held.get(k)]
+            if changed:
+                written += [f"{path}.{k}".lstrip(".") for k in changed]
+                shelf.clear()
+                shelf.update(held)
+    if written:
+        raise CaptureError(
+            f"forward of {type(model).__name__} writes to its modules past its own tree",
+            where=", ".join(sorted(written)[:4]),
+            why="it reaches them by a global or by a list of a class, so that a copy of the model is not alone",
+            fix="let forward reach them by self: for module in self.modules()",
+        )
 
 
 def _both_modes(

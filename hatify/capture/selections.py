@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from hatify.capture.effects import is_random
 from hatify.errors import CallError, CaptureError
 
-READERS = ("item", "tolist")
-"""Methods that read booleans; a number that they read may be one that the network goes on with."""
+READERS = ("item", "tolist", "__int__", "__index__")
+"""Methods that read booleans and whole numbers; a real number that they read may be one that the network computes with."""
 PATCHED = ("__getitem__", "__setitem__", "__bool__")
 DETACHED = torch.ops.aten.detach_.default
 """In place by name, but it changes no value: ``torch.tensor([...])`` ends with it."""
@@ -53,7 +53,8 @@ def known_selections(root: nn.Module, model: nn.Module) -> Iterator[dict[str, Te
 
     def reading(read: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
         def known(self: Tensor) -> Any:
-            value = reader.value(self) if self.dtype == torch.bool else None
+            counts = not (self.dtype.is_floating_point or self.dtype.is_complex)
+            value = reader.value(self) if counts else None
             return read(self if value is None else value)
 
         return known

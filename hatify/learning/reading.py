@@ -41,7 +41,7 @@ class Reading:
         values = {key: e for key, e in values.items() if key not in held and not sharded(e.tensor)}
         self.rest = [e for e in needed if id(e.tensor) not in values]
         self._places = [
-            (shelf, name, tensor, values[id(tensor)].kept)
+            (shelf, name, tensor, as_learned(values[id(tensor)].kept, tensor))
             for m in modules
             for shelf in (m._parameters, m._buffers)
             for name, tensor in shelf.items()
@@ -58,6 +58,15 @@ class Reading:
         for shelf, name, tensor, value in self._places:
             if shelf[name] is value:
                 shelf[name] = tensor
+
+
+def as_learned(value: Tensor, tensor: Tensor) -> Tensor:
+    """``value`` in its own memory, asking for gradients as ``tensor`` does: torch's products of three dimensions and more take another
+    kernel, with other last bits, where nothing asks, also where none are taken."""
+    if not tensor.requires_grad:
+        return value
+    with torch.inference_mode(False):
+        return value.detach().requires_grad_()
 
 
 def _written(module: nn.Module) -> Iterator[Tensor]:

@@ -137,7 +137,10 @@ def _with_masks(weight: Tensor, rows: ChannelMask | None, columns: ChannelMask |
         return weight if rows is None else rows.onto(weight, 0)
 
     programs = (None if mask is None else mask.program for mask in (rows, columns))
-    return (rows or columns).task.made_of(weight, make, *programs, groups)
+    made = (rows or columns).task.made_of(weight, make, *programs, groups)
+    if weight.requires_grad and not made.requires_grad:  # made where no gradients are taken: see hatify.learning.reading.as_learned
+        made.requires_grad_()
+    return made
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

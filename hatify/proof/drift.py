@@ -27,6 +27,7 @@ def drift_and_control(
     without_masks: Sequence[str],
     seed: int,
     notes: list[str],
+    strength: float = 0.1,
 ) -> tuple[float, float | None]:
     """Two tasks with random binary masks; all that the first does not lock becomes noise (copies of other tasks NaN, where that can be
     put back); its outputs are compared. The model is left as noise: see :func:`hatify.proof.keeping.kept`.
@@ -40,7 +41,7 @@ def drift_and_control(
     kept_out = {id(p) for p in unread}
     written = [p for p in hat.parameters() if is_continuous(p) and id(p) not in kept_out]
     with torch.no_grad(), contextlib.ExitStack() as stack:
-        draw(hat, written, generator, [t for t in (task, other) if t is not None])
+        draw(hat, written, generator, [t for t in (task, other) if t is not None], strength)
         before = _outputs(hat, batches, task, seed, without_masks)
         if not _finite(before):
             if _finite(_outputs(hat, batches, None, seed, without_masks)):

@@ -11,10 +11,13 @@ from hatify.model import HATModel
 
 
 @torch.no_grad()
-def draw(hat: HATModel, parameters: Sequence[Tensor], generator: torch.Generator, tasks: Sequence[int]) -> None:
-    """Noise on weights (zero-initialised gains would hide whole branches), and random masks for ``tasks``."""
+def draw(
+    hat: HATModel, parameters: Sequence[Tensor], generator: torch.Generator, tasks: Sequence[int], strength: float = 0.1
+) -> None:
+    """Noise on weights (zero-initialised gains would hide whole branches), ``strength`` times as large as they are, and random masks for
+    ``tasks``."""
     for parameter in parameters:
-        parameter.add_(0.1 * noise(parameter, generator))
+        parameter.add_(strength * noise(parameter, generator))
     for masker in hat.maskers.values():
         for embedding in (masker.embeddings[t] for t in tasks):
             embedding.copy_(torch.randn(embedding.shape, generator=generator))

@@ -8,8 +8,9 @@ from tasks import outputs, same
 from torch import Tensor, nn
 from training import inputs, network
 
+import hatify
 from hatify import HATModel
-from hatify.learning import guard
+from hatify.learning import guard, reading
 from hatify.learning.reading import Reading
 
 NAMES = ("resnet", "vit", "densenet", "conv1d", "text_cnn", "weight_norm", "projected_lstm")
@@ -118,3 +119,38 @@ def test_elsewhere_the_tensors_are_read(mode: str, monkeypatch: pytest.MonkeyPat
     with torch.set_grad_enabled(mode == "gradients"):
         hat(*x, task=0)
     assert not entered
+
+
+class Mixer(nn.Module):
+    """Layers along tokens, whose values do not lie in order: their product is one of torch's that ask whether gradients are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Linear(16, 24), nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.relu(self.tokens(x.permute(0, 2, 1)))
+        return x, self.head(x.permute(0, 2, 1).contiguous().permute(0, 2, 1))
+
+
+def test_with_gradients_and_without_the_last_bit_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = Mixer().eval(), torch.randn(3, 16, 2)
+    hat = hatify.convert(model, tasks=2, example_inputs=x, verify=False)
+    with torch.no_grad():
+        for masker in hat.maskers.values():
+            masker.embeddings[0].normal_()
+    with hat.learning(0, schedule="constant"):
+        pass
+    hat.eval()
+
+    def passes() -> tuple[list[Tensor], list[Tensor]]:
+        with torch.no_grad():
+            for _ in range(3):  # weights with masks in them are kept from the second call on
+                without = hat(x, task=0)
+        return list(without), [y.detach() for y in hat(x, task=0)]
+
+    assert same(*passes())
+    hat._guard.refresh()
+    monkeypatch.setattr(reading, "as_learned", lambda value, tensor: value)
+    assert not same(*passes())

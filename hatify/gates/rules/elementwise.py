@@ -271,6 +271,29 @@ def prelu(run: Interpreter, call: Call) -> Outcome:
     return Outcome(call.args, call.kwargs, Gates(value.ids, value.state))
 
 
+def summed_into(run: Interpreter, call: Call) -> Outcome:
+    """``index_add`` and ``scatter_add``: elements of one are added to those of another, as data says along one dimension, along which the
+    gates of neither may vary; elsewhere it is a sum of both."""
+    subject, dim, index = call.args[0], call.argument(1, "dim"), call.argument(2, "index")
+    source = call.argument(3, "source" if call.name == "index_add" else "src")
+    alpha = call.kwargs.get("alpha", 1)
+    if (
+        not isinstance(source, Value)
+        or not isinstance(dim, int)
+        or not isinstance(alpha, int | float)
+        or abs(alpha) == float("inf")
+    ):
+        return unknown(run, call)
+    crossed = range(max(subject.rank, 1)) if subject.rank != source.rank else [dim % max(subject.rank, 1)]
+    if index.gated or any(v.rank and v.varies(d) for v in (subject, source) for d in crossed if d < v.rank):
+        return unknown(run, call)
+    if any(source.varies(d) and source.shape[d] != subject.shape[d] for d in range(source.rank)):
+        return unknown(run, call)
+    total = additive(run, Call("add", call.func, (subject, source), {}))
+    args = (total.args[0], dim, index, total.args[1])
+    return Outcome(args, {k: v for k, v in call.kwargs.items() if k == "alpha"}, total.out)
+
+
 def glu(run: Interpreter, call: Call) -> Outcome:
     """``a * sigmoid(b)`` over two halves: the gates of both halves AND; sigmoid(b) never is zero, so ``a`` decides cleanness."""
     value, dim = call.args[0], call.argument(1, "dim", -1)
@@ -308,3 +331,4 @@ def register(rules: RuleTable) -> None:
     rules.add(["masked_fill"], masked_fill)
     rules.add(["prelu"], prelu)
     rules.add(["glu"], glu)
+    rules.add(["index_add", "scatter_add"], summed_into)
