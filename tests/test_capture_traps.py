@@ -437,3 +437,32 @@ def test_what_is_reached_past_the_model_is_put_back_and_refused() -> None:
     assert model.layers[1].state is state and torch.equal(model(x), before)
     EVERYWHERE.clear()
     hatify.convert(Spiking(everywhere=False), tasks=2, example_inputs=x)
+
+
+class Expanded(nn.Module):
+    """A buffer whose rows are one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 2)
+        self.register_buffer("scale", torch.rand(8).expand(4, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.first(x)) * self.scale)
+
+
+def test_a_buffer_that_is_an_expanded_view(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 5)
+    hat = hatify.convert(Expanded(), tasks=2, example_inputs=x)
+    draw_masks(hat)
+    with hat.learning(0, schedule="constant"):
+        pass
+    hat.eval()
+    before = hat(x, task=0)
+    assert hatify.verify(hat).ok and same(hat(x, task=0), before)
+    for slim in (False, True):
+        assert torch.allclose(hatify.extract(hat, 0, slim=slim)(x), before, atol=1e-6)
+    hatify.save(hat, tmp_path / "hat")
+    assert same(hatify.load(tmp_path / "hat").eval()(x, task=0), before)
+    hatify.forget_task(hat, 0)

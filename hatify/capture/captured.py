@@ -56,7 +56,8 @@ class Captured:
 
     ``node.meta`` holds ``val`` (fake tensors or integers), ``scope`` (module path) and ``line`` (source line).
     ``writes`` are buffers with the node whose value they take at the end; ``constants`` are tensors that no module holds.
-    ``eval_only`` says that train mode could not be captured, ``open_sizes`` that all sizes were left open to the exporter. ``asks`` are
+    ``eval_only`` says that train mode could not be captured, ``open_sizes`` that all sizes were left open to the exporter, ``repeats`` that
+    calls that are alike could be traced once. ``asks`` are
     the places where the model's code asks whether gradients are on, by mode (True: train mode); ``own_modes`` the modules
     that the model's own ``train()`` and ``eval()`` leave in the other mode, ``frozen`` the parameters that they freeze or thaw;
     ``kept`` are attributes of modules that forward puts tensors into, ``selections`` buffers whose values were taken for which elements
@@ -75,6 +76,7 @@ class Captured:
     leaves: dict[str, torch.nn.Module] = field(default_factory=dict)
     eval_only: bool = False
     open_sizes: bool = True
+    repeats: bool = True
     asks: dict[bool, list[str]] = field(default_factory=dict)
     own_modes: dict[bool, list[str]] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)

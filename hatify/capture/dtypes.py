@@ -84,17 +84,18 @@ def _made(captured: Captured, own: torch.dtype) -> bool:
 
 def _traced(model: nn.Module, captured: Captured, signature: Signature, training: bool, own: torch.dtype, way: Way) -> Captured:
     device = captured.inputs[0].device.type if captured.inputs else "cpu"
+    as_there = {"open_sizes": captured.open_sizes, "repeats": captured.repeats}
     with torch.autocast(device, dtype=way.autocast or torch.bfloat16, enabled=way.autocast is not None):
         if way.dtype == own:
-            return export_mode(model, signature, captured.inputs, training, open_sizes=captured.open_sizes)
+            return export_mode(model, signature, captured.inputs, training, **as_there)
         try:
             tree, inputs = _cast(model, captured.inputs, way.dtype)
-            return export_mode(tree, signature, inputs, training, open_sizes=captured.open_sizes)
+            return export_mode(tree, signature, inputs, training, **as_there)
         except CaptureError:  # code that looks at values
             if any(p.is_meta for p in model.parameters()):
                 raise
             tree, inputs = _cast(model, captured.inputs, way.dtype, values=True)
-            return export_mode(tree, signature, inputs, training, open_sizes=captured.open_sizes)
+            return export_mode(tree, signature, inputs, training, **as_there)
 
 
 def _cast(model: nn.Module, inputs: list[Tensor], dtype: torch.dtype, values: bool = False) -> tuple[nn.Module, list[Tensor]]:

@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import warnings
-import weakref
 from typing import Any
 
 import torch
@@ -71,10 +70,6 @@ class _Flat(nn.Module):
         return tuple(out)
 
 
-_NOT_REPEATABLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Models whose repeated calls have to be traced one by one: a second mode or type of one need not find that out again."""
-
-
 def export_mode(
     model: nn.Module,
     signature: Signature,
@@ -82,22 +77,21 @@ def export_mode(
     training: bool,
     stubs: dict[str, Any] | None = None,
     open_sizes: bool = True,
+    repeats: bool = True,
 ) -> Captured:
     """Captures one mode of ``model`` (which is neither run nor changed). ``stubs`` are outputs that stand for modules, by path;
-    ``open_sizes`` False fixes all sizes but the batch from the start.
+    ``open_sizes`` False fixes all sizes but the batch from the start, ``repeats`` False traces repeated calls one by one from the start.
 
     Raises:
         CaptureError: with the user's source line, where tracing stops.
     """
     through: set[str] = set()
-    repeats = model not in _NOT_REPEATABLE
     while True:
         try:
             with open_pools():
                 captured, written = _export_once(model, signature, inputs, training, stubs or {}, open_sizes, through, repeats)
         except NotRepeatable:
             repeats = False
-            _NOT_REPEATABLE.add(model)
             continue
         if not written - through:
             return captured
@@ -176,7 +170,7 @@ def _export_once(
         clear_calls()
         clear_regions()
     captured.leaves = leaves
-    captured.open_sizes = opened
+    captured.open_sizes, captured.repeats = opened, repeats
     captured.asks = {training: asks}
     captured.own_modes = {training: own_modes}
     captured.frozen, captured.kept = frozen, flat.seen.kept

@@ -83,7 +83,9 @@ def _both_modes(
     notes = hooks_left(model, evaluated.leaves)
     notes += _freezing(evaluated, "eval")
     try:
-        trained = _capture_open_batch(model, signature, inputs, doubled, training=True, open_sizes=evaluated.open_sizes)
+        trained = _capture_open_batch(
+            model, signature, inputs, doubled, training=True, open_sizes=evaluated.open_sizes, repeats=evaluated.repeats
+        )
     except CaptureError as error:
         notes.append(
             f"train mode cannot be traced ({error.where}); train mode runs the code of eval mode, with its layers in train mode\n{error}"
@@ -144,16 +146,22 @@ def _elsewhere(captured: Captured) -> list[str]:
 
 
 def _capture_open_batch(
-    model: nn.Module, signature: Signature, inputs: list[Tensor], doubled: bool, training: bool, open_sizes: bool = True
+    model: nn.Module,
+    signature: Signature,
+    inputs: list[Tensor],
+    doubled: bool,
+    training: bool,
+    open_sizes: bool = True,
+    repeats: bool = True,
 ) -> Captured:
     batched = [t for t in inputs if t.dim() > 0]
     if doubled and batched and all(t.shape[0] == 1 for t in batched):
         try:
             pairs = [t.repeat(2, *[1] * (t.dim() - 1)) if t.dim() else t for t in inputs]
-            return export_mode(model, signature, pairs, training, open_sizes=open_sizes)
+            return export_mode(model, signature, pairs, training, open_sizes=open_sizes, repeats=repeats)
         except CaptureError:
             pass  # the leading dimension is no batch: captured as it is
-    return export_mode(model, signature, inputs, training, open_sizes=open_sizes)
+    return export_mode(model, signature, inputs, training, open_sizes=open_sizes, repeats=repeats)
 
 
 def _merge(evaluated: Captured, trained: Captured) -> bool:

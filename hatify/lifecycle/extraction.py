@@ -19,6 +19,7 @@ from hatify.lifecycle.picture import Picture
 from hatify.lifecycle.plain import specialise
 from hatify.lifecycle.slimming import slim_down
 from hatify.model import HATModel
+from hatify.modules.copies import overlaps
 from hatify.modules.numbers import task_number
 from hatify.proof.differences import difference
 from hatify.proof.keeping import modes_kept
@@ -224,7 +225,7 @@ def plain_call(hat: HATModel, tensors: list[Tensor]) -> tuple[tuple, dict]:
 def _evaluating(hat: HATModel) -> Iterator[None]:
     """In eval mode; modes, buffers and tables that forward writes are as before afterwards."""
     tables = [m.weight for m in hat.modules() if getattr(m, "max_norm", None) is not None]
-    buffers = [(b, b.clone()) for b in (*hat.buffers(), *tables)]
+    buffers = [(b, b.clone()) for b in (*hat.buffers(), *tables) if not overlaps(b)]
     try:
         with modes_kept(hat):
             hat.eval()

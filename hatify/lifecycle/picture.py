@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from hatify.capture.effects import is_random
 from hatify.lifecycle.plain import Plain
+from hatify.modules.copies import overlaps
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ class Picture:
         for node in plain.graph.nodes:
             for used in node.all_input_nodes:
                 last[used] = node
-        written = {id(b): (b, b.clone()) for b in plain.root.buffers()}
+        written = {id(b): (b, b.clone()) for b in plain.root.buffers() if not overlaps(b)}
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             for node in plain.graph.nodes:

@@ -47,6 +47,11 @@ PAGE = 4096
 """Tensors of fewer bytes are cloned: sharing them saves nothing that can be measured."""
 
 
+def overlaps(tensor: Tensor) -> bool:
+    """Whether elements of a tensor share memory with one another, as those of an expanded one do: nothing can write to it in place."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape))
+
+
 def copy_of(tensor: Tensor) -> Tensor:
     """A detached copy of ``tensor``, any shape and dtype; it shares memory until written where :func:`can_share` says so.
 

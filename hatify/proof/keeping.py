@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hatify.model import HATModel
-from hatify.modules.copies import copy_of, shareable
+from hatify.modules.copies import copy_of, overlaps, shareable
 
 
 @contextlib.contextmanager
@@ -22,6 +22,7 @@ def kept(hat: HATModel, elsewhere: Mapping[str, Tensor] = MappingProxyType({})) 
     shares memory with them goes along.
     """
     named = {**dict(hat.named_parameters()), **dict(hat.named_buffers())}
+    named = {name: tensor for name, tensor in named.items() if not overlaps(tensor)}
     copies = [(t, copy_of(t)) for t in shareable(hat)]
     aside = {id(t) for t, _ in copies}
     laid_aside = [(t, t.data) for t, _ in copies]
@@ -55,7 +56,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """The same in place: converted buffers are written where they are."""
-    held = [(b, b.clone()) for b in model.buffers()]
+    held = [(b, b.clone()) for b in model.buffers() if not overlaps(b)]
     try:
         yield
     finally:
