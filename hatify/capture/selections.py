@@ -34,7 +34,9 @@ def known_selections(root: nn.Module, model: nn.Module) -> Iterator[dict[str, Te
     """
     used: dict[str, Tensor] = {}
     reader = _Reader(root, dict(model.named_buffers(remove_duplicate=False)), used)
-    getitem, setitem, ask, *readers = (getattr(torch.Tensor, name) for name in (*PATCHED, *READERS))
+    names = (*PATCHED, *READERS)
+    own = {name: vars(torch.Tensor)[name] for name in names if name in vars(torch.Tensor)}
+    getitem, setitem, ask, *readers = (getattr(torch.Tensor, name) for name in names)
 
     def index(self: Tensor, index: Any) -> Tensor:
         known = reader.integers(index)
@@ -59,13 +61,15 @@ def known_selections(root: nn.Module, model: nn.Module) -> Iterator[dict[str, Te
 
         return known
 
-    for name, function in zip((*PATCHED, *READERS), (index, assign, boolean, *map(reading, readers))):
+    for name, function in zip(names, (index, assign, boolean, *map(reading, readers))):
         setattr(torch.Tensor, name, function)
     try:
         yield used
     finally:
-        for name in (*PATCHED, *READERS):
-            delattr(torch.Tensor, name)  # it was inherited
+        for name in names:
+            delattr(torch.Tensor, name)  # what is not torch.Tensor's own was inherited
+        for name, method in own.items():
+            setattr(torch.Tensor, name, method)
 
 
 def _by_data(index: Any) -> bool:
@@ -79,7 +83,7 @@ def _assigned(x: Tensor, mask: Tensor, value: Any) -> bool:
     if not _same_sizes(mask.shape, x.shape[: mask.dim()]):
         return False
     along = mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))
-    if isinstance(value, int) or isinstance(value, float) and x.dtype.is_floating_point:
+    if isinstance(value, int | float) and x.dtype.is_floating_point:
         x.masked_fill_(along, value)
         return True
     source, version, by, version_of_mask = getattr(value, "picked_from", (None,) * 4)
