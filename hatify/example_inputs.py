@@ -6,6 +6,7 @@ A guess would be checked by nobody: where the library does not say, the user is 
 from __future__ import annotations
 
 import inspect
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +21,7 @@ _SEED = 0
 _TOKENS = 16
 _SAMPLES = 16_000  # one second of speech
 _IMAGE = 224
+_VIDEO = 112
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -106,23 +108,36 @@ def _torchvision(model: Any, make: _Maker) -> tuple[Any, ...] | None:
         return None
     name = names[0].removeprefix("torchvision.models.")
     if name.startswith("video"):
-        return (make.floats(3, *_video_size(model, name, make.img_size)),)
+        return (make.floats(3, *_video_size(model, names[0], make.img_size)),)
     if name.startswith("detection") and hasattr(
         model, "transform"
     ):  # a list of images, each of its own size; a backbone takes a batch
         return (list(make.image(3, _IMAGE).unbind()),)
     if name.startswith("optical_flow"):
         return make.image(3, 128), make.image(3, 128)
-    return (make.image(3, getattr(model, "image_size", None) or (299 if "inception" in name else _IMAGE)),)
+    trained = [crop for crop, _ in _published(names[0]) if isinstance(crop, int)]
+    return (make.image(3, getattr(model, "image_size", None) or min(trained, default=_IMAGE)),)
 
 
-def _video_size(model: Any, name: str, img_size: int | None) -> tuple[int, int, int]:
-    if name.endswith("mvit"):  # built for one size, kept as a number of patches
-        position, stride = model.pos_encoding, model.conv_proj.stride
+def _video_size(model: Any, module: str, img_size: int | None) -> tuple[int, int, int]:
+    position = getattr(model, "pos_encoding", None)
+    if hasattr(position, "spatial_size"):  # built for one size, kept as a number of patches
+        stride = model.conv_proj.stride
         height, width = (n * s for n, s in zip(position.spatial_size, stride[1:]))
         return position.temporal_size * stride[0], height, width
-    size = img_size or (_IMAGE if name.endswith("s3d") else 112)  # s3d ends in a 7x7 average, 32 times smaller
+    least = min((smallest[0] for _, smallest in _published(module)), default=1)
+    size = img_size or max(_VIDEO, least)
     return 16, size, size
+
+
+def _published(module: str) -> list[tuple[Any, tuple[int, int]]]:
+    """What a module of torchvision says of the weights that are published for its models: the size of the images that they are shown, and
+    the smallest that they take."""
+    from torchvision.models import WeightsEnum
+
+    kinds = [kind for kind in vars(sys.modules[module]).values() if inspect.isclass(kind) and issubclass(kind, WeightsEnum)]
+    weights = [weight for kind in kinds for weight in kind]
+    return [(getattr(w.transforms, "keywords", {}).get("crop_size"), w.meta["min_size"]) for w in weights if "min_size" in w.meta]
 
 
 def _transformers(model: Any, make: _Maker) -> dict[str, Any] | None:

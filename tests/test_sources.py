@@ -300,6 +300,8 @@ def test_a_subclass_of_the_user_is_known_by_its_base():
         ("squeezenet1_1", (2, 3, 224, 224)),
         ("inception_v3", (2, 3, 299, 299)),
         ("r3d_18", (2, 3, 16, 112, 112)),
+        ("s3d", (2, 3, 16, 224, 224)),
+        ("swin3d_t", (2, 3, 16, 112, 112)),
         ("mvit_v1_b", (2, 3, 16, 224, 224)),
     ],
 )
