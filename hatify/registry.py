@@ -152,7 +152,7 @@ def _conv(dims: int, transposed: bool = False) -> Describe:
 def _embedding(layer) -> Layer:
     if layer.max_norm is not None:
         return TaskIndexedLayer("max_norm writes the table in forward")
-    return Weighted(bias=None, lookup=True)
+    return Weighted(bias=None, lookup=True, pooled=isinstance(layer, nn.EmbeddingBag))
 
 
 def _recurrent(blocks: int) -> Describe:
@@ -170,7 +170,7 @@ for _dims, _class in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), start=1):
 for _dims, _class in enumerate((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), start=1):
     _DESCRIPTIONS[_class] = _conv(_dims, transposed=True)
 _DESCRIPTIONS[nn.Linear] = _linear
-_DESCRIPTIONS[nn.Embedding] = _embedding
+_DESCRIPTIONS[nn.Embedding] = _DESCRIPTIONS[nn.EmbeddingBag] = _embedding
 for _class in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
     register(_class, ChannelNorm())
 for _class in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d):
@@ -198,4 +198,3 @@ for _class, _blocks in ((nn.RNN, 1), (nn.GRU, 3), (nn.LSTM, 4)):
 for _class, _blocks in ((nn.RNNCell, 1), (nn.GRUCell, 3), (nn.LSTMCell, 4)):
     _DESCRIPTIONS[_class] = _recurrent_cell(_blocks)
 register(nn.Bilinear, TaskIndexedLayer("weights of three dimensions"))
-register(nn.EmbeddingBag, TaskIndexedLayer("sums rows of its table"))

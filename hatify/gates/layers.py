@@ -34,6 +34,7 @@ class Weighted(Layer):
         column_grouped: the weight is normalised per input before use (a weight-normed transposed convolution).
         gains: names of further parameters with one element per output (per input for ``column_grouped``).
         lookup: the input holds indices of rows (an embedding).
+        pooled: the rows looked up are summed, averaged or reduced to their maximum: a result of two dimensions.
     """
 
     spatial: int = 0
@@ -45,6 +46,7 @@ class Weighted(Layer):
     column_grouped: bool = False
     gains: tuple[str, ...] = ()
     lookup: bool = False
+    pooled: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def weighted(
     if layer.lookup:
         x = clean(run, x)
         ids = torch.full((1,), TOP) if atoms is None else atoms
-        shape = (1,) * x.rank + tuple(ids.shape)
+        shape = (1,) * (1 if layer.pooled else x.rank) + tuple(ids.shape)
         state = State.CLEAN if atoms is None else State.PENDING
         return WeightedOutcome(x, Gates(ids.reshape(shape), state), ids, torch.full((1,), TOP))
     dim = channel_dim(x, layer)
