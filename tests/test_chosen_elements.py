@@ -10,7 +10,7 @@ from tasks import draw_masks, finish, same
 from torch import Tensor, nn
 
 import hatify
-from hatify.capture import selections
+from hatify.capture import chosen
 from hatify.errors import HatifyError
 
 
@@ -130,6 +130,6 @@ def test_what_was_picked_otherwise_is_refused(call: Callable) -> None:
 
 
 def test_without_it_the_size_depends_on_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selections, "_assigned", lambda *given: False)
+    monkeypatch.setattr(chosen, "_assigned", lambda *given: False)
     with pytest.raises(HatifyError, match="a size depends on data"):
         hatify.convert(Network(by_element), tasks=2, example_inputs=torch.randn(6, 5))

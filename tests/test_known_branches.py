@@ -109,6 +109,19 @@ def test_numbers_decide_too(reads: str) -> None:
     assert "mean" in hat.code and list(hat._facts.selections) == ["flag"]
 
 
+def test_a_cast_network_decides_as_before() -> None:
+    class Bounded(Flag):
+        def asked(self) -> object:
+            return (self.flag > 0.5).any()
+
+    model, x = Bounded([0.1, 0.7, float("nan")]), torch.randn(4, 5)
+    hat = hatify.convert(model, tasks=2, example_inputs=x)
+    assert same(hat(x), model(x)) and same(hat.double()(x.double()), model.double()(x.double()))
+    hat.flag.fill_(0.1)
+    with pytest.raises(CallError, match="flag has other values"):
+        hat(x.double())
+
+
 def test_a_real_number_is_no_decision() -> None:
     """Were it fixed, the network would refuse what is set later, such as a temperature."""
 

@@ -56,13 +56,13 @@ class Captured:
 
     ``node.meta`` holds ``val`` (fake tensors or integers), ``scope`` (module path) and ``line`` (source line).
     ``writes`` are buffers with the node whose value they take at the end; ``constants`` are tensors that no module holds.
-    ``eval_only`` says that train mode could not be captured, ``open_sizes`` that all sizes were left open to the exporter, ``repeats`` that
-    calls that are alike could be traced once. ``asks`` are
-    the places where the model's code asks whether gradients are on, by mode (True: train mode); ``own_modes`` the modules
-    that the model's own ``train()`` and ``eval()`` leave in the other mode, ``frozen`` the parameters that they freeze or thaw;
-    ``kept`` are attributes of modules that forward puts tensors into, ``selections`` buffers whose values were taken for which elements
-    a boolean index picks or which way a branch goes; ``reads`` the source lines that read the type of a tensor of real numbers
-    (``reads_whole``: of another), ``unlike`` those that compute something else when the model runs in another way.
+    ``eval_only`` says that train mode could not be captured, ``open_sizes`` that all sizes were left open to the exporter, ``repeats``
+    that calls that are alike could be traced once. ``asks`` are the places where the model's code asks whether gradients are on, by
+    mode (True: train mode); ``own_modes`` the modules that the model's own ``train()`` and ``eval()`` leave in the other mode,
+    ``frozen`` the parameters that they freeze or thaw; ``kept`` are attributes of modules that forward puts tensors into,
+    ``selections`` buffers whose values were taken for which elements a boolean index picks or which way a branch goes; ``reads`` the
+    source lines that read the type of a tensor of real numbers (``reads_whole``: of another), ``unlike`` those that compute something
+    else when the model runs in another way.
     """
 
     graph: fx.Graph

@@ -19,6 +19,7 @@ from hatify.capture.branches import noted_branches
 from hatify.capture.caches import traces_forgotten
 from hatify.capture.captured import Captured
 from hatify.capture.casts import is_cast
+from hatify.capture.chosen import chosen_in_place
 from hatify.capture.effects import has_effect
 from hatify.capture.enclosed import clear_regions, enclose, written_across
 from hatify.capture.entering import enter_mode
@@ -117,7 +118,7 @@ def _export_once(
     flat = _Flat(root, signature)
     try:
         noted = noted_questions(), noted_branches(), known_selections(root, model), noted_types()
-        with noted[0] as asks, noted[1] as branches, noted[2] as selections, noted[3] as reads:
+        with noted[0] as asks, noted[1] as branches, noted[2] as selections, noted[3] as reads, chosen_in_place():
             program, opened = _export(flat, inputs, model, open_sizes)
         if _is_transformed(program):
             with _quiet():

@@ -45,11 +45,13 @@ SHELVES = ("_parameters", "_buffers", "_modules")
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """The user's own hooks run while tracing and may store what they see on the model; that is taken back."""
+    """The user's own hooks run while tracing and may store what they see on the model; that is taken back.
+
+    Raises:
+        CaptureError: forward wrote parameters, buffers or modules of the model itself, not of the copy that was traced. They are back.
+    """
     before = [(module, dict(vars(module))) for module in model.modules()]
-    shelves = [
-        (path, name, shelf, dict(shelf)) for path, m in model.named_modules() for name in SHELVES if (shelf := vars(m).get(name))
-    ]
+    shelves = [(path, shelf, dict(shelf)) for path, m in model.named_modules() for n in SHELVES if (shelf := vars(m).get(n))]
     written: list[str] = []
     try:
         yield
@@ -59,7 +61,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             if now.keys() != held.keys() or any(now[k] is not v for k, v in held.items()):
                 now.clear()
                 now.update(held)
-        for path, _, shelf, held in shelves:
+        for path, shelf, held in shelves:
             changed = [k for k in held.keys() | shelf.keys() if shelf.get(k) is not held.get(k)]
             if changed:
                 written += [f"{path}.{k}".lstrip(".") for k in changed]

@@ -1,12 +1,11 @@
 """Constants of known values that decide what code does: boolean masks, ``x[:, self.keep]``, which while tracing become the integers that
-they stand for, and branches, ``if self.ready``. What data picks is picked in place: ``x[m] = y[m]`` is a ``where``, ``x[m] = 0`` a
-``masked_fill``, for how many elements a mask picks is not known before the network runs."""
+they stand for, and branches, ``if self.ready``."""
 
 from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from hatify.errors import CallError, CaptureError
 
 READERS = ("item", "tolist", "__int__", "__index__")
 """Methods that read booleans and whole numbers; a real number that they read may be one that the network computes with."""
-PATCHED = ("__getitem__", "__setitem__", "__bool__")
 DETACHED = torch.ops.aten.detach_.default
 """In place by name, but it changes no value: ``torch.tensor([...])`` ends with it."""
 
@@ -34,20 +32,10 @@ def known_selections(root: nn.Module, model: nn.Module) -> Iterator[dict[str, Te
     """
     used: dict[str, Tensor] = {}
     reader = _Reader(root, dict(model.named_buffers(remove_duplicate=False)), used)
-    names = (*PATCHED, *READERS)
-    own = {name: vars(torch.Tensor)[name] for name in names if name in vars(torch.Tensor)}
-    getitem, setitem, ask, *readers = (getattr(torch.Tensor, name) for name in names)
+    getitem, ask, *readers = (getattr(torch.Tensor, name) for name in ("__getitem__", "__bool__", *READERS))
 
     def index(self: Tensor, index: Any) -> Tensor:
-        known = reader.integers(index)
-        picked = getitem(self, known)
-        if known is index and _by_data(index):
-            picked.picked_from = self, self._version, index, index._version
-        return picked
-
-    def assign(self: Tensor, index: Any, value: Any) -> None:
-        if not _by_data(index) or not _assigned(self, index, value):
-            setitem(self, index, value)
+        return getitem(self, reader.integers(index))
 
     def boolean(self: Tensor) -> bool:
         value = reader.value(self)
@@ -61,44 +49,24 @@ def known_selections(root: nn.Module, model: nn.Module) -> Iterator[dict[str, Te
 
         return known
 
-    for name, function in zip(names, (index, assign, boolean, *map(reading, readers))):
-        setattr(torch.Tensor, name, function)
-    try:
+    methods = {"__getitem__": index, "__bool__": boolean, **{n: reading(read) for n, read in zip(READERS, readers)}}
+    with replaced_methods(methods):
         yield used
+
+
+@contextlib.contextmanager
+def replaced_methods(methods: dict[str, Callable]) -> Iterator[None]:
+    """Inside, ``torch.Tensor`` has these methods; afterwards what it had, which mostly is inherited."""
+    own = {name: vars(torch.Tensor)[name] for name in methods if name in vars(torch.Tensor)}
+    for name, method in methods.items():
+        setattr(torch.Tensor, name, method)
+    try:
+        yield
     finally:
-        for name in names:
-            delattr(torch.Tensor, name)  # what is not torch.Tensor's own was inherited
+        for name in methods:
+            delattr(torch.Tensor, name)
         for name, method in own.items():
             setattr(torch.Tensor, name, method)
-
-
-def _by_data(index: Any) -> bool:
-    """Whether a traced index is one mask of booleans."""
-    return isinstance(index, FakeTensor) and index.dtype == torch.bool and index.dim() > 0
-
-
-def _assigned(x: Tensor, mask: Tensor, value: Any) -> bool:
-    """Does ``x[mask] = value`` element by element, where the value is a number or was picked by the same mask from a tensor of the same
-    sizes, neither of which was written since; whether it did."""
-    if not _same_sizes(mask.shape, x.shape[: mask.dim()]):
-        return False
-    along = mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))
-    if isinstance(value, int | float) and x.dtype.is_floating_point:
-        x.masked_fill_(along, value)
-        return True
-    source, version, by, version_of_mask = getattr(value, "picked_from", (None,) * 4)
-    if by is not mask or source.dtype != x.dtype or not _same_sizes(source.shape, x.shape):
-        return False
-    if (source._version, mask._version) != (version, version_of_mask) or value._version:
-        return False
-    x.copy_(torch.where(along, source, x))
-    return True
-
-
-def _same_sizes(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
-    """Whether sizes are the same in every call."""
-    here, there = ([size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes] for sizes in (a, b))
-    return here == there
 
 
 def check_selections(selections: dict[str, Tensor], buffers: Callable[[str], Tensor]) -> None:
@@ -108,8 +76,9 @@ def check_selections(selections: dict[str, Tensor], buffers: Callable[[str], Ten
         CallError: one does not.
     """
     for name, value in selections.items():
-        now = buffers(name)
-        if now.shape != value.shape or not torch.equal(now.detach().cpu(), value):
+        now = buffers(name).detach().cpu()
+        then = value.to(now.dtype)  # the network may have been cast
+        if now.shape != then.shape or not bool(((now == then) | (now.isnan() & then.isnan())).all()):
             raise CallError(
                 f"the buffer {name} has other values than at the conversion",
                 where=name,

@@ -30,7 +30,8 @@ def drift_and_control(
     strength: float = 0.1,
 ) -> tuple[float, float | None]:
     """Two tasks with random binary masks; all that the first does not lock becomes noise (copies of other tasks NaN, where that can be
-    put back); its outputs are compared. The model is left as noise: see :func:`hatify.proof.keeping.kept`.
+    put back); its outputs are compared. The model is left as noise: see :func:`hatify.proof.keeping.kept`. ``strength`` is that of the
+    noise that all weights get before, a task's own included.
 
     Returns:
         The drift, and the drift with the locks taken away too (None where nothing is shared, or something was left out already).

@@ -70,16 +70,17 @@ def representatives() -> list[str]:
 def build(name: str) -> nn.Module:
     """The model with torchvision's random weights."""
     import inspect
+    import typing
 
     from torchvision import models
 
-    takes = inspect.signature(models.get_model_builder(name)).parameters
+    builder = models.get_model_builder(name)
+    made = typing.get_type_hints(builder)["return"]
     options: dict[str, Any] = {"weights": None}
-    if "weights_backbone" in takes:
+    if "weights_backbone" in inspect.signature(builder).parameters:
         options["weights_backbone"] = None  # detection and segmentation would download a backbone
-    if name in ("googlenet", "inception_v3"):  # slow for minutes otherwise; the weights are drawn anew anyhow
+    if "init_weights" in inspect.signature(made).parameters:  # minutes for some; the weights are drawn anew anyhow
         options["init_weights"] = False
-        options["aux_logits"] = True
     return models.get_model(name, **options)
 
 
