@@ -13,7 +13,8 @@ class ChildrenByName(nn.Module):
     """The part of a HAT model that finds the original's children, parameters and buffers, whatever these are called."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(type(self), name):  # what the class has is never a child, even if a child is called so
+        own = hasattr(type(self), name) or (name in self.__dict__ and not isinstance(value, nn.Module | Tensor))
+        if own:  # what the class, or torch.fx, has is never a child, even if a child is called so
             object.__setattr__(self, name, value)
         else:
             check_setting(self, self.__dict__.get("_numbers", {}), name, value)

@@ -28,6 +28,7 @@ class TaskContexts:
     maskers: dict[str, Masker]
     _guard: Guard
     _active_task: int | None
+    _kept_contexts = _last_context = _made_bank = _programs_prepared = None  # the class has these names, so no child hides them
 
     def context(self, task: int | None, mask_scale: float | None = None, *, reading: Reading | None = None) -> TaskContext | None:
         """The context of one forward pass; None without a task.

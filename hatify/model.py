@@ -34,7 +34,7 @@ from hatify.original import OwnCode
 from hatify.part_modes import check_modes, parts_that_ask
 from hatify.rewrite.carrying import Carried, carrying, modules_of
 from hatify.rewrite.graph import readable, spelled
-from hatify.rewrite.scope import Scope
+from hatify.rewrite.scope import Scope, numbers_of
 from hatify.task_copies import TaskCopies
 
 
@@ -53,10 +53,11 @@ class HATModel(ChildrenByName, TaskContexts, LearningMethods, LockMethods, TaskC
 
     report = verification = source = train_graph = None
     _active_task = _maskers = _own_code_made = None
+    _asking_parts = _carrying = _tracer_extras = None  # the class has these names, so no child hides them
 
     def __init__(self, root: Scope, graph: fx.Graph, train_graph: fx.Graph | None, facts: Facts) -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name="HATModel")
-        self.__dict__["_facts"], self.__dict__["_numbers"] = facts, root._numbers
+        self.__dict__["_facts"], self.__dict__["_numbers"] = facts, numbers_of(root)
         for shelf in ("_parameters", "_buffers", "_modules"):
             # fx keeps only what the graph names; unused and aliased entries belong to the state dict too, in order
             self.__dict__[shelf] = dict(root.__dict__[shelf])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import trap_networks as traps
+from lifecycle.learned import learn
 from networks import NETWORKS
 from tasks import converted, draw_masks, fill_masks, outputs, same, small
 from torch import Tensor, nn
@@ -343,6 +345,38 @@ def test_the_converted_models_own_names_stay_its_own(name: str) -> None:
     assert isinstance(hat[name], nn.Linear) and hat.get_submodule(name) is hat[name] is dict(hat.named_children())[name]
     assert hat.get_parameter(f"{name}.weight") is hat[name].weight and f'self["{name}"](' in hat.code
     assert measure_drift(hat)[0] == 0.0
+
+
+def _used_names() -> list[str]:
+    """What a converted and an extracted model have after training that a module has not, private names too."""
+    hat = converted(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), VECTORS)
+    learn(hat, 0)
+    hat(VECTORS, task=0), hat(VECTORS, task=0)
+    has = {name for model in (hat, hatify.extract(hat, 0)) for name in (*dir(model), *vars(model)) if not name.startswith("__")}
+    return sorted(has - set(dir(nn.Module())) - set(hat._modules) - {"training"})
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_names_that_the_classes_use_are_free(kind: int, tmp_path: Path) -> None:
+    names = _used_names()
+    assert {"code", "graph", "_graph", "extraction", "_carrying", "recompile"} <= set(names)
+    places: list[list[str]] = [["first"], [], []]
+    places[kind] = [*places[kind], *names]
+    model = traps.ManyNames(*places).eval()
+    hat = converted(copy.deepcopy(model), VECTORS)
+    assert torch.equal(model(VECTORS), hat(VECTORS)) and {*model.state_dict()} <= {*hat.state_dict()}
+    learn(hat, 0)
+    hatify.save(hat, tmp_path / "saved")
+    wanted = hat(VECTORS, task=0)
+    assert torch.equal(hatify.load(tmp_path / "saved")(VECTORS, task=0), wanted)
+    for slim in (False, True):
+        plain = hatify.extract(hat, 0, slim=slim)
+        torch.testing.assert_close(plain(VECTORS), wanted)
+        renamed = plain.extraction["renamed"]
+        assert {"code", "graph", "extraction"} <= set(renamed) <= set(names) and "first" not in renamed
+        kept = {".".join((renamed.get(key.partition(".")[0], key.partition(".")[0]), *key.split(".")[1:])) for key in model.state_dict()}
+        assert kept <= set(plain.state_dict())
+        assert torch.equal(pickle.loads(pickle.dumps(plain))(VECTORS), plain(VECTORS))
 
 
 def test_names_that_differ_in_punctuation_stay_apart() -> None:

@@ -190,6 +190,30 @@ class NamedBuffer(nn.Module):
         return self.last(x)
 
 
+class ManyNames(nn.Module):
+    """Layers, raw parameters and buffers, one of each name."""
+
+    def __init__(self, layers: list[str], parameters: list[str], buffers: list[str]) -> None:
+        super().__init__()
+        self.names = layers, parameters, buffers
+        for name in layers:
+            self._modules[name] = nn.Linear(6, 6)
+        for name in parameters:
+            self._parameters[name] = nn.Parameter(torch.randn(6))
+        for name in buffers:
+            self._buffers[name] = torch.randn(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers, parameters, buffers = self.names
+        for name in layers:
+            x = torch.tanh(self._modules[name](x))
+        for name in parameters:
+            x = torch.tanh(x * self._parameters[name])
+        for name in buffers:
+            x = x + self._buffers[name]
+        return x
+
+
 class Scale(nn.Module):
     def __init__(self, *values: float) -> None:
         super().__init__()

@@ -44,7 +44,8 @@ def extract(hat: HATModel, task: int, slim: bool = False) -> fx.GraphModule:
     The result's ``extraction`` is a dict of plain data: ``task``, ``slim``, ``folded`` and ``stayed`` (masks; those that are still
     there with the reason), ``slimmed`` and ``whole`` (with ``slim``: how many channels layers keep; the nodes that get their operands
     whole, with the reason), ``difference`` (the largest absolute one measured on the example inputs, at several batch sizes) and
-    ``bit_equal``, ``inexact`` (without ``slim``: the nodes where a difference begins), ``parameters`` (before, after), ``notes``.
+    ``bit_equal``, ``inexact`` (without ``slim``: the nodes where a difference begins), ``parameters`` (before, after), ``renamed``
+    (children that are called like an attribute of every ``GraphModule``, as ``code``, and what they are called instead), ``notes``.
 
     Args:
         hat: a converted model; not changed.
@@ -67,7 +68,7 @@ def extract(hat: HATModel, task: int, slim: bool = False) -> fx.GraphModule:
     before = sum(p.numel() for p in plain.root.parameters())
     slimmed = slim_down(plain, picture) if slim else []
     stayed = still_masked(plain, folded)
-    module = module_of(plain, picture, f"{hat._facts.name}Task{task}")
+    module, renamed = module_of(plain, picture, f"{hat._facts.name}Task{task}")
     module.to(next((p.device for p in hat.parameters()), torch.device("cpu")))
     try:
         worst, scale = measured(hat, task, module)
@@ -89,6 +90,7 @@ def extract(hat: HATModel, task: int, slim: bool = False) -> fx.GraphModule:
         "bit_equal": worst == 0.0,
         "inexact": [] if worst == 0.0 or slim else _inexact(hat, task, module),
         "parameters": {"before": before, "after": sum(p.numel() for p in module.parameters())},
+        "renamed": renamed,
         "notes": _notes(hat),
     }
     if not worst <= scale:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from hatify.lifecycle.picture import Picture
 from hatify.lifecycle.plain import LIVE_NORMS, Plain, tidy
@@ -14,19 +14,47 @@ from hatify.modules import live_norms
 from hatify.modules.grouped import GROUPED_MM
 
 
-def module_of(plain: Plain, picture: Picture, name: str = "Extracted") -> fx.GraphModule:
-    """The graph as a module, in eval mode. Nothing in it is of hatify."""
+def module_of(plain: Plain, picture: Picture, name: str = "Extracted") -> tuple[fx.GraphModule, dict[str, str]]:
+    """The graph as a module, in eval mode, and what had to take another name. Nothing in it is of hatify."""
     for node in list(plain.graph.nodes):
         if node.target in LIVE_NORMS or node.target is GROUPED_MM:
             write_out(plain.graph, node, picture)
     tidy(plain.graph)
     plain.drop_unused_buffers()
+    renamed = _rename_hidden(plain)
     module = fx.GraphModule(plain.root, plain.graph, class_name=name)
     for shelf in ("_parameters", "_buffers", "_modules"):
         # fx keeps what the graph names; the state dict keeps the original's order, unused entries included
         module.__dict__[shelf] = dict(plain.root.__dict__[shelf])
     module._non_persistent_buffers_set = set(plain.root._non_persistent_buffers_set)
-    return module.eval()
+    return module.eval(), renamed
+
+
+def _rename_hidden(plain: Plain) -> dict[str, str]:
+    """Children, parameters and buffers that are called like what every GraphModule has (``code``, ``graph``): the generated code reads
+    them as attributes, so they cannot keep these names. Returns the new ones."""
+    root, empty = plain.root, fx.GraphModule(nn.Module(), fx.Graph())
+    empty.extraction = None
+    shelves = (root._parameters, root._buffers, root._modules)
+    taken = {name for shelf in shelves for name in shelf}
+    renamed: dict[str, str] = {}
+    for name in sorted(taken):
+        new = name
+        while hasattr(empty, new) or (new != name and new in taken):
+            new += "_"
+        if new != name:
+            renamed[name] = new
+            taken.add(new)
+    for shelf in shelves if renamed else ():
+        entries = [(renamed.get(name, name), value) for name, value in shelf.items()]  # in the order that they had
+        shelf.clear()
+        shelf.update(entries)
+    root._non_persistent_buffers_set = {renamed.get(name, name) for name in root._non_persistent_buffers_set}
+    for node in plain.graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            first, dot, rest = node.target.partition(".")
+            node.target = renamed.get(first, first) + dot + rest
+    return renamed
 
 
 def write_out(graph: fx.Graph, node: fx.Node, picture: Picture) -> None:

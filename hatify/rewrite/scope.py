@@ -59,12 +59,16 @@ def _can_stand_for(value: nn.Module, held: nn.Module | None) -> bool:
     return not isinstance(held, Scope)
 
 
+_ORIGINAL = "the original's"
+"""Where a scope keeps the class and the numbers of the original's module: no identifier, so that a child may have any."""
+
+
 class Scope(nn.Module):
     """A container of the original model, without its forward: what it computed is in the graph."""
 
     def __init__(self, was: str = "", numbers: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self._was, self._numbers = was, dict(numbers or {})  # a child may have any name
+        self.__dict__[_ORIGINAL] = was, dict(numbers or {})
 
     def __getitem__(self, key: int | str) -> Any:
         if isinstance(key, int) and key < 0:
@@ -78,11 +82,12 @@ class Scope(nn.Module):
         return iter(self._modules.values())
 
     def __setattr__(self, name: str, value: Any) -> None:
-        check_setting(self, self.__dict__.get("_numbers", {}), name, value)
+        if _ORIGINAL in self.__dict__:
+            check_setting(self, numbers_of(self), name, value)
         super().__setattr__(name, value)
 
     def _get_name(self) -> str:
-        return self._was or "Scope"
+        return self.__dict__.get(_ORIGINAL, ("", {}))[0] or "Scope"
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
         """A part is not called by itself.
@@ -95,6 +100,11 @@ class Scope(nn.Module):
             why="what it computed is in the network's graph, between its layers",
             fix="call the network; for a part alone, model.part = hatify.convert(model.part, ...)",
         )
+
+
+def numbers_of(scope: Scope) -> dict[str, Any]:
+    """The numbers that the original's module had, by attribute."""
+    return scope.__dict__[_ORIGINAL][1]
 
 
 def _warning_first(register: Callable) -> Callable:
