@@ -374,7 +374,9 @@ def test_names_that_the_classes_use_are_free(kind: int, tmp_path: Path) -> None:
         torch.testing.assert_close(plain(VECTORS), wanted)
         renamed = plain.extraction["renamed"]
         assert {"code", "graph", "extraction"} <= set(renamed) <= set(names) and "first" not in renamed
-        kept = {".".join((renamed.get(key.partition(".")[0], key.partition(".")[0]), *key.split(".")[1:])) for key in model.state_dict()}
+        kept = {
+            ".".join((renamed.get(key.partition(".")[0], key.partition(".")[0]), *key.split(".")[1:])) for key in model.state_dict()
+        }
         assert kept <= set(plain.state_dict())
         assert torch.equal(pickle.loads(pickle.dumps(plain))(VECTORS), plain(VECTORS))
 
