@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from hatify.capture.functional import looked_at, mutated
+from hatify.capture.functional import looked_at
+from hatify.capture.in_place import mutated
 from hatify.capture.regions import closes, opens
 
 _LIBRARY = torch.library.Library("hatify", "FRAGMENT")

@@ -23,7 +23,8 @@ from hatify.capture.chosen import chosen_in_place
 from hatify.capture.effects import has_effect
 from hatify.capture.enclosed import clear_regions, enclose, written_across
 from hatify.capture.entering import enter_mode
-from hatify.capture.functional import line_of_write, make_functional, mutated, written_parameters, written_through_leaves
+from hatify.capture.functional import line_of_write, make_functional, written_parameters, written_through_leaves
+from hatify.capture.in_place import mutated
 from hatify.capture.limits import TypeLimits
 from hatify.capture.open_calls import OpenCalls
 from hatify.capture.pools import open_pools

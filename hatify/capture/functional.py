@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import fx, nn
 
-from hatify.capture.in_place import Provenance, keep_type
+from hatify.capture.in_place import Provenance, keep_type, mutated
+from hatify.capture.parts import can_be_put, chain_of, put
 
+NUMBERS = (bool, int, float, torch.SymBool, torch.SymInt, torch.SymFloat)
 _MAYBE_ALIAS = {"reshape", "flatten", "contiguous", "to", "dropout", "type_as", "expand_as", "view_as", "reshape_as", "unflatten",
                 "movedim", "chunk", "split", "split_with_sizes", "tensor_split", "narrow", "squeeze", "feature_dropout", "pad",
                 "alpha_dropout", "numpy_T", "mT", "matrix_H", "hsplit", "vsplit", "swapaxes", "swapdims", "einsum", "getitem"}  # fmt: skip
@@ -21,17 +23,22 @@ def make_functional(
     one of ``parameters`` (names too) is written.
 
     An operator ``x.op_()`` may become ``y = op(x)``, with later uses of ``x`` reading ``y``, if no other name of the same memory
-    that existed before is used afterwards. Returns the final values of the written ``buffers`` (names of ``get_attr`` nodes).
+    that existed before is used afterwards; where that is the whole that ``x`` is a part of, a new whole takes its place. Returns the
+    final values of the written ``buffers`` (names of ``get_attr`` nodes).
     ``leaves`` are the layers by path.
     """
     _copy_what_goes_out(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
     groups, inplace = looked_at(graph)
     held = {node: node.target for node in graph.nodes if node.op == "get_attr" and node.target in buffers}
+    parts: set[fx.Node] = set()
     for node in inplace:
         target = mutated(node)
         before = [a for a in groups.of(target) if a is not target and order[a] < order[node]]
-        used_after = any(order[user] > order[node] for alias in before for user in alias.users if user is not node)
+        stale = [a for a in before if any(order[user] > order[node] for user in a.users if user is not node)]
+        if stale and can_be_put(graph, node, chain_of(target), stale):
+            parts.add(node)
+        used_after = bool(stale) and node not in parts
         parameter = any(a.op == "get_attr" and a.target in parameters for a in groups.of(target))
         if used_after or parameter or any(alias in held for alias in before) or _functional_overload(node) is None:
             return None
@@ -41,11 +48,19 @@ def make_functional(
     for node in inplace:
         target = mutated(node)
         new = _functional(graph, node, provenance)
-        for user in list(target.users):
-            if order.get(user, len(order)) > order[node] and user is not new and user is not new.args[0]:
-                user.replace_input_with(target, new)
+        if node in parts:
+            chain = chain_of(target)
+            part, target = chain[0], chain[-1].args[0]
+            whole, new = put(graph, new, chain, node, provenance)
+        made = node.prev
+        while made not in order:
+            order[made] = order[node]
+            made = made.prev
+        for old, newest in ((target, whole), (part, new)) if node in parts else ((target, new),):
+            for user in list(old.users):
+                if order[user] > order[node]:
+                    user.replace_input_with(old, newest)
         node.replace_all_uses_with(new)
-        order.setdefault(new, order[node])
         graph.erase_node(node)
         if target in current:
             current[new] = writes_to = current[target]
@@ -113,7 +128,7 @@ def looked_at(graph: fx.Graph) -> tuple[_Aliases, list[fx.Node]]:
         if node.op != "call_function":
             continue
         for other in node.all_input_nodes:
-            if _aliases(node, other):
+            if not isinstance(other.meta.get("val"), NUMBERS) and _aliases(node, other):  # views of one size share no memory by it
                 groups.union(node, other)
         if mutated(node) is not None:
             inplace.append(node)
@@ -147,16 +162,6 @@ class _Aliases:
         joined = self.of(a) | self.of(b)
         for node in joined:
             self.sets[node] = joined
-
-
-def mutated(node: fx.Node) -> fx.Node | None:
-    """The tensor that an operator writes to, or None."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-        return None
-    for argument, value in zip(node.target._schema.arguments, node.args):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            return value
-    return None
 
 
 def _aliases(node: fx.Node, other: fx.Node) -> bool:

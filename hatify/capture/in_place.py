@@ -25,6 +25,16 @@ KEPT = {"relu", "add", "sub", "mul", "neg", "view", "reshape", "flatten", "permu
 """Operators whose result has its operands' type."""
 
 
+def mutated(node: fx.Node) -> fx.Node | None:
+    """The tensor that an operator writes to, or None."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return None
+    for argument, value in zip(node.target._schema.arguments, node.args):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            return value
+    return None
+
+
 class Provenance:
     """Where the types of a graph's values are from: two values of the same provenance have the same type however the model is run."""
 
