@@ -274,6 +274,39 @@ def test_a_deep_copy_is_independent(name: str) -> None:
     assert list(copied.state_dict()) == list(hat.state_dict())
 
 
+# constants of the two modes
+
+
+class ConstantsOfModes(nn.Module):
+    """Each mode makes other constants, in another order; some are alike."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.h = nn.Linear(6, 4), nn.Linear(4, 3)
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.training:
+            x = (
+                x * torch.tensor([1.0, 2.0, 3.0, 4.0])[: self.width].mean()
+                + torch.tensor([float("nan"), 1.0]).nan_to_num(2.0).sum()
+            )
+        return self.h(x + torch.tensor([9.0, 8.0, 7.0, 6.0]))
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_each_mode_reads_its_own_constants(width: int, tmp_path: Path) -> None:
+    model = ConstantsOfModes(width)
+    hat = hatify.convert(model, 2, example_inputs=VECTORS)
+    assert hat.verification.ok and hat.train_graph is not None
+    hatify.save(hat, tmp_path / "saved")
+    loaded = hatify.load(tmp_path / "saved")
+    for mode in (False, True):
+        wanted = model.train(mode)(VECTORS)
+        assert torch.equal(wanted, hat.train(mode)(VECTORS)) and torch.equal(wanted, loaded.train(mode)(VECTORS))
+
+
 # copies per task
 
 

@@ -238,6 +238,24 @@ class Detached(torch.nn.Module):
         return self.last(torch.relu(self.student(x)) + taught.detach())
 
 
+class SummedOut(torch.nn.Module):
+    """An einsum with a letter that one operand alone has, and that is summed over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.h = torch.nn.Linear(5, 8), torch.nn.Linear(6, 3)
+        self.w = torch.nn.Parameter(torch.randn(2, 8, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.h(torch.relu(torch.einsum("xij,bi->bj", self.w, self.a(x))))
+
+
+def test_letters_that_are_summed_out_of_one_operand() -> None:
+    x = torch.randn(2, 5)
+    hat = hatify.convert(SummedOut(), 2, example_inputs=x, verify=False).eval()
+    extracts(finished(hat, 0), 0)
+
+
 def test_what_gradients_do_not_pass_is_needed() -> None:
     torch.manual_seed(0)
     hat = hatify.convert(Detached(), 1, example_inputs=torch.randn(4, 5), verify=False).eval()

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ..errors import ArtifactError
 from ..modules import HATLayer, HATRecurrent, TaskIndexed
@@ -28,6 +29,10 @@ class LayerWriter:
     def __init__(self, recipes: Mapping[int, Recipe | str], refusals: Mapping[str, str]) -> None:
         self._recipes, self._refusals = recipes, refusals
         self.recipes: list[Recipe] = []
+
+    def is_unnamed(self, module: nn.Module) -> bool:
+        """Whether a layer that no graph calls is of a class that torch made for it alone: it keeps its tensors, and nothing else."""
+        return parametrize.is_parametrized(module) and class_of(module) is type(module) and id(module) not in self._recipes
 
     def write(self, module: nn.Module, path: str) -> dict[str, Any]:
         """Class and attributes.

@@ -34,6 +34,7 @@ PYTHON: dict[str, Callable] = {
         "sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite", "sym_sum", "reshape")},
     "python.round": round,
     "python.attribute": getattr,
+    "torch.einsum": torch.functional.einsum,
     "torch.is_grad_enabled": torch.is_grad_enabled,
     "torch.set_grad_enabled": torch._C._set_grad_enabled,
     "hatify.by_mode": by_mode,

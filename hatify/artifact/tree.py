@@ -65,12 +65,15 @@ class TreeWriter:
         entry: dict[str, Any] = {"path": path}
         self.entries.append(entry)
         inner = called is not None and path not in called
-        if top or inner:
+        unnamed = self.layers.is_unnamed(module)
+        if top or inner or unnamed:
             entry.update({"kind": "scope", "was": type(module).__name__})
         else:
             entry.update(self._described(module, path))
         if "recipe" in entry:
             called = {f"{path}.{target}" for target in self.layers.recipes[entry["recipe"]].called()}
+        elif unnamed:
+            called = set()
         elif not inner:
             called = None
         if module.training != self.training:

@@ -27,6 +27,7 @@ from hatify.capture.functional import line_of_write, make_functional, written_pa
 from hatify.capture.in_place import mutated
 from hatify.capture.limits import TypeLimits
 from hatify.capture.open_calls import OpenCalls
+from hatify.capture.plans import plans_left
 from hatify.capture.pools import open_pools
 from hatify.capture.questions import noted_questions, noted_types
 from hatify.capture.reading import read_program
@@ -193,6 +194,7 @@ def _export(flat: _Flat, inputs: list[Tensor], model: nn.Module, open_sizes: boo
         mark_functions(),
         set_aside(),
         spelled_sizes(),
+        plans_left(),
         OpenCalls(),
         TypeLimits(),
         memory,

@@ -19,6 +19,7 @@ from hatify.capture.enclosed import ENCLOSED, SETTINGS, region_of
 from hatify.capture.functional import copied
 from hatify.capture.hidden import check_arguments, check_constant
 from hatify.capture.names import line_behind, scope_of, telling_name
+from hatify.capture.plans import is_planned
 from hatify.capture.regions import enter_autocast, exit_autocast
 from hatify.capture.repeats import MARK, REPEAT, Copier
 from hatify.capture.sizes import fixed_sizes, guards_of
@@ -147,7 +148,10 @@ def _copy_function(graph: fx.Graph, env: dict[fx.Node, Any], node: fx.Node, copi
         env[node] = _written_as_pairs(graph, env, node)
         return
     target = EQUIVALENT.get(str(node.target), node.target)
-    new = graph.create_node("call_function", target, *_mapped(env, node), name=telling_name(node.target, scope_of(node)))
+    args, kwargs = _mapped(env, node)
+    if is_planned(node):
+        target, args = torch.functional.einsum, (args[0], *args[1])
+    new = graph.create_node("call_function", target, args, kwargs, name=telling_name(node.target, scope_of(node)))
     _note(new, node)
     env[node] = new
 

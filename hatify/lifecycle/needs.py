@@ -199,7 +199,11 @@ class Needs:
             return
         for (side, letters), (other, theirs) in (kind.sides, kind.sides[::-1]):
             live = (~self.zeros[other]).float()
-            self._need(side, torch.einsum(f"{kind.out},{theirs}->{letters}", out.float(), live) > 0)
+            seen = "".join(
+                letter for letter in letters if letter in kind.out + theirs
+            )  # any other one is summed out before they meet
+            need = torch.einsum(f"{kind.out},{theirs}->{seen}", out.float(), live) > 0
+            self._need(side, need[tuple(slice(None) if letter in seen else None for letter in letters)])
 
     def _attention(self, node: fx.Node, kind: Kind, out: Tensor) -> None:
         q, k, v = node.args[:3]

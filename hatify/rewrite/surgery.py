@@ -135,10 +135,13 @@ class Surgery:
         return self._add_to("masks", name, LiveMask(self.program(ids), ids, partial(self.analysis.table.describe, ids)))
 
     def add_constant(self, name: str, value: Tensor) -> str:
-        """A tensor of the graph that no module holds; returns its path."""
-        if name not in self.hat.constants._buffers:
-            self.hat.constants.register_buffer(name, value.clone(), persistent=False)
-        return f"{self.room}.constants.{name}"
+        """A tensor of the graph that no module holds; returns its path. The graph of the other mode may have another one of this name."""
+        held, unique, number = self.hat.constants._buffers, name, 1
+        while unique in held and not _same_bits(held[unique], value):
+            unique, number = f"{name}_{number}", number + 1
+        if unique not in held:
+            self.hat.constants.register_buffer(unique, value.clone(), persistent=False)
+        return f"{self.room}.constants.{unique}"
 
     def _add_to(self, shelf: str, name: str, module: nn.Module) -> str:
         scope = getattr(self.hat, shelf)
@@ -147,6 +150,12 @@ class Surgery:
             unique, number = f"{safe(name)}_{number}", number + 1
         scope.add_module(unique, module)
         return f"{self.room}.{shelf}.{unique}"
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
 def take_class_count(path: str, head: TaskIndexed, copied: nn.Module, count: int | None) -> None:
