@@ -99,6 +99,60 @@ def test_another_name_is_not_called(saved, name):
         hatify.load(path, layers=[Split, ScaledSign, Net])
 
 
+@torch.library.custom_op("hatify_tests::spike", mutates_args=())
+def spike(x: Tensor, threshold: float) -> Tensor:
+    return (x > threshold).to(x.dtype)
+
+
+spike.register_fake(lambda x, threshold: torch.empty_like(x))
+spike.register_autograd(
+    lambda ctx, grad: (grad / (1 + ctx.x**2), None), setup_context=lambda ctx, inputs, output: setattr(ctx, "x", inputs[0])
+)
+
+
+class Spiking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(spike(self.fc1(x), threshold=0.25))
+
+
+@pytest.fixture
+def spiking(tmp_path: Path) -> tuple[hatify.HATModel, Path]:
+    hat = hatify.convert(Spiking(), tasks=2, example_inputs=torch.randn(4, 6))
+    hatify.save(hat, tmp_path / "net")
+    return hat, tmp_path / "net"
+
+
+@pytest.mark.parametrize("operator", [torch.ops.hatify_tests.spike, torch.ops.hatify_tests.spike.default])
+def test_operators_are_brought_by_the_user(spiking, operator, tmp_path):
+    hat, path = spiking
+    with pytest.raises(ArtifactError, match=r"layers=\[torch.ops.hatify_tests.spike.default\]"):
+        hatify.load(path)
+    again = hatify.load(path, layers=[operator])
+    again = hatify.load(hatify.save(again, tmp_path / "again"), layers=[operator])
+    x = torch.randn(5, 6)
+    for task in (None, 1):
+        assert torch.equal(again(x, task=task), hat(x, task=task))
+        mine, theirs = gradients(hat, x, task), gradients(again, x, task)
+        assert len(mine) == len(theirs) > 0 and all(torch.equal(a, b) for a, b in zip(mine, theirs))
+
+
+@pytest.mark.parametrize("name", ["aten.set_.source_Tensor", "hatify_tests.spike.out", "os.system.default", "aten.relu.default"])
+def test_another_operator_is_not_called(spiking, name):
+    """Not even where the user passes it: torch's own are on a list, or are none that a directory may call."""
+    path = spiking[1]
+    data = json.loads((path / "model.json").read_text())
+    node = next(n for n in data["graphs"]["eval"] if str(n.get("target", "")).startswith("your "))
+    node["target"] = f"your torch.ops.{name}"
+    (path / "model.json").write_text(json.dumps(data))
+    reseal(path)
+    with pytest.raises(ArtifactError, match="calls your own function"):
+        hatify.load(path, layers=[torch.ops.hatify_tests.spike, torch.ops.aten.set_, torch.ops.aten.relu])
+
+
 class Transformer(nn.Module):
     """A spatial transformer, and a quantile: functions whose names hold those of others that no directory may call."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -26,7 +26,7 @@ from .expressions import guard_from, guard_to
 from .fields import Fields, typed
 from .gates import TABLE, Budget, Ids, StoredIds, table_from, uses_from, uses_to
 from .graphs import check_places, graph_from, graph_to
-from .known import name_of
+from .known import Known
 from .layers import LayerReader, LayerWriter
 from .lowered import BY_ITEM, Recipe
 from .lowering import lower_layers
@@ -212,16 +212,14 @@ class Rebuilt:
         gates: Mapping[str, Tensor],
         gates_file: str,
         inputs: list[Tensor],
-        known: Iterable[type],
+        known: Known,
     ) -> None:
         fields.only("name", "graphs", "outputs", "signature", "sizes", "modules", "own_code", "recipes", "room", "maskers",
                     "indexed", "uses", "original",
                     "switches", "can_train", "asks", "own_modes", "unlike", "parameter_types", "input_types", "selections",
                     "plans", "rows", "report", "verification")  # fmt: skip
         self.fields = fields
-        known = list(known)
-        modules = [cls for cls in known if issubclass(cls, nn.Module)]
-        classes = {f"{c.__module__}:{c.__qualname__}": c for c in known if c not in modules}
+        modules, classes = known.modules, known.classes
         ids = StoredIds(gates, gates_file)
         recipes = [_recipe_head(part, classes) for part in fields.at("recipes").items()]
         self.tree = TreeReader(fields.at("modules"), training, config, LayerReader(recipes, modules), ids, inventory)
@@ -240,8 +238,7 @@ class Rebuilt:
                 raise part.wrong("a recipe of no layer", "one that a layer names")
             _recipe_body(recipe, part, users)
         root = self.tree.root
-        functions = {name_of(c): c for c in known if issubclass(c, torch.autograd.Function)}
-        self.graphs = {name: graph_from(part, root, functions=functions) for name, part in fields.at("graphs").pairs()}
+        self.graphs = {name: graph_from(part, root, functions=known.functions) for name, part in fields.at("graphs").pairs()}
         _check_modes(fields, self.graphs)
         analysis, paths = Analysis(), {}
         for name, part in fields.at("maskers").pairs():

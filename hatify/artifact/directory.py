@@ -34,7 +34,7 @@ from .config import FORMAT, VERSION, hat_config_of, read_config, seal, settings_
 from .description import Rebuilt, describe_model
 from .digests import check_digests, entry_of, word_of
 from .fields import Fields, check_file, dump, parse, read_bytes
-from .known import known_classes
+from .known import Known
 from .own_code import warn_without
 from .reading import TensorFile, Weights, read_tensors
 from .tensors import dtype_name, write_tensors
@@ -231,7 +231,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     factory: Callable[[], nn.Module] | None = None,
-    layers: Iterable[type] = (),
+    layers: Iterable[Any] = (),
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> HATModel:
@@ -245,8 +245,8 @@ def load(
         path: the directory.
         factory: returns the original model (any weights), for :func:`hatify.verify` to compare with; without it, parity cannot be
             measured. A directory of format 1 needs it.
-        layers: classes of yours that the directory names (it says so if it needs one): layers, autograd functions, and classes of what the
-            model returns.
+        layers: what of yours the directory names (it says so if it needs one): classes of layers, autograd functions, operators
+            (``torch.ops.mine.spike``), and classes of what the model returns.
         device: where the tensors go, a few at a time (default: torch's default device); ``"meta"`` gives the model without values.
         dtype: the type of all floating-point tensors, as in :func:`hatify.save`.
 
@@ -289,7 +289,7 @@ def _load(
     directory: Path,
     seen: tuple[int, ...] | None,
     factory: Callable[[], nn.Module] | None,
-    layers: list[type],
+    layers: list[Any],
     device: torch.device | None,
     dtype: torch.dtype | None,
 ) -> HATModel:
@@ -299,7 +299,7 @@ def _load(
 
         hat = load_first(directory, config, factory)
         return hat if device is None and dtype is None else hat.to(device=device, dtype=dtype)
-    return _Reader(directory, seen, config, known_classes(layers), device, dtype).model(factory)
+    return _Reader(directory, seen, config, Known(layers), device, dtype).model(factory)
 
 
 class _Reader:
@@ -310,7 +310,7 @@ class _Reader:
         directory: Path,
         seen: tuple[int, ...] | None,
         config: Fields,
-        known: list[type],
+        known: Known,
         device: torch.device | None,
         dtype: torch.dtype | None,
     ) -> None:

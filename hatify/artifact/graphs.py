@@ -17,7 +17,7 @@ from ..capture.tree import FunctionCall
 from ..errors import ArtifactError
 from .constants import constant_from, constant_to, portable
 from .fields import Fields
-from .known import YOURS, name_of, not_brought
+from .known import YOURS, is_yours, name_of, not_brought
 from .operators import ATTRIBUTES, operator_from, operator_name
 
 __all__ = ["check_places", "graph_from", "graph_to"]
@@ -28,7 +28,7 @@ NOTES = ("scope", "line", "gates", "norm")
 
 
 def graph_to(graph: fx.Graph, where: str, own: bool = False) -> list[dict[str, Any]]:
-    """The nodes of a graph, in order. ``own``: it may call autograd functions of the user's, who brings them again.
+    """The nodes of a graph, in order. ``own``: it may call autograd functions and operators of the user's, who brings them again.
 
     Raises:
         ArtifactError: a function or a constant that cannot be stored; names the node and its source line.
@@ -39,8 +39,9 @@ def graph_to(graph: fx.Graph, where: str, own: bool = False) -> list[dict[str, A
 def _node_to(node: fx.Node, where: str, own: bool) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": node.name, "op": node.op}
     if node.op == "call_function":
-        of_user = own and isinstance(node.target, FunctionCall)
-        entry["target"] = YOURS + name_of(node.target.function) if of_user else operator_name(node.target)
+        target = node.target.function if isinstance(node.target, FunctionCall) else node.target
+        of_user = own and (target is not node.target or (operator_name(target) is None and is_yours(target)))
+        entry["target"] = YOURS + name_of(target) if of_user else operator_name(node.target)
         if entry["target"] is None:
             of_torch = getattr(node.target, "namespace", "") == "aten"
             why = "no directory may call" if of_torch else "only your code has"
@@ -76,13 +77,16 @@ def _not_stored(node: fx.Node, where: str, why: str, target: Any) -> ArtifactErr
 
 
 def graph_from(
-    fields: Fields, root: nn.Module, hidden: Collection[str] | None = None, functions: Mapping[str, type] = MappingProxyType({})
+    fields: Fields,
+    root: nn.Module,
+    hidden: Collection[str] | None = None,
+    functions: Mapping[str, type | torch._ops.OpOverload] = MappingProxyType({}),
 ) -> fx.Graph:
     """The graph over the modules and tensors of ``root``.
 
     Args:
         hidden: children of ``root`` that its code asks for by ``self["name"]``; None: all that need it.
-        functions: autograd functions that the user passes, by name.
+        functions: autograd functions and operators that the user passes, by name.
 
     Raises:
         ArtifactError: an operator, a reference, a name or a constant that does not belong there.
@@ -150,12 +154,16 @@ def _target(entry: Fields, op: str, args: tuple, kwargs: dict[str, Any], root: n
     return target
 
 
-def _function(entry: Fields, args: tuple, kwargs: dict[str, Any], functions: Mapping[str, type]) -> Callable:
+def _function(
+    entry: Fields, args: tuple, kwargs: dict[str, Any], functions: Mapping[str, type | torch._ops.OpOverload]
+) -> Callable:
     target = entry.get("target", str)
     if target.startswith(YOURS):
         name = target.removeprefix(YOURS)
         if name not in functions:
             raise not_brought(entry.at("target"), name, "calls your own function")
+        if isinstance(functions[name], torch._ops.OpOverload):
+            return functions[name]
         if kwargs:
             raise entry.at("kwargs").wrong(str([*kwargs])[:60], "no keywords")
         return FunctionCall(functions[name])
