@@ -33,7 +33,8 @@ class VerificationReport:
     ``torch.inference_mode()``, where a model may take another path (torch's transformer layers do); ``parity_train`` is None where
     train mode could not be captured. ``gradients``: the largest relative
     difference of a parameter's gradient in that step. Outputs are promised to the bit; a gradient may differ by
-    rounding (less than ``rounding``) where a library chooses another kernel while it is traced; a lost region or function shows as more.
+    rounding (less than ``rounding``, which is larger where the original's own gradients differ as much when its weights change by their
+    last bit) where a library chooses another kernel while it is traced; a lost region or function shows as more.
     ``drift``: a finished task's outputs before and after all that is not locked was replaced by noise. ``control``: the same with
     the locks taken away, which must not be zero, or the check was blind (None for a model that shares no weights).
     ``batch_sizes``: those it was tried at. ``tightness`` and ``leak``, None unless asked for: the share of locked weights that a
@@ -140,7 +141,7 @@ def _measure(hat: HATModel, without_locks: Sequence[str], without_masks: Sequenc
     seconds: dict[str, float] = {}
     batches = list(input_batches(hat, seed))
     start = time.perf_counter()
-    parity = Parity(None, None, None, None)
+    parity = Parity(None, None, None, None, rounding=rounding_of(hat))
     if hat._facts.reference is None:
         notes.append("loaded without the original's code, so parity is not measured: hatify.load(directory, factory=make_model)")
         batches = [batches[0], *(tensors for tensors in batches[1:] if takes(hat, tensors, notes))]
@@ -160,4 +161,4 @@ def _measure(hat: HATModel, without_locks: Sequence[str], without_masks: Sequenc
     seconds["drift"] = time.perf_counter() - start
     control = None if control is None else min(control, sys.float_info.max)  # noise may overflow, and JSON has no infinity
     found = (parity.evaluation, parity.no_grad, parity.training, parity.gradients, drift, control)
-    return VerificationReport(*found, [batch_size(b) for b in batches], seconds, notes, rounding=rounding_of(hat))
+    return VerificationReport(*found, [batch_size(b) for b in batches], seconds, notes, rounding=parity.rounding)

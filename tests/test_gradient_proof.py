@@ -11,6 +11,7 @@ from tasks import converted, small
 from torch import Tensor, nn
 
 import hatify
+from hatify.proof import parity
 from hatify.proof.gradients import Smooth
 from hatify.verification import prove_by_gradients
 
@@ -221,3 +222,54 @@ def test_a_network_without_finite_gradients_is_not_judged() -> None:
     hat = converted(Infinite(), torch.randn(3, 4))
     proof = prove_by_gradients(hat)
     assert proof.leak is None and proof.tightness is None
+
+
+# gradients that are equal up to rounding
+
+
+class Rounded(torch.autograd.Function):
+    """The identity, whose gradient is off by a part of itself."""
+
+    off = 0.0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * (1 + Rounded.off * torch.linspace(-1, 1, grad.numel()).view_as(grad))
+
+
+class Twice(nn.Module):
+    """Batch norms over two samples, or none."""
+
+    def __init__(self, normed: bool) -> None:
+        super().__init__()
+        norms = [nn.BatchNorm1d(8) if normed else nn.Tanh() for _ in range(2)]
+        self.body = nn.Sequential(nn.Linear(6, 8), norms[0], nn.Linear(8, 8), norms[1])
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Rounded.apply(self.body(x)))
+
+
+@pytest.mark.parametrize(
+    ("normed", "off", "ok"), [(True, 0.0, True), (True, 1e-6, True), (True, 3e-3, False), (False, 1e-6, True), (False, 3e-3, False)]
+)
+def test_rounding_is_as_large_as_the_originals_own(monkeypatch: pytest.MonkeyPatch, normed: bool, off: float, ok: bool) -> None:
+    """What two samples give is almost ±1, and its gradients almost zero: a kernel's rounding shows there. The same difference in a network
+    whose own gradients do not move with the last bit of its weights is an error."""
+    x = torch.randn(2, 6)
+    hat = hatify.convert(Twice(normed), 2, example_inputs=x, verify=False)
+    before = [p.clone() for p in hat.parameters()]
+    step = parity._train_step
+
+    def stepping(model: nn.Module, *args: Any) -> Any:
+        Rounded.off = off if model is hat else 0.0
+        return step(model, *args)
+
+    monkeypatch.setattr(parity, "_train_step", stepping)
+    found = hatify.verify(hat)
+    assert found.ok is ok and (found.gradients > 1e-4) is (normed and off > 0 or off > 1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(before, hat.parameters()))

@@ -132,7 +132,7 @@ def test_a_branch_that_makes_no_difference_refuses_nothing() -> None:
 @pytest.mark.parametrize("off", [1e-6, 1e-2], ids=["rounding", "more"])
 def test_a_trial_judges_gradients_as_the_proof_does(off: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some CPUs take another kernel for a batch of one: gradients differ by rounding then, outputs do not."""
-    monkeypatch.setattr(parity, "_parity_train", lambda *given: (0.0, off))
+    monkeypatch.setattr(parity, "_parity_train", lambda *given: (0.0, {"scale": off}))
     model = Expands()
     hat = hatify.convert(model, 2, example_inputs=EXAMPLE, verify=False)
     assert follows(hat, model, of_size(0, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,13 +24,14 @@ from hatify.proof.keeping import buffers_kept, kept, modes_kept, own_buffers, se
 @dataclass
 class Parity:
     """The largest differences that were found: 0.0 for none, None for what was not compared. ``served`` are the inputs that the
-    original takes."""
+    original takes, ``rounding`` what gradients may differ by."""
 
     evaluation: float | None
     no_grad: float | None
     training: float | None
     gradients: float | None
     served: list[list[Tensor]] | None = None
+    rounding: float = 0.0
 
 
 def measure_parity(hat: HATModel, batches: list[list[Tensor]], seed: int, notes: list[str]) -> Parity:
@@ -44,12 +46,25 @@ def measure_parity(hat: HATModel, batches: list[list[Tensor]], seed: int, notes:
     served = [tensors for tensors, parity in zip(batches, found) if parity is not None]
     evaluation = max(parity for parity in found if parity is not None)
     no_grad = _parity_without_gradients(hat, served, notes, seed)
-    training, gradients = None, None
+    training, gradients, rounding = None, None, rounding_of(hat)
     if hat.can_train:
-        training, gradients = _parity_train(hat, original, batches[0], seed, notes)
+        training, differences = _parity_train(hat, original, batches[0], seed, notes)
+        gradients = _largest(differences)
+        rough = {n for n, d in (differences or {}).items() if rounding <= d}
+        if rough and gradients < math.inf:
+            own = _own_rounding(hat, original, batches[0], seed, rough)
+            if all(differences[n] < ROUNDINGS * own[n] for n in rough):
+                rounding = ROUNDINGS * max(own.values())
+                notes.append(
+                    f"gradients of {len(rough)} parameters differ, as the original's own do where weights change by their last bit"
+                )
     else:
         notes.append("train mode could not be captured: not compared")
-    return Parity(evaluation, no_grad, training, gradients, served)
+    return Parity(evaluation, no_grad, training, gradients, served, rounding)
+
+
+def _largest(differences: dict[str, float] | None) -> float | None:
+    return None if differences is None else max(differences.values(), default=0.0)
 
 
 def equals_original(hat: HATModel) -> bool:
@@ -82,10 +97,10 @@ def equals_original_on(hat: HATModel, tensors: list[Tensor]) -> bool:
         except Exception:
             return True
         try:
-            training, gradients = _parity_train(hat, original, tensors, 0, []) if hat.can_train else (0.0, None)
+            training, differences = _parity_train(hat, original, tensors, 0, []) if hat.can_train else (0.0, None)
         except Exception:
             return False
-        return training == 0.0 and (gradients or 0.0) < rounding_of(hat)
+        return training == 0.0 and (_largest(differences) or 0.0) < rounding_of(hat)
 
 
 ROUNDING, ROUNDINGS = 1e-4, 16
@@ -96,6 +111,26 @@ def rounding_of(hat: HATModel) -> float:
     """What gradients may differ by: sums of another kernel, rounded to the coarsest type among the parameters."""
     steps = [torch.finfo(p.dtype).eps for p in hat.parameters() if p.is_floating_point() and p.element_size() > 1]
     return max([ROUNDING, *(ROUNDINGS * step for step in steps)])
+
+
+def _own_rounding(hat: HATModel, original: nn.Module, tensors: list[Tensor], seed: int, names: set[str]) -> dict[str, float]:
+    """How far the original's own gradients of these parameters go, relative to their largest element, where every weight changes by its
+    last bit: far, where a batch norm sees two samples, whose true gradients are almost zero."""
+    _, before, _ = _train_step(original, hat, tensors, seed, names)
+    generator = torch.Generator().manual_seed(seed)
+    with kept(hat):
+        with torch.no_grad():
+            for parameter in hat.parameters():
+                if parameter.is_floating_point() and parameter.element_size() > 1:
+                    up = torch.randint(0, 2, parameter.shape, generator=generator).to(parameter.device, torch.bool)
+                    near = torch.where(up, torch.inf, -torch.inf).to(parameter.dtype)
+                    parameter.copy_(torch.nextafter(parameter, near))
+        _, after, _ = _train_step(original, hat, tensors, seed, names)
+    return {n: _relative(before[n], after[n]) for n in names}
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / a.abs().max().clamp(min=1e-12))
 
 
 def _parity_eval(hat: HATModel, original: nn.Module, tensors: list[Tensor], notes: list[str], seed: int) -> float | None:
@@ -174,8 +209,9 @@ def _all_trainable(hat: HATModel) -> Iterator[None]:
 
 def _parity_train(
     hat: HATModel, original: nn.Module, tensors: list[Tensor], seed: int, notes: list[str]
-) -> tuple[float, float | None]:
-    """Outputs and statistics of one train-mode step, and its gradients (None where the original itself has no backward)."""
+) -> tuple[float, dict[str, float] | None]:
+    """Outputs and statistics of one train-mode step, and the gradients that are not equal to the bit, relative to a parameter's largest
+    element; infinity where one has them and the other has not, None where the original itself has no backward."""
     (expected, wanted, statistics), (got, digests, own) = (_train_step(m, hat, tensors, seed, None) for m in (original, hat))
     names = list(statistics)
     parity = max(difference(expected, got), difference([statistics[n] for n in names], [own[n] for n in names]))
@@ -185,18 +221,18 @@ def _parity_train(
         return parity, None
     if isinstance(digests, Exception):
         notes.append(f"backward fails, the original's does not ({type(digests).__name__}: {digests})")
-        return parity, float("inf")
+        return parity, dict.fromkeys(wanted, math.inf)
     if wanted.keys() != digests.keys():
-        return parity, float("inf")
+        return parity, dict.fromkeys(wanted.keys() ^ digests.keys(), math.inf)
     unequal = {n for n in wanted if wanted[n] != digests[n]}
     if not unequal:
-        return parity, 0.0
+        return parity, {}
     (_, a, _), (_, b, _) = (_train_step(m, hat, tensors, seed, unequal) for m in (original, hat))
     failed = next((found for found in (a, b) if isinstance(found, Exception)), None)
     if failed is not None:  # it keeps something of a call, and the next one trips over it
         notes.append(f"backward fails in a second call alone ({type(failed).__name__}: {failed}): gradients could not be compared")
-        return parity, float("inf")
-    return parity, max(float((a[n] - b[n]).abs().max() / a[n].abs().max().clamp(min=1e-12)) for n in unequal)
+        return parity, dict.fromkeys(unequal, math.inf)
+    return parity, {n: _relative(a[n], b[n]) for n in unequal}
 
 
 def _train_step(model: nn.Module, hat: HATModel, tensors: list[Tensor], seed: int, whole: set[str] | None):
