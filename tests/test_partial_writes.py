@@ -118,6 +118,13 @@ class Net(nn.Module):
         return self.c(torch.tanh(self.combine(torch.tanh(self.a(x)), torch.tanh(self.b(x)))))
 
 
+def overlapping(a: Tensor, b: Tensor) -> Tensor:
+    """Windows of one memory: what is written to the first column of them is in the others too."""
+    windows = (a * 2).unfold(1, 3, 1)
+    windows[:, :, 0] = b[:, :6]
+    return windows.flatten(1)
+
+
 class OnLayers(nn.Module):
     """What is written to is what a layer gave."""
 
@@ -184,3 +191,8 @@ def test_control_what_a_new_whole_would_get_wrong_is_traced(combine: Callable) -
 def test_gradients_that_a_new_whole_would_lose_are_refused() -> None:
     with pytest.raises(CaptureError, match="shares memory with a region of torch.no_grad"):
         hatify.convert(Net(gradients_off), 2, example_inputs=VECTORS)
+
+
+def test_what_a_new_whole_would_not_share_is_refused() -> None:
+    with pytest.raises(CaptureError, match="internal overlap"):
+        hatify.convert(Net(overlapping), 2, example_inputs=VECTORS)

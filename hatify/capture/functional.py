@@ -36,7 +36,7 @@ def make_functional(
         target = mutated(node)
         before = [a for a in groups.of(target) if a is not target and order[a] < order[node]]
         stale = [a for a in before if any(order[user] > order[node] for user in a.users if user is not node)]
-        if stale and can_be_put(graph, node, chain_of(target), stale):
+        if stale and can_be_put(graph, node, chain_of(target), before, stale):
             parts.add(node)
         used_after = bool(stale) and node not in parts
         parameter = any(a.op == "get_attr" and a.target in parameters for a in groups.of(target))

@@ -12,6 +12,8 @@ from hatify.capture.regions import closes, opens
 aten = torch.ops.aten
 SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
 """Views of a part, and what puts a value in its place."""
+OVERLAPPING = {"unfold", "as_strided", "expand", "expand_as", "broadcast_to"}
+"""Views that may have one element of memory in several places."""
 
 
 def chain_of(part: fx.Node) -> list[fx.Node]:
@@ -26,18 +28,21 @@ def chain_of(part: fx.Node) -> list[fx.Node]:
         part = part.args[0] if written is None else written
 
 
-def can_be_put(graph: fx.Graph, write: fx.Node, chain: list[fx.Node], stale: list[fx.Node]) -> bool:
+def can_be_put(graph: fx.Graph, write: fx.Node, chain: list[fx.Node], before: list[fx.Node], stale: list[fx.Node]) -> bool:
     """Whether a new tensor may take the whole's place behind a write to a part of it.
 
     Args:
         write: the in-place operator, on the first of ``chain``.
-        stale: what shares memory with the part, was there before the write, and is read behind it.
+        before: what shares memory with the part and was there before the write.
+        stale: those of them that are read behind it.
     """
     if not chain:
         return False
     whole = chain[-1].args[0]
     made = whole.op in ("call_function", "call_module")  # not given to the network, nor held by it
     if not set(stale) <= {whole, chain[0]} or not made or whole.meta["val"].is_complex():
+        return False
+    if any(getattr(a.target, "__name__", "").partition(".")[0] in OVERLAPPING for a in before):
         return False
     return not _in_region(graph, write)  # where gradients are off, a new tensor would have none
 
