@@ -60,7 +60,7 @@ def change(path: Path, modules: tuple[str, ...], node: dict, own: bool = False) 
         "z.__class__",
         "z._modules.update",
         "z.apply",
-        "z._was",
+        "z._forward_hooks",
         "__init__",
         "layer.linear1._call_impl",
     ],
