@@ -13,12 +13,16 @@ class ChildrenByName(nn.Module):
     """The part of a HAT model that finds the original's children, parameters and buffers, whatever these are called."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        own = hasattr(type(self), name) or (name in self.__dict__ and not isinstance(value, nn.Module | Tensor))
-        if own:  # what the class, or torch.fx, has is never a child, even if a child is called so
+        if hasattr(type(self), name) or self._is_hidden(name):  # never a child, even if a child is called so
             object.__setattr__(self, name, value)
         else:
             check_setting(self, self.__dict__.get("_numbers", {}), name, value)
             super().__setattr__(name, value)
+
+    def _is_hidden(self, name: str) -> bool:
+        """Whether a child is called like what torch.fx keeps on every graph module."""
+        held = self.__dict__
+        return name in held and any(name in held.get(shelf, ()) for shelf in ("_modules", "_parameters", "_buffers"))
 
     def __getitem__(self, key: int | str) -> nn.Module | Tensor:
         """A child, parameter or buffer by its name, or a child by its number as in a sequential model."""

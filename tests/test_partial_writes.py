@@ -147,12 +147,34 @@ def test_what_layers_gave() -> None:
     assert captured.repeats and trained is not None
 
 
+def copied_then_source_written(a: Tensor, b: Tensor) -> Tensor:
+    out, b = torch.zeros_like(a), b * a
+    out.copy_(b)
+    b.add_(1.0)
+    return out - b * 2
+
+
+def copied_then_written(a: Tensor, b: Tensor) -> Tensor:
+    out, b = torch.zeros_like(a), b * a
+    out.copy_(b)
+    out.add_(1.0)
+    return out - b * 2
+
+
+def copied_then_part_written(a: Tensor, b: Tensor) -> Tensor:
+    out, b = torch.zeros_like(a), b * a
+    out.copy_(b)
+    out[:, :4].add_(1.0)
+    return out - b * 2
+
+
+COPIED = [copied_then_source_written, copied_then_written, copied_then_part_written]
 RENAMED = [interleaved, in_turns, added, expanded, changed_later, wider, in_another_type, read_again]
 TRACED = [of_a_view, written_by_names, whole_by_another_name]
 """What tracing alone makes functional."""
 
 
-@pytest.mark.parametrize("combine", [*RENAMED, *TRACED], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("combine", [*RENAMED, *COPIED, *TRACED], ids=lambda f: f.__name__)
 def test_the_promises_hold(combine: Callable) -> None:
     model = Net(combine)
     hat = hatify.convert(model, 3, example_inputs=VECTORS)

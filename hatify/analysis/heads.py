@@ -33,9 +33,10 @@ def weight_source(node: fx.Node) -> list[fx.Node]:
     name = operator_name(node) if node.op == "call_function" else None
     if name not in WEIGHT_SLOT:
         return []
-    terms = node.args[1] if len(node.args) == 2 else node.args[1:]  # ATen's operator takes a list, torch.einsum one by one
-    either = {"einsum": terms, "matmul": node.args, "mm": node.args, "bmm": node.args}
-    places = either.get(name, node.args[WEIGHT_SLOT[name] :][:1])
+    if name == "einsum":  # ATen's operator takes a list, torch.einsum one by one
+        places = node.args[1] if len(node.args) == 2 else node.args[1:]
+    else:
+        places = node.args if name in ("matmul", "mm", "bmm") else node.args[WEIGHT_SLOT[name] :][:1]
     return [parameter for operand in places if isinstance(operand, fx.Node) for parameter in _parameters_behind(operand)]
 
 

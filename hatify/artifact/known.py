@@ -17,6 +17,7 @@ YOURS = "your "
 """What the name of something of the user's begins with in a file: the class of a layer, or a function that a graph calls."""
 
 OPERATORS = "torch.ops."
+"""What the name of an operator begins with, as Python spells it."""
 OF_TORCH = {"aten", "prim", "prims", "hatify"}
 """Namespaces of operators that no user brings."""
 

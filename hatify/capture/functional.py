@@ -23,15 +23,21 @@ def make_functional(
     one of ``parameters`` (names too) is written.
 
     An operator ``x.op_()`` may become ``y = op(x)``, with later uses of ``x`` reading ``y``, if no other name of the same memory
-    that existed before is used afterwards; where that is the whole that ``x`` is a part of, a new whole takes its place. Returns the
-    final values of the written ``buffers`` (names of ``get_attr`` nodes).
-    ``leaves`` are the layers by path.
+    that existed before is used afterwards; where that is the whole that ``x`` is a part of, a new whole takes its place. What is
+    copied stays apart from the copy where either is written later. Returns the final values of the written ``buffers`` (names of
+    ``get_attr`` nodes). ``leaves`` are the layers by path.
     """
     _copy_what_goes_out(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
     groups, inplace = looked_at(graph)
     held = {node: node.target for node in graph.nodes if node.op == "get_attr" and node.target in buffers}
     parts: set[fx.Node] = set()
+    apart: set[fx.Node] = set()  # copies of which one side is written later
+    later: set[fx.Node] = set()
+    for node in reversed(inplace):
+        if node.target is torch.ops.aten.copy_.default and later & (groups.of(node.args[0]) | groups.of(node.args[1])):
+            apart.add(node)
+        later |= groups.of(mutated(node))
     for node in inplace:
         target = mutated(node)
         before = [a for a in groups.of(target) if a is not target and order[a] < order[node]]
@@ -48,18 +54,23 @@ def make_functional(
     for node in inplace:
         target = mutated(node)
         new = _functional(graph, node, provenance)
+        if node in apart - parts and new is node.args[1]:
+            with graph.inserting_before(node):
+                new = graph.call_function(torch.ops.aten.clone.default, (new,))
+            new.meta = dict(node.meta)
+        newest = {target: new}
         if node in parts:
             chain = chain_of(target)
-            part, target = chain[0], chain[-1].args[0]
             whole, new = put(graph, new, chain, node, provenance)
+            newest = {chain[-1].args[0]: whole, chain[0]: new}
         made = node.prev
         while made not in order:
             order[made] = order[node]
             made = made.prev
-        for old, newest in ((target, whole), (part, new)) if node in parts else ((target, new),):
+        for old, value in newest.items():
             for user in list(old.users):
                 if order[user] > order[node]:
-                    user.replace_input_with(old, newest)
+                    user.replace_input_with(old, value)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
         if target in current:

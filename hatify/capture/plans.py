@@ -17,14 +17,17 @@ from torch.backends import opt_einsum
 @contextmanager
 def plans_left() -> Iterator[None]:
     """Inside, nothing is planned; for one thread at a time."""
-    held = vars(opt_einsum)  # what a user has set hides torch's own flag, which flags() would set
-    before = {name: held[name] for name in ("enabled",) if name in held}
+    held = vars(opt_einsum)  # what a user has set stands here, and hides torch's own flag, which flags() would set
+    of_user = "enabled" in held
+    before = opt_einsum.enabled
     opt_einsum.enabled = False
     try:
         yield
     finally:
-        del held["enabled"]
-        held.update(before)
+        if of_user:
+            opt_einsum.enabled = before
+        else:
+            del held["enabled"]
 
 
 def is_planned(node: fx.Node) -> bool:

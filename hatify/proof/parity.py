@@ -126,11 +126,15 @@ def _own_rounding(hat: HATModel, original: nn.Module, tensors: list[Tensor], see
                     near = torch.where(up, torch.inf, -torch.inf).to(parameter.dtype)
                     parameter.copy_(torch.nextafter(parameter, near))
         _, after, _ = _train_step(original, hat, tensors, seed, names)
-    return {n: _relative(before[n], after[n]) for n in names}
+    failed = isinstance(before, Exception) or isinstance(after, Exception)
+    return dict.fromkeys(names, 0.0) if failed else {n: _relative(before[n], after[n]) for n in names}
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / a.abs().max().clamp(min=1e-12))
+    """The largest difference, relative to the largest of ``a``; infinite where one is a number and the other is not."""
+    gap = (a - b).abs().masked_fill((a == b) | (a.isnan() & b.isnan()), 0.0)
+    found = float(gap.max() / a.abs().nan_to_num(0.0).max().clamp(min=1e-12))
+    return math.inf if math.isnan(found) else found
 
 
 def _parity_eval(hat: HATModel, original: nn.Module, tensors: list[Tensor], notes: list[str], seed: int) -> float | None:
