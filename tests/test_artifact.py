@@ -447,35 +447,6 @@ def test_spectral_norm_trains_before_and_after(tmp_path, norm):
     equal_states(hat, again)
 
 
-class Centred(nn.Module):
-    def forward(self, weight):
-        return weight - weight.mean()
-
-
-class Spare(nn.Module):
-    """A parametrised layer that is called, one of which the weight alone is read, and one that nothing reads."""
-
-    def __init__(self):
-        super().__init__()
-        self.called, self.read, self.spare = (nn.Linear(4, 4) for _ in range(3))
-        for layer in (self.called, self.read, self.spare):
-            nn.utils.parametrize.register_parametrization(layer, "weight", Centred())
-
-    def forward(self, x):
-        return self.called(x) + self.read.weight.sum()
-
-
-def test_parametrised_layers_that_are_not_called(tmp_path):
-    model = Spare()
-    hat = hatify.convert(model, tasks=2, example_inputs=torch.randn(3, 4))
-    again = hatify.load(hatify.save(hat, tmp_path / "saved"))
-    equal_states(hat, again)
-    assert set(model.state_dict()) <= set(again.state_dict())
-    x = torch.randn(5, 4)
-    assert torch.equal(model.eval()(x), again.eval()(x))
-    assert torch.equal(again(x, task=1), hat.eval()(x, task=1))
-
-
 def test_a_task_that_was_being_learned_is_not_active_without_its_session(tmp_path):
     hat = hatify.convert(nn.Linear(4, 2), tasks=2, example_inputs=torch.randn(3, 4), verify=False)
     run = hat.begin_task(task=1, optimizer=torch.optim.SGD(hat.parameters(), 0.1), steps_per_epoch=3)

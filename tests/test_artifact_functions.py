@@ -47,6 +47,15 @@ def saved(tmp_path: Path) -> tuple[hatify.HATModel, Path]:
     return hat, tmp_path / "net"
 
 
+def call_instead(path: Path, name: str) -> None:
+    """Another name in the place of the first thing of the user's that the stored graph calls, with digests that agree."""
+    data = json.loads((path / "model.json").read_text())
+    node = next(n for n in data["graphs"]["eval"] if str(n.get("target", "")).startswith("your "))
+    node["target"] = f"your {name}"
+    (path / "model.json").write_text(json.dumps(data))
+    reseal(path)
+
+
 def gradients(hat: hatify.HATModel, x: Tensor, task: int | None) -> list[Tensor]:
     hat.zero_grad()
     hat.train()(x, task=task).square().sum().backward()
@@ -90,11 +99,7 @@ def test_a_function_is_never_imported(saved):
 )
 def test_another_name_is_not_called(saved, name):
     _, path = saved
-    data = json.loads((path / "model.json").read_text())
-    node = next(n for n in data["graphs"]["eval"] if str(n.get("target", "")).startswith("your "))
-    node["target"] = f"your {name}"
-    (path / "model.json").write_text(json.dumps(data))
-    reseal(path)
+    call_instead(path, name)
     with pytest.raises(ArtifactError, match="calls your own function"):
         hatify.load(path, layers=[Split, ScaledSign, Net])
 
@@ -144,11 +149,7 @@ def test_operators_are_brought_by_the_user(spiking, operator, tmp_path):
 def test_another_operator_is_not_called(spiking, name):
     """Not even where the user passes it: torch's own are on a list, or are none that a directory may call."""
     path = spiking[1]
-    data = json.loads((path / "model.json").read_text())
-    node = next(n for n in data["graphs"]["eval"] if str(n.get("target", "")).startswith("your "))
-    node["target"] = f"your torch.ops.{name}"
-    (path / "model.json").write_text(json.dumps(data))
-    reseal(path)
+    call_instead(path, f"torch.ops.{name}")
     with pytest.raises(ArtifactError, match="calls your own function"):
         hatify.load(path, layers=[torch.ops.hatify_tests.spike, torch.ops.aten.set_, torch.ops.aten.relu])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tasks import converted, draw_masks, finish, outputs, same, small
@@ -123,3 +125,31 @@ def test_masks_that_make_outputs_infinite_do_not_pass_the_proof(monkeypatch: pyt
     hat, _ = dora()
     proof = hatify.verify(hat)
     assert not proof.ok and "masks make outputs that are not finite, while those without a task are" in proof.notes
+
+
+class Centred(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight - weight.mean()
+
+
+class Spare(nn.Module):
+    """A parametrised layer that is called, one of which the weight alone is read, and one that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read, self.spare = (nn.Linear(4, 4) for _ in range(3))
+        for layer in (self.called, self.read, self.spare):
+            nn.utils.parametrize.register_parametrization(layer, "weight", Centred())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.called(x) + self.read.weight.sum()
+
+
+def test_parametrised_layers_that_are_not_called(tmp_path: Path) -> None:
+    model = Spare()
+    hat = hatify.convert(model, tasks=2, example_inputs=torch.randn(3, 4))
+    again = hatify.load(hatify.save(hat, tmp_path / "saved"))
+    assert set(model.state_dict()) <= set(again.state_dict())
+    x = torch.randn(5, 4)
+    assert torch.equal(model.eval()(x), again.eval()(x))
+    assert torch.equal(again(x, task=1), hat.eval()(x, task=1))
