@@ -82,6 +82,7 @@ def print_extraction(report: dict[str, Any], written: list[str]) -> None:
     ]
     if report["inexact"]:
         facts.append(("begins at", few(report["inexact"], _SHOWN)))
+    facts += [("renamed", f"{name} is {new}") for name, new in report["renamed"].items()]
     facts += [("note", note) for note in report["notes"]]
     facts += [("written to", Text(path, style="bold")) for path in written]
     _facts(_console(), facts)
