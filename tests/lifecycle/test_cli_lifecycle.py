@@ -236,6 +236,8 @@ def test_extraction_says_what_was_kept_and_where_it_differs(saved, capsys):
     assert "kept, in 3 layers" in stdout
     report = {"task": 0, "slim": True, "parameters": {"before": 9, "after": 5}, "slimmed": [], "folded": [], "bit_equal": False}
     whole = [{"node": f"node{n}", "where": "", "why": "channels are drawn"} for n in range(8)]
-    print_extraction({**report, "stayed": [], "whole": whole, "difference": 1e-7, "inexact": ["fc"], "notes": []}, [])
+    told = {"stayed": [], "whole": whole, "difference": 1e-7, "inexact": ["fc"], "renamed": {"code": "code_"}, "notes": []}
+    print_extraction({**report, **told}, [])
     shown = capsys.readouterr().out
+    assert "code is code_" in shown
     assert "node0, node1, node2, node3, node4, node5 and 2 more: channels are drawn" in shown and "begins at         fc" in shown
