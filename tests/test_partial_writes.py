@@ -168,7 +168,15 @@ def copied_then_part_written(a: Tensor, b: Tensor) -> Tensor:
     return out - b * 2
 
 
-COPIED = [copied_then_source_written, copied_then_written, copied_then_part_written]
+def copied_twice(a: Tensor, b: Tensor) -> Tensor:
+    first, second, b = torch.zeros_like(a), torch.zeros_like(a), b * a
+    first.copy_(b)
+    second.copy_(first)
+    second.add_(1.0)
+    return second - b * 2
+
+
+COPIED = [copied_then_source_written, copied_then_written, copied_then_part_written, copied_twice]
 RENAMED = [interleaved, in_turns, added, expanded, changed_later, wider, in_another_type, read_again]
 TRACED = [of_a_view, written_by_names, whole_by_another_name]
 """What tracing alone makes functional."""

@@ -24,20 +24,15 @@ def make_functional(
 
     An operator ``x.op_()`` may become ``y = op(x)``, with later uses of ``x`` reading ``y``, if no other name of the same memory
     that existed before is used afterwards; where that is the whole that ``x`` is a part of, a new whole takes its place. What is
-    copied stays apart from the copy where either is written later. Returns the final values of the written ``buffers`` (names of
-    ``get_attr`` nodes). ``leaves`` are the layers by path.
+    copied stays apart from the copy where one is written later and the other read behind that. Returns the final values of the
+    written ``buffers`` (names of ``get_attr`` nodes). ``leaves`` are the layers by path.
     """
     _copy_what_goes_out(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
     groups, inplace = looked_at(graph)
     held = {node: node.target for node in graph.nodes if node.op == "get_attr" and node.target in buffers}
     parts: set[fx.Node] = set()
-    apart: set[fx.Node] = set()  # copies of which one side is written later
-    later: set[fx.Node] = set()
-    for node in reversed(inplace):
-        if node.target is torch.ops.aten.copy_.default and later & (groups.of(node.args[0]) | groups.of(node.args[1])):
-            apart.add(node)
-        later |= groups.of(mutated(node))
+    apart = _kept_apart(groups, inplace, order)
     for node in inplace:
         target = mutated(node)
         before = [a for a in groups.of(target) if a is not target and order[a] < order[node]]
@@ -77,6 +72,23 @@ def make_functional(
             current[new] = writes_to = current[target]
             writes[writes_to] = new
     return writes
+
+
+def _kept_apart(groups: _Aliases, inplace: list[fx.Node], order: dict[fx.Node, int]) -> set[fx.Node]:
+    """The copies that have to be values of their own: something that one of both sides is copied from or to is written later, and
+    another of these read behind that."""
+    copies = [node for node in inplace if node.target is torch.ops.aten.copy_.default]
+    copied_to = _Aliases()
+    for node in copies:
+        for side in node.args[:2]:
+            for alias in groups.of(side):
+                copied_to.union(node, alias)
+    read_on = set()
+    for write in inplace:
+        others = copied_to.of(mutated(write)) - groups.of(mutated(write))
+        if any(order[user] > order[write] for other in others for user in other.users):
+            read_on.add(write)
+    return {node for node in copies if any(order[write] > order[node] for write in read_on & copied_to.of(node))}
 
 
 def _copy_what_goes_out(graph: fx.Graph) -> None:
