@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hatify.modules import live_pieces
 from hatify.modules.live_pieces import share_of
 from hatify.modules.masking import differentiated
+from hatify.modules.signed import signed
 
 
 def layer_norm(
@@ -89,6 +90,7 @@ class _Normalised(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @signed
     def forward(
         x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, eps: float, centred: bool
     ) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hatify.modules.config import HATConfig
 from hatify.modules.shards import local, part_of, whole
+from hatify.modules.signed import signed
 
 _NUMBERS = itertools.count()
 MASKERS: weakref.WeakValueDictionary[str, Masker] = weakref.WeakValueDictionary()
@@ -44,7 +45,13 @@ def _alike(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
     What is left over at the end of a tensor, or of a thread's share, a CPU computes one by one, and rounds otherwise.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if (
+        x.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or x.numel() <= GRAIN
+        and x.numel() % LANES == 0
+        and x.is_contiguous()
+    ):
         return function(x)
     parts = [function(part) for part in F.pad(x, (0, -x.numel() % LANES)).split(GRAIN)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[: x.numel()]
@@ -66,6 +73,7 @@ class _SoftMask(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @signed
     def forward(embedding: Tensor, scale: Tensor, max_scale: float, max_embedding: float, max_exponent: float) -> Tensor:
         return _sigmoid(scale * embedding)
 

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from hatify.gates import Program
 from hatify.modules.context import TaskContext
+from hatify.modules.signed import signed
 
 
 def apply_mask(x: Tensor, mask: Tensor, *, soft: bool, fill: float = 0.0) -> Tensor:
@@ -74,6 +75,7 @@ class _Kept(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @signed
     def forward(x: Tensor, bits: Tensor) -> Tensor:
         return _and(x, bits)
 
@@ -103,6 +105,7 @@ class _Scaled(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @signed
     def forward(x: Tensor, mask: Tensor, bits: Tensor) -> Tensor:
         return _and(x, bits).mul_(mask)
 
