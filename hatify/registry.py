@@ -116,15 +116,15 @@ def _by_class(module: nn.Module, cls: type) -> Layer | None:
 
 
 def _parametrized(module: nn.Module, cls: type) -> Layer | None:
-    """Weight norm locks by its own reduction group; any other parametrisation may couple all: one copy per task."""
-    name = type(module).__name__
+    """Weight norm locks by its own reduction group. What others couple is seen where they are traced through, as weights that forward
+    computes are; those that hold buffers may write to them, and registered layers must stay together: one copy per task."""
     plain = _by_class(module, cls)
-    reason = TaskIndexedLayer(f"{name}: a parametrisation that couples its weights")
-    if not isinstance(plain, Weighted) or set(module.parametrizations) != {plain.weight}:
-        return reason
-    chain = module.parametrizations[plain.weight]
+    weights = isinstance(plain, Weighted) and set(module.parametrizations) == {plain.weight}
+    chain = module.parametrizations[plain.weight] if weights else ()
     if len(chain) != 1 or not isinstance(chain[0], _WeightNorm) or chain[0].dim != 0:
-        return reason
+        traced = plain is None or isinstance(plain, Weighted) and cls.forward.__module__.startswith("torch.nn.")
+        traced = traced and next(module.parametrizations.buffers(), None) is None
+        return None if traced else TaskIndexedLayer(f"{type(module).__name__}: a parametrisation that couples its weights")
     prefix = f"parametrizations.{plain.weight}."
     return replace(
         plain,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -153,3 +155,118 @@ def test_parametrised_layers_that_are_not_called(tmp_path: Path) -> None:
     x = torch.randn(5, 4)
     assert torch.equal(model.eval()(x), again.eval()(x))
     assert torch.equal(again(x, task=1), hat.eval()(x, task=1))
+
+
+class UnitRows(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return nn.functional.normalize(weight, dim=1)
+
+
+class UnitColumns(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return nn.functional.normalize(weight, dim=0)
+
+
+class Halved(nn.Module):
+    """Holds a buffer, and may write to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.tensor(0.5))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.factor
+
+
+class Own(nn.Module):
+    """A layer that torch does not know, with the weight by function."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(outputs, inputs)), nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+PARAMETRISED = [
+    (UnitRows, nn.Linear, "row-locked"),
+    (UnitRows, Own, "row-locked"),
+    (UnitColumns, nn.Linear, "row-locked"),
+    (nn.Softplus, nn.Linear, "hat"),
+    (partial(nn.Dropout, 0.3), nn.Linear, "hat"),
+    (Centred, nn.Linear, "task-indexed"),
+]
+
+
+@pytest.mark.parametrize(("parametrisation", "layer", "rung"), PARAMETRISED)
+def test_a_parametrisation_locks_by_what_it_couples(
+    parametrisation: Callable[[], nn.Module], layer: type[nn.Module], rung: str, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), layer(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    nn.utils.parametrize.register_parametrization(model[2], "weight", parametrisation())
+    hat = converted(model, torch.randn(4, 6))
+    name = "2.parametrizations.weight.original"
+    rungs = {row["path"]: row["rung"] for row in hat.report.layers}
+    assert rungs[name] == rung
+    assert layer is Own or rungs["2.bias"] == ("task-indexed" if rung == "task-indexed" else "hat")
+    proof = hatify.verify(hat, tightness=True)
+    assert proof.ok and proof.leak == 0.0
+    if rung != "task-indexed":
+        assert proof.tightness == 1.0
+        assert prove_by_gradients(hat, without_locks=[name]).leak > 0
+    optimizer, x, before = torch.optim.AdamW(hat.parameters(), 0.05, weight_decay=0.1), torch.randn(4, 6), None
+    for task in (0, 1):
+        with hat.train().learning(task=task, optimizer=optimizer, steps_per_epoch=4) as run:
+            for _ in range(4):
+                optimizer.zero_grad()
+                (hat(x).square().mean() + run.regularization()).backward()
+                optimizer.step()
+        before = hat.eval()(x, task=0).detach().clone() if task == 0 else before
+    assert torch.equal(hat.eval()(x, task=0), before)
+    hatify.save(hat, tmp_path / "saved")
+    assert torch.equal(hatify.load(tmp_path / "saved").eval()(x, task=0), before)
+
+
+def test_a_parametrisation_that_holds_buffers_is_one_copy_per_task() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    nn.utils.parametrize.register_parametrization(model[2], "weight", Halved())
+    rungs = {row["path"]: row["rung"] for row in converted(model, torch.randn(4, 6)).report.layers}
+    assert rungs["2"] == "task-indexed"
+
+
+class LowRank(nn.Module):
+    """A linear layer whose weight is a product of two matrices, ``u v``, or ``u`` with its own transpose."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, own: bool = False) -> None:
+        super().__init__()
+        self.u, self.v = nn.Parameter(torch.randn(outputs, rank)), None if own else nn.Parameter(torch.randn(rank, inputs))
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.u @ (self.u.T if self.v is None else self.v), self.bias)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(12, 5), (5, 12)])
+def test_factors_of_a_weight_lock_by_rows_and_by_columns(inputs: int, outputs: int) -> None:
+    model = nn.Sequential(nn.Linear(4, inputs), nn.Tanh(), LowRank(inputs, outputs, 3), nn.Tanh(), nn.Linear(outputs, 2))
+    hat = converted(model, torch.randn(4, 4))
+    rungs = {row["path"]: row["rung"] for row in hat.report.layers}
+    assert rungs["2.u"] == rungs["2.v"] == "row-locked" and rungs["2.bias"] == "hat"
+    proof = hatify.verify(hat, tightness=True)
+    assert proof.ok and proof.leak == 0.0 and proof.tightness == 1.0
+    for name in ("2.u", "2.v"):
+        assert prove_by_gradients(hat, without_locks=[name]).leak > 0
+    with torch.no_grad():
+        hat.maskers["0"].embeddings[0].copy_(torch.tensor([1.0, -1.0] * 6)[:inputs])
+        hat.maskers[next(n for n in hat.maskers if n != "0")].embeddings[0].copy_(torch.tensor([-1.0, 1.0] * 6)[:outputs])
+    locks = hat.locks([0])
+    assert torch.equal(locks["2.v"], torch.tensor([True, False] * 6)[:inputs].expand(3, inputs))
+    assert torch.equal(locks["2.u"], torch.tensor([False, True] * 6)[:outputs, None].expand(outputs, 3))
+
+
+def test_a_factor_on_both_sides_is_one_copy_per_task() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), LowRank(6, 6, 3, own=True), nn.Tanh(), nn.Linear(6, 2))
+    hat = converted(model, torch.randn(4, 4))
+    assert {row["path"]: row["rung"] for row in hat.report.layers}["2.u"] == "task-indexed"
+    assert hatify.verify(hat).ok

@@ -201,11 +201,11 @@ class Analyst:
             return contracted_weight(self, node, call, contracted)
         values = call.values()
         if name in FRESH:
-            return self._constant(node, call, known=False)
+            return self.constant_call(node, call, known=False)
         self.check_origins(call)
         if not any(v.gated for v in values):
             if all(v.constant for v in values):
-                return self._constant(node, call)
+                return self.constant_call(node, call)
             self.analysis.steps[node] = Step(call.args, call.kwargs)
             return self.results(node, val, None)
         outcome = self._ruled(node, call)
@@ -292,7 +292,7 @@ class Analyst:
             return clean(self, value).top()
         return value
 
-    def _constant(self, node: fx.Node, call: Call, known: bool = True) -> Any:
+    def constant_call(self, node: fx.Node, call: Call, known: bool = True) -> Any:
         """A result that does not depend on data; its actual value where all operands' values are known."""
         val = node.meta["val"]
         values = call.values()

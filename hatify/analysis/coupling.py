@@ -7,31 +7,46 @@ nothing, and the parameter becomes task-indexed.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hatify.gates import Value
+from hatify.gates.layers import Elementwise
 from hatify.gates.rules import Call
 from hatify.gates.rules.elementwise import ADDITIVE, PARTIAL, PRODUCT, QUOTIENT, UNARY
 from hatify.gates.rules.reductions import ALONG, REDUCE, dims_of
 from hatify.gates.value import Part
+from hatify.registry import describe
 
 ELEMENTWISE = {*UNARY, *PARTIAL, *ADDITIVE, *PRODUCT, *QUOTIENT, "pow", "addcmul", "addcdiv", "lerp", "masked_fill"} - {"polygamma"}
+LAYER = "elementwise layer"
+"""The name under which calls of layers are seen here that act on each element alone."""
 NORMS = {"batch_norm", "layer_norm"}
 WEIGHT_NORM = "_weight_norm"
-DERIVABLE = {*ELEMENTWISE, *REDUCE, *ALONG, *NORMS, WEIGHT_NORM}
+PRODUCTS = {"mm", "matmul"}
+DERIVABLE = {*ELEMENTWISE, *REDUCE, *ALONG, *NORMS, WEIGHT_NORM, *PRODUCTS}
 """Operators whose results depend on parameters in a way that can be told."""
+
+
+def keeps_places(leaf: nn.Module) -> bool:
+    """Whether a layer acts on each element alone, with no tensors of its own: it may compute a weight."""
+    own = next(leaf.parameters(), None) is not None or next(leaf.buffers(), None) is not None
+    return not own and isinstance(describe(leaf), Elementwise)
 
 
 def derived(call: Call, name: str, shapes: list[tuple[int, ...]]) -> list[Part] | None:
     """What the results of an operator on constants are computed from, of the parameter ``name``; None where that cannot be told."""
-    if call.name in ELEMENTWISE:
+    if call.name in ELEMENTWISE or call.name == LAYER:
         found = [(v, p) for v in call.values() if v.origin is not None for p in v.origin.parts if p.name == name]
         return _joined(found, shapes[0]) if len(shapes) == 1 else None
     if call.name in NORMS:
         return _normalised(call, name, shapes[0])
     if call.name == WEIGHT_NORM:
         return _with_own_norm(call, name, shapes[0])
+    if call.name in PRODUCTS:
+        return _multiplied(call, name, shapes[0])
     if call.name not in DERIVABLE or len(call.values()) != 1:
         return None
     value = call.values()[0]
@@ -109,6 +124,20 @@ def _with_own_norm(call: Call, name: str, shape: tuple[int, ...]) -> list[Part]:
         part = next((p for p in operand.origin.parts if p.name == name), None) if operand.origin is not None else None
         if part is not None:
             found.append((operand, _coupled(part, operand.shape, dims) if operand is direction else part))
+    return _joined(found, shape)
+
+
+def _multiplied(call: Call, name: str, shape: tuple[int, ...]) -> list[Part] | None:
+    """A product of two matrices: each element depends on a row of the one and a column of the other."""
+    if any(v.rank != 2 for v in call.values()):
+        return None
+    found: list[tuple[Value, Part]] = []
+    for dim, operand in ((1, call.args[0]), (0, call.args[1])):
+        part = next((p for p in operand.origin.parts if p.name == name), None) if operand.origin is not None else None
+        if part is not None:
+            reduced = _coupled(part, operand.shape, [dim])
+            along = reduced.positions.amax(dim, keepdim=True).expand(shape)
+            found.append((replace(operand, shape=shape), Part(name, part.numel, along, reduced.groups, True)))
     return _joined(found, shape)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from hatify.analysis.coupling import LAYER, keeps_places
 from hatify.analysis.plan import HAT, ROW_LOCKED, TASK_INDEXED, LayerPlan, Masked, Step
 from hatify.gates import State, Use, Value
 from hatify.gates.layers import (
@@ -43,6 +44,9 @@ def leaf_call(run: Analyst, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if not isinstance(meaning, Elementwise | Weighted):
         args, kwargs = run.unrepeated((args, kwargs))
     call = Call(type(leaf).__name__, _Probe(leaf), args, kwargs)
+    if keeps_places(leaf) and _of_weights_alone(call):
+        run.plan(_other_plan(path, leaf, meaning))
+        return _restructured(node, run.constant_call(node, replace(call, name=LAYER), known=False))
     run.check_origins(call)
     if isinstance(meaning, Weighted) and call.values() and not _is_own_head(run, node, path):
         return _weighted_layer(run, node, path, leaf, meaning, call)
@@ -62,6 +66,11 @@ def leaf_call(run: Analyst, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         norm_dims = len(getattr(leaf, "normalized_shape", ())) or 1
         results = run.settled(node, other_layer(run, meaning, call, norm_dims), call)
     return _restructured(node, results)
+
+
+def _of_weights_alone(call: Call) -> bool:
+    values = call.values()
+    return all(v.constant for v in values) and any(v.origin is not None for v in values)
 
 
 def _restructured(node: fx.Node, results: Any) -> Any:

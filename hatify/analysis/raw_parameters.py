@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from hatify.analysis.coupling import DERIVABLE
+from hatify.analysis.coupling import DERIVABLE, keeps_places
 from hatify.analysis.heads import WEIGHT_SLOT, operator_name
 from hatify.analysis.origins import CASTS, MOVES
 from hatify.capture import Captured
@@ -29,10 +29,11 @@ def surely_indexed(graphs: list[Captured], model: nn.Module) -> set[str]:
 
 
 def _fixed(captured: Captured) -> set[fx.Node]:
-    """Nodes that do not depend on data."""
+    """Nodes that do not depend on data, operators and layers that weights may be computed by."""
     found: set[fx.Node] = set()
     for node in captured.graph.nodes:
-        if node.op == "get_attr" or node.op == "call_function" and all(n in found for n in node.all_input_nodes):
+        may = node.op == "call_function" or node.op == "call_module" and keeps_places(captured.leaves[node.target])
+        if node.op == "get_attr" or may and all(n in found for n in node.all_input_nodes):
             found.add(node)
     return found
 
@@ -45,7 +46,8 @@ def _may_be_weight(node: fx.Node, fixed: set[fx.Node]) -> bool:
             name = operator_name(user)
             if name in WEIGHT_SLOT:
                 return True
-            if user not in seen and user in fixed and (name in MOVES or name in CASTS or name in DERIVABLE or name == "getitem"):
+            computes = user.op == "call_module" or name in MOVES or name in CASTS or name in DERIVABLE or name == "getitem"
+            if user not in seen and user in fixed and computes:
                 seen.add(user)
                 stack.append(user)
     return False
