@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import hatify
 from hatify.capture import capture, repeats, tree
+from hatify.capture.watched import count, read_since, watching
 from hatify.verification import VerificationError
 
 
@@ -346,6 +347,107 @@ def test_what_a_copy_cannot_stand_for_is_traced(kind, copied):
 def test_the_plain_block_of_these_is_copied(copied):
     traced(Stack(Body(), Body(), Body()), X)
     assert copied == 2 * ["layers.1", "layers.2"]
+
+
+class Numbered(Body):
+    """Knows its place, as the layers of language models do, and does not ask for it."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index, self.kind = index, "even" if index % 2 == 0 else "odd"
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Asking(Numbered):
+    """Asks for one of the two things that tell it apart."""
+
+    def forward(self, x):
+        y, x = super().forward(x)
+        return (y * 2 if self.kind == "odd" else y), x
+
+
+class Looking(Numbered):
+    """Past its attributes."""
+
+    def forward(self, x):
+        y, x = super().forward(x)
+        return y * (1 + vars(self)["index"]), x
+
+
+class Moving(Numbered):
+    """Writes to what tells it apart."""
+
+    def forward(self, x):
+        self.index += 1
+        return super().forward(x)
+
+
+class Around(nn.Module):
+    """A block around another, whose answer is its own."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.after = inner, nn.Linear(8, 8)
+
+    def forward(self, x):
+        y, x = self.inner(x)
+        return self.after(y), x
+
+
+def numbered(kind: type, around: bool = False) -> nn.Module:
+    return Stack(*(Around(kind(i)) if around else kind(i) for i in range(6)))
+
+
+TOLD_APART = {
+    "by what nobody reads": (lambda: numbered(Numbered), [1, 2, 3, 4, 5]),
+    "by what is read": (lambda: numbered(Asking), [2, 3, 4, 5]),
+    "by what is read past the attributes": (lambda: numbered(Looking), []),
+    "by what is written": (lambda: numbered(Moving), []),
+    "by what is read inside": (lambda: numbered(Asking, around=True), [2, 3, 4, 5]),
+}
+
+
+@pytest.mark.parametrize("how", TOLD_APART)
+def test_blocks_that_are_told_apart_are_alike_where_their_code_does_not_ask(how, copied):
+    make, expected = TOLD_APART[how]
+    model = make()
+    classes = {type(m): dict(vars(type(m))) for m in model.modules()}
+    assert traced(model, X) == traced_alone(model, X)
+    assert [path for path in copied if path.count(".") == 1] == 2 * [f"layers.{i}" for i in expected]
+    assert all(dict(vars(cls)) == held for cls, held in classes.items())
+    assert [getattr(m, "index", None) for m in model.modules()] == [getattr(m, "index", None) for m in make().modules()]
+    assert hatify.convert(model, tasks=2, example_inputs=X).verification.ok
+
+
+def test_without_a_look_at_reads_another_blocks_path_would_be_taken(copied, monkeypatch):
+    """The control."""
+    monkeypatch.setattr(repeats, "read_since", lambda start, block: set())
+    model = numbered(Asking)
+    assert traced(model, X) != traced_alone(model, X)
+    with pytest.raises(VerificationError):
+        hatify.convert(model, tasks=2, example_inputs=X)
+
+
+def test_watched_attributes_are_what_they_were():
+    class Held(nn.Module):
+        default = 1
+
+    first, second = Held(), Held()
+    first.default, second.other = 2, 3
+    watched = {Held: frozenset({"default", "other", "missing"})}
+    with watching(watched):
+        start = count()
+        assert (first.default, second.default, second.other, Held.default) == (2, 1, 3, 1)
+        assert not hasattr(first, "other") and getattr(second, "missing", 5) == 5
+        assert read_since(start, first) == {("", "default")} and read_since(start, second) == {("", "other")}
+        second.default = 7
+        second.missing = nn.Parameter(torch.ones(1))
+        del second.other
+        assert second.missing is dict(second.named_parameters())["missing"]
+    assert (first.default, second.default, Held.default) == (2, 7, 1) and not hasattr(second, "other")
+    assert set(vars(Held)) & {"default", "other", "missing"} == {"default"}
 
 
 AROUND: dict[str, Tensor] = {}

@@ -36,6 +36,7 @@ def likeness(
     others: Sequence[Any],
     values: Mapping[int, Hashable] | None = None,
     elementwise: Collection[int] = (),
+    watched: Mapping[type, Collection[str]] = {},
 ) -> Hashable | None:
     """A key that two calls share only if their results look the same; None where something cannot be compared.
 
@@ -45,11 +46,12 @@ def likeness(
         others: everything else that it is given.
         values: what is known of the values of buffers, by their module's ``id``; modules that are not in it have none that decide.
         elementwise: the ``id`` of leaves inside that keep shapes: fractions that they hold (drop rates) decide nothing.
+        watched: names of attributes, by class, that are compared otherwise.
     """
     read = _Reader()
     try:
         with torch._C.DisableTorchFunction():  # a trace listens to every look at a tensor
-            return _key(read, module, inputs, others, values or {}, elementwise)
+            return _key(read, module, inputs, others, values or {}, elementwise, watched)
     except _Incomparable:
         return None
 
@@ -61,13 +63,14 @@ def _key(
     others: Sequence[Any],
     values: Mapping[int, Hashable],
     elementwise: Collection[int],
+    watched: Mapping[type, Collection[str]],
 ) -> Hashable:
     storages = [t.untyped_storage()._cdata for t in inputs]
     same = [id(t) for t in inputs]
     kinds = {t.device.type for t in inputs}
     return (
         tuple(
-            _module(read, path, m, values.get(id(m)), id(m) in elementwise)
+            _module(read, path, m, values.get(id(m)), id(m) in elementwise, watched.get(type(m), ()))
             for path, m in module.named_modules(remove_duplicate=False)
         ),
         tuple((*_tensor(read, t), storages.index(s), same.index(id(t))) for t, s in zip(inputs, storages)),
@@ -88,19 +91,23 @@ def again(look: tuple[Any, ...]) -> Tensor:
     return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
-def _module(read: _Reader, path: str, module: nn.Module, values: Hashable, elementwise: bool) -> Hashable:
+def _module(read: _Reader, path: str, module: nn.Module, values: Hashable, elementwise: bool, watched: Collection[str]) -> Hashable:
     held = [*module._parameters.items(), *module._buffers.items()]
     return (
         path,
         type(module),
         tuple((name, None if t is None else (type(t), *_tensor(read, t))) for name, t in held),
         tuple(
-            (name, "a fraction" if elementwise and isinstance(value, float) and 0 < value < 1 else read(value))
+            (name, "watched" if name in watched else "a fraction" if elementwise and _is_fraction(value) else read(value))
             for name, value in vars(module).items()
             if name not in _SHELVES and not isinstance(value, Traced)
         ),
         values,
     )
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value < 1
 
 
 def _tensor(read: _Reader, tensor: Tensor) -> Hashable:

@@ -38,7 +38,7 @@ def _enter_by_own_code(root: nn.Module, model: nn.Module, training: bool, own: l
     before = {n: t.detach().clone() for n, t in held.items()}
     known = _held_tensors(root)
     root.train(training) if training else root.eval()
-    written = [n for n, t in held.items() if not bool(((t == before[n]) | ((t != t) & (before[n] != before[n]))).all())]
+    written = [n for n, t in held.items() if not (torch.equal(t, before[n]) or _same_with_nan(t, before[n]))]
     made = [name for key, (name, t) in _held_tensors(root).items() if key not in known and is_continuous(t)]
     if not written and not made:
         return
@@ -53,6 +53,10 @@ def _enter_by_own_code(root: nn.Module, model: nn.Module, training: bool, own: l
         why="weights that differ between the modes cannot be learnt or locked, and what is computed from them would stay as it was",
         fix="compute it in forward, in both modes; adapters: merge_weights=False, or merge them for good before converting",
     )
+
+
+def _same_with_nan(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _held_tensors(root: nn.Module) -> dict[int, tuple[str, Tensor]]:

@@ -2,11 +2,13 @@
 
 A deep network is one block over and over. A block is traced between two marks; where another one is alike (its classes, attributes,
 shapes and values of buffers, and what it is given), one operator stands for all of it while tracing, and the graph that is read from the
-trace has a copy of the first block there, with the other one's weights.
+trace has a copy of the first block there, with the other one's weights. Attributes by which blocks are told apart (``layer_idx``) count if
+the first block's code read them (watched.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import re
@@ -23,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from hatify.capture.alike import again, likeness, looks
 from hatify.capture.names import telling_name
+from hatify.capture.watched import Told, count, differing, read_again, read_since, told, watching
 from hatify.gates.layers import Elementwise
 from hatify.registry import Traced, describe
 
@@ -36,7 +39,8 @@ REPEAT = torch.ops.hatify.repeat.default
 fx.node.has_side_effect(MARK)
 
 _NUMBERS = itertools.count()
-_TRACED: dict[Hashable, _Result] = {}
+_TRACED: dict[Hashable, list[_Result]] = {}
+_WATCHED: dict[type, frozenset[str]] = {}
 _REPEATS: dict[str, tuple[str, _Result]] = {}
 
 
@@ -46,11 +50,12 @@ class NotRepeatable(Exception):
 
 @dataclass
 class _Result:
-    """What a block gave: the number of its marks, its path, its results' structure, what else than tensors is among them, and how the
-    tensors look and whether they ask for gradients."""
+    """What a block gave: the number of its marks, its path, the watched attributes that its code read, its results' structure, what else
+    than tensors is among them, and how the tensors look and whether they ask for gradients."""
 
     number: str
     path: str
+    read: Told
     spec: Any
     flat: list[Any]
     tensors: list[tuple[Any, ...]]
@@ -66,6 +71,7 @@ def mark_blocks(root: nn.Module, leaves: Mapping[str, nn.Module]) -> None:
     marked = {id(leaf) for leaf in leaves.values()}
     whole = {id(m) for leaf in leaves.values() for m in leaf.modules()}
     elementwise = {id(leaf) for leaf in leaves.values() if isinstance(describe(leaf), Elementwise)}
+    _WATCHED.update(differing(m for m in root.modules() if id(m) not in whole))
     blocks: list[_Block] = []
     for path, block in root.named_modules():
         if not path or id(block) in whole:
@@ -91,6 +97,11 @@ def _named(root: nn.Module) -> Iterator[Tensor]:
         yield tensor
 
 
+def watched_blocks() -> contextlib.AbstractContextManager[None]:
+    """Notes, while the marked blocks are traced, which of the attributes that tell them apart their code reads."""
+    return watching(_WATCHED)
+
+
 def repeated_paths() -> set[str]:
     """The paths of the blocks that stand for another's trace."""
     return {path for path, _ in _REPEATS.values()}
@@ -100,6 +111,7 @@ def clear_repeats() -> None:
     """Drops the records (they hold fake tensors' sizes)."""
     _TRACED.clear()
     _REPEATS.clear()
+    _WATCHED.clear()
 
 
 class _Block(Traced):
@@ -111,7 +123,7 @@ class _Block(Traced):
         self.called = False
 
     def alike(self, tensors: Sequence[Tensor], others: Sequence[Any]) -> Hashable | None:
-        return likeness(self.block, tensors, others, self.values, self.elementwise)
+        return likeness(self.block, tensors, others, self.values, self.elementwise, _WATCHED)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         flat, spec = pytree.tree_flatten((args, kwargs))
@@ -122,39 +134,54 @@ class _Block(Traced):
         key = self.alike(tensors, others) if looked_at and mode is not None else None
         if key is None:
             return self.own(*args, **kwargs)
-        known = _TRACED.get((mode, key))
-        if known is not None:
-            return self._repeat(known, tensors)
-        number = str(next(_NUMBERS))
+        attributes = told(self.block, _WATCHED)
+        for known in _TRACED.get((mode, key), ()):
+            if known.read.items() <= attributes.items():
+                return self._repeat(known, tensors)
+        number, reads = str(next(_NUMBERS)), count()
         before = _state(mode, self.block, tensors)
         torch.ops.hatify.mark(tensors, number)
         out = self.own(*args, **kwargs)
-        result, given = self._result(number, tensors, out)
-        if result is not None and _state(mode, self.block, tensors) == before and self.alike(tensors, others) == key:
+        read = {place: attributes[place] for place in read_since(reads, self.block) if place in attributes}
+        result, given = self._result(number, read, out)
+        unwritten = told(self.block, _WATCHED) == attributes and self.alike(tensors, others) == key
+        if result is not None and unwritten and _state(mode, self.block, tensors) == before:
             torch.ops.hatify.mark(given, number)
-            _TRACED[mode, key] = result
+            _TRACED.setdefault((mode, key), []).append(result)
         return out
 
-    def _result(self, number: str, given: Sequence[Tensor], out: Any) -> tuple[_Result | None, list[Tensor]]:
-        """What can be repeated of a result: tensors that ask for gradients where the operator's do, or more often."""
+    def _result(self, number: str, read: Told, out: Any) -> tuple[_Result | None, list[Tensor]]:
+        """What can be repeated of a result: plain values and tensors."""
         flat, spec = pytree.tree_flatten(out)
         tensors = [t for t in flat if isinstance(t, Tensor)]
         gradients = [t.requires_grad for t in tensors]
         plain = all(isinstance(v, Tensor | torch.SymInt | bool | int | float | str | type(None)) for v in flat)
-        if not tensors or not plain or any(t.requires_grad for t in given) and not all(gradients):
+        if not tensors or not plain:
             return None, tensors
         others = [Tensor if isinstance(v, Tensor) else v for v in flat]
-        return _Result(number, self.path, spec, others, [looks(t) for t in tensors], gradients), tensors
+        return _Result(number, self.path, read, spec, others, [looks(t) for t in tensors], gradients), tensors
 
     def _repeat(self, known: _Result, tensors: list[Tensor]) -> Any:
         key = f"{self.path}#{next(_NUMBERS)}"
         _REPEATS[key] = self.path, known
-        results = [
-            t.requires_grad_() if grad and not t.requires_grad else t
-            for t, grad in zip(torch.ops.hatify.repeat(tensors, key), known.gradients)
-        ]
-        given = iter(results)
+        read_again(self.block, known.read)
+        with _gradients_off():
+            made = torch.ops.hatify.repeat(tensors, key)
+        given = iter([t.requires_grad_() if grad else t for t, grad in zip(made, known.gradients)])
         return pytree.tree_unflatten([next(given) if v is Tensor else v for v in known.flat], known.spec)
+
+
+@contextlib.contextmanager
+def _gradients_off() -> Iterator[None]:
+    """What an operator gives asks for no gradients; unlike ``torch.no_grad``, a trace does not see it."""
+    with torch._C.DisableTorchFunction():
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+    try:
+        yield
+    finally:
+        with torch._C.DisableTorchFunction():
+            torch._C._set_grad_enabled(before)
 
 
 def _state(mode: Any, block: nn.Module, tensors: Sequence[Tensor]) -> Hashable:
