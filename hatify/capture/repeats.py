@@ -71,7 +71,7 @@ def mark_blocks(root: nn.Module, leaves: Mapping[str, nn.Module]) -> None:
     marked = {id(leaf) for leaf in leaves.values()}
     whole = {id(m) for leaf in leaves.values() for m in leaf.modules()}
     elementwise = {id(leaf) for leaf in leaves.values() if isinstance(describe(leaf), Elementwise)}
-    _WATCHED.update(differing(m for m in root.modules() if id(m) not in whole))
+    _WATCHED.update(differing(root.modules(), besides={type(m) for leaf in leaves.values() for m in leaf.modules()}))
     blocks: list[_Block] = []
     for path, block in root.named_modules():
         if not path or id(block) in whole:

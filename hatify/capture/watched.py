@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -21,13 +21,17 @@ Told = dict[tuple[str, str], tuple[type, Any]]
 _READS: list[tuple[int, str]] = []
 
 
-def differing(modules: Iterable[nn.Module]) -> Watched:
-    """The attributes in which modules of one class differ, of those that hold numbers, texts or None. Torch's own classes are left out, and
-    those whose code looks into its objects' dictionaries."""
+def differing(modules: Iterable[nn.Module], besides: Collection[type] = ()) -> Watched:
+    """The attributes in which modules of one class differ, of those that hold numbers, texts or None.
+
+    Args:
+        besides: classes that are left out (of layers, which run on copies), as torch's own are, and those whose code looks into its
+            objects' dictionaries.
+    """
     seen: dict[type, dict[str, set]] = {}
     for module in modules:
         cls = type(module)
-        if not cls.__module__.startswith("torch.") and not _reads_dictionaries(cls):
+        if cls not in besides and not cls.__module__.startswith("torch.") and not _reads_dictionaries(cls):
             for name, value in vars(module).items():
                 if type(value) in PLAIN and type(getattr(cls, name, None)) in PLAIN:
                     seen.setdefault(cls, {}).setdefault(name, set()).add((type(value), value))
