@@ -117,11 +117,13 @@ class _Job:
     tell: Progress
     doubled: bool = True
     open_sizes: bool = True
+    repeats: bool = True
 
 
 def _verified(hat: HATModel, job: _Job) -> HATModel:
-    """With its proof. Code that tells a size which is left open from an ordinary number (``isinstance(n, int)``) computes something else
-    with it: where parity does not hold so, all sizes but the batch are fixed.
+    """With its proof. Blocks may have to do with one another past what they are given (a global), and code that tells a size which is left
+    open from an ordinary number (``isinstance(n, int)``) computes something else with it: where parity does not hold, blocks that are
+    alike are traced one by one, and then all sizes but the batch are fixed.
 
     Raises:
         VerificationError: a promise does not hold either way.
@@ -129,14 +131,21 @@ def _verified(hat: HATModel, job: _Job) -> HATModel:
     try:
         return _with_proof(hat, job)
     except VerificationError as error:
-        if job.inplace or not job.open_sizes or error.equal:
+        if job.inplace or error.equal:
             raise
+        first = error
+    alone, fixed = replace(job, repeats=False), replace(job, repeats=False, open_sizes=False)
+    for other, note in (
+        (alone, "blocks that are alike have to do with one another past what they are given: each is traced by itself"),
+        (fixed, "computes something else where sizes are left open: all but the batch are fixed"),
+    ):
         try:
-            fixed = _with_proof(_for_the_example(replace(job, open_sizes=False)), job)
+            hat = _with_proof(_for_the_example(other), job)
         except HatifyError:
-            raise error from None
-    fixed.report.notes.append("computes something else where sizes are left open: all but the batch are fixed")
-    return fixed
+            continue
+        hat.report.notes.append(note)
+        return hat
+    raise first
 
 
 def _with_proof(hat: HATModel, job: _Job) -> HATModel:
@@ -189,7 +198,7 @@ def _converted(job: _Job, asked: list[str], traced: bool) -> HATModel:
     """Captured, analysed and rewritten; a model that asks whether it is traced is answered ``traced``, and ``asked`` gets the places."""
     model, options = job.model, job.options
     with _timed("capture", job.seconds, job.tell), ONE_AT_A_TIME, answered(traced, asked):
-        evaluated, trained, notes = capture(model, job.args, job.kwargs, job.doubled, job.open_sizes)
+        evaluated, trained, notes = capture(model, job.args, job.kwargs, job.doubled, job.open_sizes, job.repeats)
     graphs = [g for g in (evaluated, trained) if g is not None]
     with _timed("analyse", job.seconds, job.tell), _without_collections():
         analysis = analyse(graphs, model, options["heads"], options["norms"], options["residuals"], options["locking"])

@@ -226,3 +226,44 @@ def test_gradients_that_a_new_whole_would_lose_are_refused() -> None:
 def test_what_a_new_whole_would_not_share_is_refused() -> None:
     with pytest.raises(CaptureError, match="internal overlap"):
         hatify.convert(Net(overlapping), 2, example_inputs=VECTORS)
+
+
+class Remembering(nn.Module):
+    """Buffers that are copied from and to: ``how`` writes them."""
+
+    def __init__(self, how: Callable) -> None:
+        super().__init__()
+        self.layer, self.head, self.how = nn.Linear(8, 6), nn.Linear(6, 2), how
+        self.register_buffer("now", torch.zeros(6))
+        self.register_buffer("before", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        self.how(self, y.mean(0).detach())
+        return self.head(y + self.before)
+
+
+def written_behind(net: Remembering, mean: Tensor) -> None:
+    net.now.copy_(mean)
+    mean *= 2
+
+
+def shifted(net: Remembering, mean: Tensor) -> None:
+    net.before.copy_(net.now)
+    net.now.copy_(mean)
+
+
+def counted_on(net: Remembering, mean: Tensor) -> None:
+    net.before.copy_(net.now)
+    net.now.add_(1.0)
+
+
+@pytest.mark.parametrize("how", [written_behind, shifted, counted_on], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_buffer_keeps_what_it_was_given(how: Callable, verify: bool) -> None:
+    model = Remembering(how)
+    hat = hatify.convert(model, 2, example_inputs=torch.randn(4, 8), verify=verify)
+    for training in (True, True, False):
+        x = torch.randn(4, 8)
+        assert torch.equal(model.train(training)(x), hat.train(training)(x))
+        assert torch.equal(model.now, hat.get_buffer("now")) and torch.equal(model.before, hat.get_buffer("before"))

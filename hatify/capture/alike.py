@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hatify.capture.watched import is_fraction
 from hatify.registry import Traced
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, type(None))
@@ -98,16 +99,12 @@ def _module(read: _Reader, path: str, module: nn.Module, values: Hashable, eleme
         type(module),
         tuple((name, None if t is None else (type(t), *_tensor(read, t))) for name, t in held),
         tuple(
-            (name, "watched" if name in watched else "a fraction" if elementwise and _is_fraction(value) else read(value))
+            (name, "a fraction" if elementwise and is_fraction(value) else "watched" if name in watched else read(value))
             for name, value in vars(module).items()
             if name not in _SHELVES and not isinstance(value, Traced)
         ),
         values,
     )
-
-
-def _is_fraction(value: Any) -> bool:
-    return isinstance(value, float) and 0 < value < 1
 
 
 def _tensor(read: _Reader, tensor: Tensor) -> Hashable:

@@ -33,7 +33,7 @@ from hatify.capture.questions import noted_questions, noted_types
 from hatify.capture.reading import read_program
 from hatify.capture.refusals import not_functional, untraceable, writes_parameter
 from hatify.capture.regions import SWITCHES
-from hatify.capture.repeats import NotRepeatable, watched_blocks
+from hatify.capture.repeats import NotRepeatable, may_have_looked, watched_blocks
 from hatify.capture.selections import check_not_written, known_selections
 from hatify.capture.spelled import spelled_sizes
 from hatify.capture.statistics import write_statistics
@@ -96,6 +96,11 @@ def export_mode(
         except NotRepeatable:
             repeats = False
             continue
+        except CaptureError as error:
+            if not repeats or not may_have_looked(error):
+                raise
+            repeats = False
+            continue
         if not written - through:
             return captured
         through |= written  # a leaf that gives its input back (dropout in eval mode), which is then written to
@@ -120,7 +125,14 @@ def _export_once(
     flat = _Flat(root, signature)
     try:
         noted = noted_questions(), noted_branches(), known_selections(root, model), noted_types()
-        with noted[0] as asks, noted[1] as branches, noted[2] as selections, noted[3] as reads, chosen_in_place(), watched_blocks():
+        with (
+            noted[0] as asks,
+            noted[1] as branches,
+            noted[2] as selections,
+            noted[3] as reads,
+            chosen_in_place(),
+            watched_blocks(root),
+        ):
             program, opened = _export(flat, inputs, model, open_sizes)
         if _is_transformed(program):
             with _quiet():

@@ -32,7 +32,7 @@ def make_functional(
     groups, inplace = looked_at(graph)
     held = {node: node.target for node in graph.nodes if node.op == "get_attr" and node.target in buffers}
     parts: set[fx.Node] = set()
-    apart = _kept_apart(groups, inplace, order)
+    apart = _kept_apart(groups, inplace, order, set(held))
     for node in inplace:
         target = mutated(node)
         before = [a for a in groups.of(target) if a is not target and order[a] < order[node]]
@@ -74,9 +74,9 @@ def make_functional(
     return writes
 
 
-def _kept_apart(groups: _Aliases, inplace: list[fx.Node], order: dict[fx.Node, int]) -> set[fx.Node]:
+def _kept_apart(groups: _Aliases, inplace: list[fx.Node], order: dict[fx.Node, int], buffers: set[fx.Node]) -> set[fx.Node]:
     """The copies that have to be values of their own: something that one of both sides is copied from or to is written later, and
-    another of these read behind that."""
+    another of these read behind that, as buffers are at the end."""
     copies = [node for node in inplace if node.target is torch.ops.aten.copy_.default]
     copied_to = _Aliases()
     for node in copies:
@@ -86,7 +86,7 @@ def _kept_apart(groups: _Aliases, inplace: list[fx.Node], order: dict[fx.Node, i
     read_on = set()
     for write in inplace:
         others = copied_to.of(mutated(write)) - groups.of(mutated(write))
-        if any(order[user] > order[write] for other in others for user in other.users):
+        if any(other in buffers or any(order[user] > order[write] for user in other.users) for other in others):
             read_on.add(write)
     return {node for node in copies if any(order[write] > order[node] for write in read_on & copied_to.of(node))}
 

@@ -26,18 +26,18 @@ ONE_AT_A_TIME = threading.RLock()
 
 
 def capture(
-    model: nn.Module, args: tuple, kwargs: dict[str, Any], doubled: bool = True, open_sizes: bool = True
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], doubled: bool = True, open_sizes: bool = True, repeats: bool = True
 ) -> tuple[Captured, Captured | None, list[str]]:
     """Captures ``model`` on example inputs, in ``eval`` and in ``train`` mode.
 
     Returns the eval capture, the train capture where it differs by more than constants (else None), and notes. A batch of one is
-    ``doubled``, so that the batch size stays open; other sizes do not without ``open_sizes``.
+    ``doubled``, so that the batch size stays open; other sizes do not without ``open_sizes``. Without ``repeats`` every block is traced.
 
     Raises:
         CaptureError: eval mode cannot be traced.
     """
     with ONE_AT_A_TIME, _untouched(model), known_caches():
-        return _both_modes(model, args, kwargs, doubled, open_sizes)
+        return _both_modes(model, args, kwargs, doubled, open_sizes, repeats)
 
 
 SHELVES = ("_parameters", "_buffers", "_modules")
@@ -77,11 +77,11 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 
 def _both_modes(
-    model: nn.Module, args: tuple, kwargs: dict[str, Any], doubled: bool, open_sizes: bool
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], doubled: bool, open_sizes: bool, repeats: bool
 ) -> tuple[Captured, Captured | None, list[str]]:
     _check_dense(model)
     signature, inputs = Signature.from_call(model.forward, args, kwargs)
-    evaluated = _capture_open_batch(model, signature, inputs, doubled, training=False, open_sizes=open_sizes)
+    evaluated = _capture_open_batch(model, signature, inputs, doubled, training=False, open_sizes=open_sizes, repeats=repeats)
     notes = hooks_left(model, evaluated.leaves)
     notes += _freezing(evaluated, "eval")
     try:

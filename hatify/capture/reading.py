@@ -94,6 +94,7 @@ def read_program(
     check_arguments(graph, {memory_of(t) for t in program.state_dict.values()} - {None})
     captured.fixed_sizes = fixed_sizes(signature, placeholders)
     captured.guards = guards_of(signature, placeholders, branches)
+    copier.check()
     return captured
 
 

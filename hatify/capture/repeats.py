@@ -3,7 +3,7 @@
 A deep network is one block over and over. A block is traced between two marks; where another one is alike (its classes, attributes,
 shapes and values of buffers, and what it is given), one operator stands for all of it while tracing, and the graph that is read from the
 trace has a copy of the first block there, with the other one's weights. Attributes by which blocks are told apart (``layer_idx``) count if
-the first block's code read them (watched.py).
+code reads them (watched.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from hatify.capture.alike import again, likeness, looks
 from hatify.capture.names import telling_name
-from hatify.capture.watched import Told, count, differing, read_again, read_since, told, watching
+from hatify.capture.watched import Watched, differing, read_again, reads, told, watching
 from hatify.gates.layers import Elementwise
 from hatify.registry import Traced, describe
 
@@ -40,7 +41,7 @@ fx.node.has_side_effect(MARK)
 
 _NUMBERS = itertools.count()
 _TRACED: dict[Hashable, list[_Result]] = {}
-_WATCHED: dict[type, frozenset[str]] = {}
+_WATCHED: Watched = {}
 _REPEATS: dict[str, tuple[str, _Result]] = {}
 
 
@@ -50,12 +51,13 @@ class NotRepeatable(Exception):
 
 @dataclass
 class _Result:
-    """What a block gave: the number of its marks, its path, the watched attributes that its code read, its results' structure, what else
-    than tensors is among them, and how the tensors look and whether they ask for gradients."""
+    """What a block gave: the number of its marks, its path, its watched attributes, its results' structure, what else than tensors is
+    among them, and how the tensors look and whether they ask for gradients."""
 
     number: str
     path: str
-    read: Told
+    block: nn.Module
+    attributes: dict[tuple[str, str], Any]
     spec: Any
     flat: list[Any]
     tensors: list[tuple[Any, ...]]
@@ -71,7 +73,8 @@ def mark_blocks(root: nn.Module, leaves: Mapping[str, nn.Module]) -> None:
     marked = {id(leaf) for leaf in leaves.values()}
     whole = {id(m) for leaf in leaves.values() for m in leaf.modules()}
     elementwise = {id(leaf) for leaf in leaves.values() if isinstance(describe(leaf), Elementwise)}
-    _WATCHED.update(differing(root.modules(), besides={type(m) for leaf in leaves.values() for m in leaf.modules()}))
+    inside_leaves = {type(m) for leaf in leaves.values() for m in leaf.modules()}
+    _WATCHED.update(differing(root.modules(), elementwise, besides=inside_leaves))
     blocks: list[_Block] = []
     for path, block in root.named_modules():
         if not path or id(block) in whole:
@@ -97,9 +100,17 @@ def _named(root: nn.Module) -> Iterator[Tensor]:
         yield tensor
 
 
-def watched_blocks() -> contextlib.AbstractContextManager[None]:
-    """Notes, while the marked blocks are traced, which of the attributes that tell them apart their code reads."""
-    return watching(_WATCHED)
+def watched_blocks(root: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Notes, while the marked blocks of a tree are traced, which of the attributes that tell them apart code reads."""
+    return watching(root, _WATCHED)
+
+
+def may_have_looked(error: BaseException) -> bool:
+    """Whether a trace may have failed because watched attributes are not in the dictionaries of their objects."""
+    causes: list[BaseException] = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    return any(isinstance(cause, KeyError | AttributeError) for cause in causes)
 
 
 def repeated_paths() -> set[str]:
@@ -134,23 +145,25 @@ class _Block(Traced):
         key = self.alike(tensors, others) if looked_at and mode is not None else None
         if key is None:
             return self.own(*args, **kwargs)
-        attributes = told(self.block, _WATCHED)
+        attributes = told(self.block)
         for known in _TRACED.get((mode, key), ()):
-            if known.read.items() <= attributes.items():
+            places = reads(known.block) | reads(self.block)
+            if all(known.attributes.get(place) == attributes.get(place) for place in places):
                 return self._repeat(known, tensors)
-        number, reads = str(next(_NUMBERS)), count()
+        number = str(next(_NUMBERS))
         before = _state(mode, self.block, tensors)
         torch.ops.hatify.mark(tensors, number)
         out = self.own(*args, **kwargs)
-        read = {place: attributes[place] for place in read_since(reads, self.block) if place in attributes}
-        result, given = self._result(number, read, out)
-        unwritten = told(self.block, _WATCHED) == attributes and self.alike(tensors, others) == key
+        result, given = self._result(number, attributes, out)
+        again, _ = pytree.tree_flatten((args, kwargs))
+        unwritten = len(again) == len(flat) and all(map(operator.is_, again, flat)) and told(self.block) == attributes
+        unwritten = unwritten and self.alike(tensors, others) == key
         if result is not None and unwritten and _state(mode, self.block, tensors) == before:
             torch.ops.hatify.mark(given, number)
             _TRACED.setdefault((mode, key), []).append(result)
         return out
 
-    def _result(self, number: str, read: Told, out: Any) -> tuple[_Result | None, list[Tensor]]:
+    def _result(self, number: str, attributes: dict[tuple[str, str], Any], out: Any) -> tuple[_Result | None, list[Tensor]]:
         """What can be repeated of a result: plain values and tensors."""
         flat, spec = pytree.tree_flatten(out)
         tensors = [t for t in flat if isinstance(t, Tensor)]
@@ -159,12 +172,12 @@ class _Block(Traced):
         if not tensors or not plain:
             return None, tensors
         others = [Tensor if isinstance(v, Tensor) else v for v in flat]
-        return _Result(number, self.path, read, spec, others, [looks(t) for t in tensors], gradients), tensors
+        return _Result(number, self.path, self.block, attributes, spec, others, [looks(t) for t in tensors], gradients), tensors
 
     def _repeat(self, known: _Result, tensors: list[Tensor]) -> Any:
         key = f"{self.path}#{next(_NUMBERS)}"
         _REPEATS[key] = self.path, known
-        read_again(self.block, known.read)
+        read_again(self.block, reads(known.block))
         with _gradients_off():
             made = torch.ops.hatify.repeat(tensors, key)
         given = iter([t.requires_grad_() if grad else t for t, grad in zip(made, known.gradients)])
@@ -244,6 +257,7 @@ class Copier:
     def __init__(self, graph: fx.Graph, held: Callable[[str], fx.Node]) -> None:
         self.graph, self.held = graph, held
         self.templates: dict[str, _Template] = {}
+        self._repeated: set[str] = set()
 
     def mark(self, values: list[Read], number: str) -> None:
         """A mark has been read: the first of a number begins a block, the second ends it."""
@@ -265,6 +279,7 @@ class Copier:
         """
         path, known = _REPEATS[key]
         template = self.templates[known.number]
+        self._repeated.add(known.number)
         given: dict[fx.Node, Read] = {}
         for own, other in zip(template.given, inputs):
             if given.setdefault(own(), other) is not other and given[own()]() is not other():
@@ -293,6 +308,19 @@ class Copier:
                 continue  # where it is needed
             copies[node] = self._copy(node, moved, copy_of)
         return [copy_of(read()) for read in template.results]
+
+    def check(self) -> None:
+        """The whole graph was read.
+
+        Raises:
+            NotRepeatable: a value of a block that has copies is used elsewhere, and is none of its results (a list of all blocks' losses).
+        """
+        for template in (self.templates[number] for number in self._repeated):
+            inside, results = set(template.nodes), {read() for read in template.results}
+            for node in inside - results:
+                held = node.op == "get_attr" or isinstance(node.meta.get("val"), torch.SymInt)
+                if not held and any(user not in inside for user in node.users):
+                    raise NotRepeatable(f"{node} is used past the block that it is in")
 
     def _copy(self, node: fx.Node, moved: Callable[[str], str], copy_of: Callable[[fx.Node], fx.Node]) -> fx.Node:
         target = moved(node.target) if node.op == "call_module" else node.target

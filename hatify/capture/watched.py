@@ -1,97 +1,106 @@
 """Numbers and names that tell one block from the next, as ``layer_idx`` does: they matter where code reads them, and only there.
 
-While a network is traced, such attributes are descriptors of their classes, which give what the object holds and note that it was asked.
+While a network is traced, such attributes are descriptors of their classes, which give what the object held and note that it was asked. Its
+dictionary does not have them then: code that looks there fails, and is traced without any of this.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import math
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
 PLAIN = (bool, int, float, str, type(None))
-Watched = Mapping[type, frozenset[str]]
+Watched = dict[type, frozenset[str]]
 """Names of attributes by class."""
-Told = dict[tuple[str, str], tuple[type, Any]]
-"""Values of attributes, with their types, by the path of the module that holds them and their name."""
+Places = set[tuple[str, str]]
+"""Attributes by the path of the module that holds them and their name."""
 
-_READS: list[tuple[int, str]] = []
-
-
-def differing(modules: Iterable[nn.Module], besides: Collection[type] = ()) -> Watched:
-    """The attributes in which modules of one class differ, of those that hold numbers, texts or None.
-
-    Args:
-        besides: classes that are left out (of layers, which run on copies), as torch's own are, and those whose code looks into its
-            objects' dictionaries.
-    """
-    seen: dict[type, dict[str, set]] = {}
-    for module in modules:
-        cls = type(module)
-        if cls not in besides and not cls.__module__.startswith("torch.") and not _reads_dictionaries(cls):
-            for name, value in vars(module).items():
-                if type(value) in PLAIN and type(getattr(cls, name, None)) in PLAIN:
-                    seen.setdefault(cls, {}).setdefault(name, set()).add((type(value), value))
-    found = {cls: frozenset(name for name, values in names.items() if len(values) > 1) for cls, names in seen.items()}
-    return {cls: names for cls, names in found.items() if names}
-
-
-@functools.cache
-def _reads_dictionaries(cls: type) -> bool:
-    """Whether a class reads attributes in a way that a descriptor does not see."""
-    codes = (getattr(f, "__code__", None) for c in cls.__mro__[: cls.__mro__.index(nn.Module)] for f in vars(c).values())
-    return any(code is not None and _PAST & {*code.co_names} for code in codes)
-
-
-_PAST = {"vars", "__dict__", "__getattribute__"}
-
-
-def told(block: nn.Module, watched: Watched) -> Told:
-    """What the watched attributes of a block are."""
-    return {
-        (path, name): (type(value), value)
-        for path, module in block.named_modules(remove_duplicate=False)
-        for name in watched.get(type(module), ())
-        if (value := vars(module).get(name, _MISSING)) is not _MISSING
-    }
-
-
+_HELD: dict[int, dict[str, Any]] = {}
+_READ: dict[int, set[str]] = {}
 _MISSING = object()
 
 
-def count() -> int:
-    """How many reads there were so far."""
-    return len(_READS)
+def differing(modules: Iterable[nn.Module], elementwise: Collection[int], besides: Collection[type]) -> Watched:
+    """The attributes in which modules of one class differ, where all hold numbers, texts or None. Torch's own classes are left out.
+
+    Args:
+        elementwise: the ``id`` of layers that keep shapes: of these, whatever their class, the fractions (drop rates) alone.
+        besides: classes that are left out: of other layers, which run on copies.
+    """
+    seen: dict[type, dict[str, set | None]] = {}
+    for module in modules:
+        cls, drops = type(module), id(module) in elementwise
+        if not drops and (cls in besides or cls.__module__.startswith("torch.")):
+            continue
+        for name, value in vars(module).items():
+            if drops and not is_fraction(value):
+                continue
+            values = seen.setdefault(cls, {}).setdefault(name, set())
+            if type(value) not in PLAIN or type(getattr(cls, name, None)) not in PLAIN:
+                seen[cls][name] = None
+            elif values is not None:
+                values.add(_exactly(value))
+    found = {cls: frozenset(n for n, values in names.items() if values and len(values) > 1) for cls, names in seen.items()}
+    return {cls: names for cls, names in found.items() if names and type(cls).__setattr__ is type.__setattr__}
 
 
-def read_since(start: int, block: nn.Module) -> set[tuple[str, str]]:
-    """The watched attributes of a block that were read since then, by path and name."""
-    reads = set(_READS[start:])
-    return {(path, name) for path, m in block.named_modules(remove_duplicate=False) for key, name in reads if key == id(m)}
+def is_fraction(value: Any) -> bool:
+    """A drop rate that drops something, and not all."""
+    return isinstance(value, float) and 0 < value < 1
 
 
-def read_again(block: nn.Module, names: Iterable[tuple[str, str]]) -> None:
+def _exactly(value: Any) -> tuple[type, Any, float]:
+    """Other for values that code can tell apart, as 0.0 and -0.0."""
+    return type(value), value, math.copysign(1.0, value) if isinstance(value, float) else 1.0
+
+
+def reads(block: nn.Module) -> Places:
+    """The watched attributes of a block that were read so far, by its own code or by whoever calls it."""
+    return {(path, name) for path, module in block.named_modules(remove_duplicate=False) for name in _READ.get(id(module), ())}
+
+
+def told(block: nn.Module) -> dict[tuple[str, str], Any]:
+    """What the watched attributes of a block are."""
+    return {
+        (path, name): _exactly(value)
+        for path, module in block.named_modules(remove_duplicate=False)
+        for name, value in _HELD.get(id(module), {}).items()
+    }
+
+
+def read_again(block: nn.Module, places: Places) -> None:
     """Counts reads of a block that is not traced: what stands for it was made with them."""
-    _READS.extend((id(block.get_submodule(path)), name) for path, name in names)
+    for path, name in places:
+        _READ.setdefault(id(block.get_submodule(path)), set()).add(name)
 
 
 @contextlib.contextmanager
-def watching(watched: Watched) -> Iterator[None]:
-    """Notes reads of these attributes. Objects hold what they held, and whoever reads it gets it."""
+def watching(root: nn.Module, watched: Watched) -> Iterator[None]:
+    """Notes reads of these attributes of the modules of a tree, whose code gets what they held."""
     put: list[tuple[type, str, Any]] = []
+    laid_aside: list[tuple[nn.Module, dict[str, Any]]] = []
     try:
         for cls, names in watched.items():
             for name in names:
-                put.append((cls, name, vars(cls).get(name, _MISSING)))
-                setattr(cls, name, _Attribute(name, cls))
+                before, attribute = vars(cls).get(name, _MISSING), _Attribute(name, cls)
+                setattr(cls, name, attribute)
+                put.append((cls, name, before))
+        for module in root.modules():
+            held = vars(module)
+            _HELD[id(module)] = {name: held.pop(name) for name in watched.get(type(module), ()) if name in held}
+            laid_aside.append((module, _HELD[id(module)]))
         yield
     finally:
         for cls, name, before in reversed(put):
             delattr(cls, name) if before is _MISSING else setattr(cls, name, before)
-        _READS.clear()
+        for module, held in laid_aside:
+            vars(module).update(held)
+        _HELD.clear()
+        _READ.clear()
 
 
 class _Attribute:
@@ -101,16 +110,23 @@ class _Attribute:
         self.name, self.behind = name, getattr(cls, name, _MISSING)
 
     def __get__(self, holder: Any, owner: type | None = None) -> Any:
-        held = {} if holder is None else vars(holder)
-        if self.name in held:
-            _READS.append((id(holder), self.name))
-            return held[self.name]
+        held = _HELD.get(id(holder))
+        if held is not None:
+            _READ.setdefault(id(holder), set()).add(self.name)
+            if self.name in held:
+                return held[self.name]
+        if holder is not None and self.name in vars(holder):
+            return vars(holder)[self.name]
         if self.behind is _MISSING:
             raise AttributeError(self.name)
         return self.behind
 
     def __set__(self, holder: Any, value: Any) -> None:
-        vars(holder)[self.name] = value
+        (_HELD[id(holder)] if self.name in _HELD.get(id(holder), ()) else vars(holder))[self.name] = value
 
     def __delete__(self, holder: Any) -> None:
-        vars(holder).pop(self.name)
+        for held in (_HELD.get(id(holder), {}), vars(holder)):
+            if self.name in held:
+                del held[self.name]
+                return
+        raise AttributeError(self.name)
