@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from hatify.capture import repeats
+
 torch.set_num_threads(1)
 
 
@@ -21,3 +23,12 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of the blocks that are copied, in the order of eval and train mode."""
+    seen: list[str] = []
+    repeat = repeats._Block._repeat
+    monkeypatch.setattr(repeats._Block, "_repeat", lambda block, *rest: seen.append(block.path) or repeat(block, *rest))
+    return seen

@@ -9,14 +9,13 @@ from __future__ import annotations
 import abc
 import enum
 import functools
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hatify.capture.watched import is_fraction
 from hatify.registry import Traced
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, type(None))
@@ -36,8 +35,6 @@ def likeness(
     inputs: Sequence[Tensor],
     others: Sequence[Any],
     values: Mapping[int, Hashable] | None = None,
-    elementwise: Collection[int] = (),
-    watched: Mapping[type, Collection[str]] = {},
 ) -> Hashable | None:
     """A key that two calls share only if their results look the same; None where something cannot be compared.
 
@@ -46,13 +43,11 @@ def likeness(
         inputs: fake tensors that it is given.
         others: everything else that it is given.
         values: what is known of the values of buffers, by their module's ``id``; modules that are not in it have none that decide.
-        elementwise: the ``id`` of leaves inside that keep shapes: fractions that they hold (drop rates) decide nothing.
-        watched: names of attributes, by class, that are compared otherwise.
     """
     read = _Reader()
     try:
         with torch._C.DisableTorchFunction():  # a trace listens to every look at a tensor
-            return _key(read, module, inputs, others, values or {}, elementwise, watched)
+            return _key(read, module, inputs, others, values or {})
     except _Incomparable:
         return None
 
@@ -63,17 +58,12 @@ def _key(
     inputs: Sequence[Tensor],
     others: Sequence[Any],
     values: Mapping[int, Hashable],
-    elementwise: Collection[int],
-    watched: Mapping[type, Collection[str]],
 ) -> Hashable:
     storages = [t.untyped_storage()._cdata for t in inputs]
     same = [id(t) for t in inputs]
     kinds = {t.device.type for t in inputs}
     return (
-        tuple(
-            _module(read, path, m, values.get(id(m)), id(m) in elementwise, watched.get(type(m), ()))
-            for path, m in module.named_modules(remove_duplicate=False)
-        ),
+        tuple(_module(read, path, m, values.get(id(m))) for path, m in module.named_modules(remove_duplicate=False)),
         tuple((*_tensor(read, t), storages.index(s), same.index(id(t))) for t, s in zip(inputs, storages)),
         tuple(read(v) for v in others),
         torch.is_grad_enabled(),
@@ -92,16 +82,14 @@ def again(look: tuple[Any, ...]) -> Tensor:
     return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
-def _module(read: _Reader, path: str, module: nn.Module, values: Hashable, elementwise: bool, watched: Collection[str]) -> Hashable:
+def _module(read: _Reader, path: str, module: nn.Module, values: Hashable) -> Hashable:
     held = [*module._parameters.items(), *module._buffers.items()]
     return (
         path,
         type(module),
         tuple((name, None if t is None else (type(t), *_tensor(read, t))) for name, t in held),
         tuple(
-            (name, "a fraction" if elementwise and is_fraction(value) else "watched" if name in watched else read(value))
-            for name, value in vars(module).items()
-            if name not in _SHELVES and not isinstance(value, Traced)
+            (name, read(value)) for name, value in vars(module).items() if name not in _SHELVES and not isinstance(value, Traced)
         ),
         values,
     )

@@ -93,11 +93,8 @@ def export_mode(
         try:
             with open_pools():
                 captured, written = _export_once(model, signature, inputs, training, stubs or {}, open_sizes, through, repeats)
-        except NotRepeatable:
-            repeats = False
-            continue
-        except CaptureError as error:
-            if not repeats or not may_have_looked(error):
+        except (NotRepeatable, CaptureError) as error:
+            if not repeats or not (isinstance(error, NotRepeatable) or may_have_looked(error)):
                 raise
             repeats = False
             continue

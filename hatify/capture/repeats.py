@@ -41,7 +41,7 @@ fx.node.has_side_effect(MARK)
 
 _NUMBERS = itertools.count()
 _TRACED: dict[Hashable, list[_Result]] = {}
-_WATCHED: Watched = {}
+_WATCHED: Watched = []
 _REPEATS: dict[str, tuple[str, _Result]] = {}
 
 
@@ -74,7 +74,7 @@ def mark_blocks(root: nn.Module, leaves: Mapping[str, nn.Module]) -> None:
     whole = {id(m) for leaf in leaves.values() for m in leaf.modules()}
     elementwise = {id(leaf) for leaf in leaves.values() if isinstance(describe(leaf), Elementwise)}
     inside_leaves = {type(m) for leaf in leaves.values() for m in leaf.modules()}
-    _WATCHED.update(differing(root.modules(), elementwise, besides=inside_leaves))
+    _WATCHED.extend(differing(root.modules(), elementwise, besides=inside_leaves))
     blocks: list[_Block] = []
     for path, block in root.named_modules():
         if not path or id(block) in whole:
@@ -86,8 +86,9 @@ def mark_blocks(root: nn.Module, leaves: Mapping[str, nn.Module]) -> None:
         values = {id(m): _values(m) for m in inside if any(b is not None for b in m._buffers.values())}
         if replaced or None in values.values() or any(id(t) in shared for t in _held(block)):
             continue
-        blocks.append(_Block(path, block, values, elementwise))
-    keys = [block.alike([], []) for block in blocks]
+        blocks.append(_Block(path, block, values))
+    with watched_blocks(root):
+        keys = [block.alike([], []) for block in blocks]
     like_it = Counter(keys)
     for block, key in zip(blocks, keys):
         if key is not None:
@@ -128,13 +129,12 @@ def clear_repeats() -> None:
 class _Block(Traced):
     """The forward of a block while tracing. The first call of one that is like no other is not looked at closely."""
 
-    def __init__(self, path: str, block: nn.Module, values: dict[int, Hashable], elementwise: set[int]) -> None:
-        self.path, self.block, self.own = path, block, block.forward
-        self.values, self.elementwise = values, elementwise
+    def __init__(self, path: str, block: nn.Module, values: dict[int, Hashable]) -> None:
+        self.path, self.block, self.own, self.values = path, block, block.forward, values
         self.called = False
 
     def alike(self, tensors: Sequence[Tensor], others: Sequence[Any]) -> Hashable | None:
-        return likeness(self.block, tensors, others, self.values, self.elementwise, _WATCHED)
+        return likeness(self.block, tensors, others, self.values)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         flat, spec = pytree.tree_flatten((args, kwargs))

@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 PLAIN = (bool, int, float, str, type(None))
-Watched = dict[type, frozenset[str]]
-"""Names of attributes by class."""
+Watched = list[tuple[nn.Module, frozenset[str]]]
+"""Modules, and the names of those of their attributes."""
 Places = set[tuple[str, str]]
 """Attributes by the path of the module that holds them and their name."""
 
@@ -28,29 +28,28 @@ def differing(modules: Iterable[nn.Module], elementwise: Collection[int], beside
     """The attributes in which modules of one class differ, where all hold numbers, texts or None. Torch's own classes are left out.
 
     Args:
-        elementwise: the ``id`` of layers that keep shapes: of these, whatever their class, the fractions (drop rates) alone.
+        elementwise: the ``id`` of layers that keep shapes: of these, whatever their class, the fractions (drop rates) alone; a layer that
+            drops nothing may give its input itself.
         besides: classes that are left out: of other layers, which run on copies.
     """
-    seen: dict[type, dict[str, set | None]] = {}
+    plain: list[tuple[nn.Module, dict[str, Any]]] = []
+    others: set[tuple[type, str]] = set()
+    seen: dict[tuple[type, str], set] = {}
     for module in modules:
-        cls, drops = type(module), id(module) in elementwise
-        if not drops and (cls in besides or cls.__module__.startswith("torch.")):
+        cls, held = type(module), vars(module)
+        if id(module) in elementwise:
+            held = {name: value for name, value in held.items() if isinstance(value, float) and 0 < value < 1}
+        elif cls in besides or cls.__module__.startswith("torch.") or type(cls).__setattr__ is not type.__setattr__:
             continue
-        for name, value in vars(module).items():
-            if drops and not is_fraction(value):
-                continue
-            values = seen.setdefault(cls, {}).setdefault(name, set())
-            if type(value) not in PLAIN or type(getattr(cls, name, None)) not in PLAIN:
-                seen[cls][name] = None
-            elif values is not None:
-                values.add(_exactly(value))
-    found = {cls: frozenset(n for n, values in names.items() if values and len(values) > 1) for cls, names in seen.items()}
-    return {cls: names for cls, names in found.items() if names and type(cls).__setattr__ is type.__setattr__}
-
-
-def is_fraction(value: Any) -> bool:
-    """A drop rate that drops something, and not all."""
-    return isinstance(value, float) and 0 < value < 1
+        plain.append((module, held))
+        for name, value in held.items():
+            if type(value) in PLAIN and type(getattr(cls, name, None)) in PLAIN:
+                seen.setdefault((cls, name), set()).add(_exactly(value))
+            else:
+                others.add((cls, name))
+    found = {place for place, values in seen.items() if len(values) > 1} - others
+    watched = [(module, frozenset(name for name in held if (type(module), name) in found)) for module, held in plain]
+    return [(module, names) for module, names in watched if names]
 
 
 def _exactly(value: Any) -> tuple[type, Any, float]:
@@ -80,25 +79,22 @@ def read_again(block: nn.Module, places: Places) -> None:
 
 @contextlib.contextmanager
 def watching(root: nn.Module, watched: Watched) -> Iterator[None]:
-    """Notes reads of these attributes of the modules of a tree, whose code gets what they held."""
+    """Notes reads of these attributes in a tree, whose code gets what its modules held."""
     put: list[tuple[type, str, Any]] = []
-    laid_aside: list[tuple[nn.Module, dict[str, Any]]] = []
     try:
-        for cls, names in watched.items():
-            for name in names:
-                before, attribute = vars(cls).get(name, _MISSING), _Attribute(name, cls)
-                setattr(cls, name, attribute)
-                put.append((cls, name, before))
-        for module in root.modules():
-            held = vars(module)
-            _HELD[id(module)] = {name: held.pop(name) for name in watched.get(type(module), ()) if name in held}
-            laid_aside.append((module, _HELD[id(module)]))
+        for cls, name in dict.fromkeys((type(module), name) for module, names in watched for name in names):
+            before, attribute = vars(cls).get(name, _MISSING), _Attribute(name, cls)
+            setattr(cls, name, attribute)
+            put.append((cls, name, before))
+        _HELD.update({id(module): {} for module in root.modules()})  # those without the attribute may be asked for it, too
+        for module, names in watched:
+            _HELD[id(module)] = {name: vars(module).pop(name) for name in names}
         yield
     finally:
         for cls, name, before in reversed(put):
             delattr(cls, name) if before is _MISSING else setattr(cls, name, before)
-        for module, held in laid_aside:
-            vars(module).update(held)
+        for module, _ in watched:
+            vars(module).update(_HELD.get(id(module), {}))
         _HELD.clear()
         _READ.clear()
 

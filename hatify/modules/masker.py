@@ -45,14 +45,10 @@ def _alike(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
     What is left over at the end of a tensor, or of a thread's share, a CPU computes one by one, and rounds otherwise.
     """
-    if (
-        x.device.type != "cpu"
-        or torch.compiler.is_compiling()
-        or x.numel() <= GRAIN
-        and x.numel() % LANES == 0
-        and x.is_contiguous()
-    ):
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return function(x)
+    if x.numel() % LANES == 0 and x.numel() <= GRAIN and x.is_contiguous():
+        return function(x)  # nothing is left over
     parts = [function(part) for part in F.pad(x, (0, -x.numel() % LANES)).split(GRAIN)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[: x.numel()]
 
