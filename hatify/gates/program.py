@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hatify.gates.lattice import Lattice
 from hatify.gates.table import Expressions
 
 
@@ -33,6 +34,11 @@ class Program:
         with torch.inference_mode(False):  # it serves training too, whichever pass asks for it first
             return None if self.index is None else torch.tensor(self.index, device="cpu")
 
+    @cached_property
+    def lattice(self) -> Lattice | None:
+        """``index`` as views, where it can be."""
+        return None if self.index is None else Lattice.of(self.index)
+
     def steps(self, done: Container[Any] = ()) -> list[Program]:
         """The program and all parts, each behind its own parts; those of ``done`` and what only they are made of are left out.
 
@@ -55,7 +61,8 @@ class Program:
         """Makes what is made when it is first asked for, which compiled code cannot; parts of ``seen`` have it."""
         for one in self.steps(seen):
             seen.add(one)
-            one.index_tensor  # noqa: B018
+            if one.lattice is None:
+                one.index_tensor  # noqa: B018
 
     def maskers(self) -> set[str]:
         """Names of the maskers that the program reads."""
@@ -155,4 +162,6 @@ def _evaluated(program: Program, mask_of: Callable[[str], Tensor], memo: dict) -
     if program.op in ("or", "and"):
         return (torch.maximum if program.op == "or" else torch.minimum)(*[memo[part] for part in program.parts])
     out = mask_of(program.masker) if program.op == "atom" else torch.cat([memo[part] for part in program.parts])
-    return out if program.index is None else out.index_select(0, program.index_tensor.to(out.device))
+    if program.index is None:
+        return out
+    return out.index_select(0, program.index_tensor.to(out.device)) if program.lattice is None else program.lattice.take(out)

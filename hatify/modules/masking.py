@@ -26,6 +26,8 @@ def apply_mask(x: Tensor, mask: Tensor, *, soft: bool, fill: float = 0.0) -> Ten
     if by_bits(x) and not fill:
         bits = bits_of(mask, x.dtype, soft)
         return scaled(x, mask.to(x.dtype), bits) if soft else kept(x, bits)
+    if soft and not fill and torch.compiler.is_compiling() and x.dtype.is_floating_point and x.dtype is not torch.float16:
+        return scaled(x, mask.to(x.dtype), _live(mask.detach(), x.dtype, soft))
     out = torch.where(_live(mask, x.dtype, soft), x, torch.full((), fill, dtype=x.dtype, device=x.device))
     return out * mask.to(x.dtype) if soft and not fill and x.dtype.is_floating_point else out
 
@@ -54,10 +56,12 @@ def kept(x: Tensor, bits: Tensor) -> Tensor:
 
 
 def scaled(x: Tensor, mask: Tensor, bits: Tensor) -> Tensor:
-    """``where(live, x, 0) * mask``, with ``mask`` of the type of ``x``."""
+    """``where(live, x, 0) * mask``, with ``mask`` of the type of ``x``; ``bits``, or bool in compiled code."""
     if x.dtype is torch.float16:  # where small factors vanish, and what is made from the result with them
         return kept(x, bits) * mask
-    return _Scaled.apply(x, mask, bits) if differentiated() else _and(x, bits).mul_(mask)
+    if not differentiated():
+        return _and(x, bits).mul_(mask)
+    return (_ScaledBackward if torch.compiler.is_compiling() else _Scaled).apply(x, mask, bits)
 
 
 def differentiated() -> bool:
@@ -66,6 +70,8 @@ def differentiated() -> bool:
 
 
 def _and(x: Tensor, bits: Tensor) -> Tensor:
+    if bits.dtype is torch.bool:
+        return torch.where(bits, x, x.new_zeros(()))
     return (x.view(bits.dtype) & bits).view(x.dtype)
 
 
@@ -96,8 +102,8 @@ class _Kept(torch.autograd.Function):
         return _Kept.apply(tangent, bits)
 
 
-class _Scaled(torch.autograd.Function):
-    """:func:`scaled`, differentiable, and nothing is kept for it but its result, which the next layer keeps anyway.
+class _ScaledBackward(torch.autograd.Function):
+    """:func:`scaled`, differentiable backward, and nothing is kept for it but its result, which the next layer keeps anyway.
 
     With ``y = x m`` the gradient of ``m`` is the sum of ``g x = g y / m``; where ``m`` is zero, that of a dead position, zero.
     """
@@ -113,7 +119,6 @@ class _Scaled(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, mask, bits = inputs
         ctx.save_for_backward(output, mask, bits)
-        ctx.save_for_forward(output, mask, bits)
         ctx.shape = x.shape
 
     @staticmethod
@@ -128,6 +133,15 @@ class _Scaled(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = kept(gradient * mask, bits).sum_to_size(ctx.shape)
         return of_x, of_mask, None
+
+
+class _Scaled(_ScaledBackward):
+    """The same, differentiable forward too, which a compiler does not take."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _ScaledBackward.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(output, *inputs[1:])
 
     @staticmethod
     def jvp(ctx: Any, of_x: Tensor | None, of_mask: Tensor | None, _: None) -> Tensor:
@@ -153,6 +167,8 @@ def _by_rows(mask: Tensor, shape: Size) -> bool:
 
 def _in_pieces(mask: Tensor, *tensors: Tensor) -> bool:
     """Whether the tensors, of one shape, are large, lie in memory alike and can be cut, and nobody differentiates what becomes of them."""
+    if torch.compiler.is_compiling():
+        return False
     plain = all(t.device.type == "cpu" and t.is_contiguous() and t.dtype in (torch.float32, torch.float64) for t in tensors)
     shape = tensors[0].shape
     large = plain and shape.numel() > PIECE * torch.get_num_threads()

@@ -1,10 +1,14 @@
-"""The two hand-written derivatives: applying a mask, and normalising over live positions, whole and in pieces."""
+"""The two hand-written derivatives: applying a mask, and normalising over live positions, whole, in pieces and compiled."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck, gradgradcheck
 
 from hatify.modules import live_norms, live_pieces, masking
@@ -230,3 +234,49 @@ def test_applying_a_mask_has_all_its_derivatives() -> None:
     assert gradgradcheck(lambda x, m: apply_mask(x, m, soft=True), (x, soft))
     hard = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
     assert gradcheck(lambda x: apply_mask(x, hard, soft=False), (x,), check_forward_ad=True)
+
+
+def composed_mask(x: Tensor, mask: Tensor, *, soft: bool) -> Tensor:
+    """A soft mask in torch's own operators."""
+    return torch.where(mask > 0, x, 0.0) * mask
+
+
+@pytest.mark.parametrize(("apply", "more"), [(apply_mask, 0), (composed_mask, 1)], ids=["hatify's", "composed"])
+def test_compiled_code_keeps_a_masked_value_only(apply: Callable, more: int) -> None:
+    """Of ``f(m x)`` with a layer behind it, what the layer keeps anyway; composed of operators, the unmasked value too."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    x, first, second = torch.randn(16, 8), torch.randn(8, 32, requires_grad=True), torch.randn(32, 8, requires_grad=True)
+    mask = torch.rand(32).index_fill(0, torch.tensor([3, 5]), 0.0).requires_grad_()
+    kept: list[torch.Size] = []
+
+    def keep(graph: fx.GraphModule, _: list) -> Callable:
+        kept.extend(n.meta["val"].shape for n in graph.graph.output_node().args[0] if n is not None and n.op != "placeholder")
+        return make_boxed_func(graph.forward)
+
+    def run(x: Tensor) -> Tensor:
+        return apply(x @ first, mask, soft=True) @ second
+
+    backend = aot_autograd(
+        fw_compiler=keep,
+        bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    out = torch.compile(run, backend=backend, fullgraph=True)(x)
+    assert sum(shape.numel() == 16 * 32 for shape in kept) == 1 + more, kept
+    along = torch.randn_like(out)
+    given = torch.autograd.grad(out, (first, second, mask), along)
+    torch.testing.assert_close(given, torch.autograd.grad(run(x), (first, second, mask), along))
+    assert given[2][3] == 0 and not given[0][:, 3].any(), "a dead channel has no gradient"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_compiled_code_masks_small_types_too(dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    x = torch.tensor([[1.0, float("nan"), -2.0]], dtype=dtype, requires_grad=True)
+    mask = torch.tensor([2.0**-20, 0.0, 0.5], requires_grad=True)
+    out = torch.compile(apply_mask, backend="aot_eager", fullgraph=True)(x, mask, soft=True)
+    assert torch.equal(out, apply_mask(x, mask, soft=True)) and out[0, 1] == 0
+    gradients = torch.autograd.grad(out.sum(), (x, mask))
+    torch.testing.assert_close(gradients, torch.autograd.grad(apply_mask(x, mask, soft=True).sum(), (x, mask)))
+    assert gradients[0][0, 1] == 0 and gradients[1][1] == 0
