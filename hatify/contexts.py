@@ -22,6 +22,13 @@ LASTING = 4
 """How many finished tasks' masks are kept at a time."""
 
 
+@torch.compiler.assume_constant_result
+def _prepared(model: TaskContexts) -> bool:
+    """Makes what compiled code cannot make, before it is traced."""
+    model._prepare_programs()
+    return True
+
+
 class TaskContexts:
     """The part of a HAT model that knows the task of a call."""
 
@@ -56,6 +63,7 @@ class TaskContexts:
             elif self.training:
                 mask_scale = self.config.max_mask_scale
         if torch.compiler.is_compiling():
+            _prepared(self)
             maskers = self.maskers
             return TaskContext(task, mask_scale, lambda name: maskers[name](task, mask_scale), hard=mask_scale is None)
         if mask_scale is None and self._lasts(task):

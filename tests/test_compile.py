@@ -107,8 +107,9 @@ def test_within_a_compiled_function(hat: HATModel) -> None:
     assert count.frame_count == 1
 
 
+@pytest.mark.parametrize("within", [False, True], ids=["itself", "within a function"])
 @pytest.mark.parametrize("how", ["converted", "copied", "loaded"])
-def test_the_first_call_may_be_compiled(how: str, tmp_path: Path) -> None:
+def test_the_first_call_may_be_compiled(how: str, within: bool, tmp_path: Path) -> None:
     """Nothing has run yet that would have made what a mask needs."""
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -120,6 +121,6 @@ def test_the_first_call_may_be_compiled(how: str, tmp_path: Path) -> None:
     if how == "loaded":
         hatify.save(hat, tmp_path / "vit")
         hat = hatify.load(tmp_path / "vit").train()
-    compiled = torch.compile(hat, backend="aot_eager", fullgraph=True)
-    out = compiled(x, task=0, mask_scale=2.0)
+    called = (lambda *args, **kwargs: hat(*args, **kwargs)) if within else hat
+    out = torch.compile(called, backend="aot_eager", fullgraph=True)(x, task=0, mask_scale=2.0)
     assert torch.allclose(out, hat(x, task=0, mask_scale=2.0), 1e-5, 1e-6)
