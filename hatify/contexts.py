@@ -83,9 +83,10 @@ class TaskContexts:
 
     def _lasts(self, task: int) -> bool:
         """Whether the masks of ``task`` are what they were: its embeddings are protected, and nobody looks on who would want to see
-        them made."""
+        them made, nor a transform of ``torch.func``, to which all belongs that is made within."""
         guard = self._guard
-        return task in guard.protection.tasks and not guard.is_open and not _get_current_dispatch_mode_stack()
+        alone = not _get_current_dispatch_mode_stack() and torch._C._functorch.peek_interpreter_stack() is None
+        return task in guard.protection.tasks and not guard.is_open and alone
 
     def _lasting(self, task: int, reading: Reading | None) -> TaskContext:
         """The context of a finished task, made once. Writes to a finished task's embeddings are undone before its next pass, so its

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from hatify.gates.lattice import Lattice
 from hatify.gates.table import Expressions
+
+
+@contextmanager
+def kept_for_all() -> Iterator[None]:
+    """For tensors that later passes use too, whatever pass asks for them first: one without gradients, or within a transform of
+    ``torch.func``, where every new tensor belongs to the transform."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    with torch.inference_mode(False), temporarily_clear_interpreter_stack() if transformed else nullcontext():
+        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +42,7 @@ class Program:
     @cached_property
     def index_tensor(self) -> Tensor | None:
         """``index`` as int64 on the CPU, or None where it is the identity."""
-        with torch.inference_mode(False):  # it serves training too, whichever pass asks for it first
+        with kept_for_all():
             return None if self.index is None else torch.tensor(self.index, device="cpu")
 
     @cached_property

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from hatify.gates.program import kept_for_all
 from hatify.modules.masker import Masker, soft_mask
 from hatify.modules.shards import whole
 
@@ -50,8 +51,8 @@ class Bank:
     def _live(self, flat: Tensor) -> Tensor:
         """As :meth:`Masker.live`: where the embedding is positive; the largest where none is."""
         if self._owner is None or self._owner.device != flat.device:
-            sizes = torch.tensor(self.sizes, device=flat.device)
-            with torch.inference_mode(False):
+            with kept_for_all():
+                sizes = torch.tensor(self.sizes, device=flat.device)
                 self._owner = torch.arange(len(sizes), device=flat.device).repeat_interleave(sizes, output_size=flat.numel())
         top = torch.full((len(self.sizes),), -torch.inf, dtype=flat.dtype, device=flat.device)
         top = top.scatter_reduce(0, self._owner, flat, "amax")[self._owner]

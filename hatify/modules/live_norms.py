@@ -72,12 +72,13 @@ def _normalised(
     mask = live.to(wide.dtype)
     alike = all(v is None or v.dtype is x.dtype is wide.dtype for v in (weight, bias))
     inside = (weight, bias) if alike else (None, None)
-    run = _Normalised.apply if differentiated() else _Normalised.forward
+    function = _NormalisedBackward if torch.compiler.is_compiling() else _Normalised
+    run = function.apply if differentiated() else function.forward
     out = run(wide, mask, *inside, len(dims), eps, centred)[0].to(x.dtype)
     return out if alike else _affine(out, weight, bias)
 
 
-class _Normalised(torch.autograd.Function):
+class _NormalisedBackward(torch.autograd.Function):
     """``(x - mean) * rstd * weight + bias`` over the live positions of the last ``k`` dimensions; dead ones are zero in ``x``, and what
     becomes of them is not to be used: zero and the bias, up to rounding.
 
@@ -94,9 +95,10 @@ class _Normalised(torch.autograd.Function):
     def forward(
         x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, eps: float, centred: bool
     ) -> tuple[Tensor, ...]:
-        if centred and live_pieces.fits_kernel(x, mask, weight, bias, k):
+        followed = torch.is_grad_enabled()  # not where autograd calls it, forward derivatives or not: it follows the whole
+        if centred and live_pieces.fits_kernel(x, mask, weight, bias, k, followed=followed):
             return live_pieces.by_kernel(x, mask, weight, bias, k, eps)
-        if live_pieces.cuttable(x, mask, weight, bias):
+        if live_pieces.cuttable(x, mask, weight, bias, followed=followed):
             return live_pieces.normalised(x, mask, weight, bias, k, eps, centred)
         dims, share = _reduced(x, mask, k)
         centre = x
@@ -119,10 +121,12 @@ class _Normalised(torch.autograd.Function):
     def backward(ctx: Any, of_out: Tensor | None, of_rstd: Tensor | None, of_mean: Tensor | None) -> tuple:
         x, mask, weight, bias, rstd, mean = ctx.saved_tensors
         wanted, none = ctx.needs_input_grad[1:4], (None,) * 3
+        followed = differentiated()
         alone = of_out is not None and of_rstd is None and of_mean is None
-        if alone and ctx.centred and live_pieces.fits_kernel(x, mask, weight, bias, ctx.k, of_out, rstd, mean):
+        given = (of_out, rstd, mean)
+        if alone and ctx.centred and live_pieces.fits_kernel(x, mask, weight, bias, ctx.k, *given, followed=followed):
             return *live_pieces.gradients_by_kernel(of_out, x, mask, weight, bias, rstd, mean, ctx.k, wanted), *none
-        if alone and live_pieces.cuttable(x, of_out, mask, weight, bias, rstd, mean):
+        if alone and live_pieces.cuttable(x, of_out, mask, weight, bias, rstd, mean, followed=followed):
             found = live_pieces.gradients(of_out, x, mask, weight, bias, rstd, mean, ctx.k, ctx.eps, ctx.centred, wanted)
             return *found, *none
         dims, share = _reduced(x, mask, ctx.k)
@@ -149,6 +153,35 @@ class _Normalised(torch.autograd.Function):
         if wanted[2]:
             of_bias = of_out.sum_to_size(bias.shape)
         return of_x, of_mask, of_weight, of_bias, *none
+
+
+class _Normalised(_NormalisedBackward):
+    """The same, differentiable forward too, which a compiler does not take."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        _NormalisedBackward.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:4], *output[1:])
+
+    @staticmethod
+    def jvp(
+        ctx: Any, of_x: Tensor | None, of_mask: Tensor | None, of_weight: Tensor | None, of_bias: Tensor | None, *_: None
+    ) -> tuple[Tensor, ...]:
+        x, mask, weight, bias, rstd, mean = ctx.saved_tensors
+        dims, share = _reduced(x, mask, ctx.k)
+        of_x = torch.zeros_like(x) if of_x is None else of_x
+        of_mask = torch.zeros_like(mask) if of_mask is None else of_mask
+        grows = of_mask.sum(dims, keepdim=True) * _repeats(x, mask, ctx.k) * share  # the count, by how much of itself
+        centre, of_centre, of_mean = x, of_x, torch.zeros_like(mean)
+        if ctx.centred:
+            of_mean = of_x.sum(dims, keepdim=True) * share - mean * grows
+            centre, of_centre = x - mean * mask, of_x - of_mean * mask - mean * of_mask
+        of_variance = (2 * (centre * of_centre).sum(dims, keepdim=True) - centre.square().sum(dims, keepdim=True) * grows) * share
+        of_rstd = -rstd.pow(3) * of_variance / 2
+        out = of_centre * rstd + centre * of_rstd
+        out = out if weight is None else out * weight
+        out = out if of_weight is None else out + centre * rstd * of_weight
+        return out if of_bias is None else out + of_bias, of_rstd, of_mean
 
 
 def _reduced(x: Tensor, mask: Tensor, k: int) -> tuple[list[int], Tensor]:

@@ -16,8 +16,6 @@ from math import prod
 import torch
 from torch import Size, Tensor, nn
 
-from hatify.modules.masking import differentiated
-
 BLOCK = 2**16
 """Elements that one thread takes at a time; a handful of such tensors fit into a core's own cache."""
 LARGE = 8 * BLOCK
@@ -26,16 +24,17 @@ VAST = 64 * BLOCK
 """For a larger one memory of its size costs more than torch's own kernel saves."""
 
 
-def cuttable(x: Tensor, *others: Tensor | None) -> bool:
+def cuttable(x: Tensor, *others: Tensor | None, followed: bool) -> bool:
     """Whether ``x`` is large, and these are :func:`ordinary`."""
-    return x.numel() > LARGE and ordinary(x, *others)
+    return x.numel() > LARGE and ordinary(x, *others, followed=followed)
 
 
-def ordinary(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether ``x`` lies in order, these are plain tensors on a processor, of one type, and nobody differentiates what becomes of them."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+def ordinary(x: Tensor, *others: Tensor | None, followed: bool) -> bool:
+    """Whether ``x`` lies in order, these are plain tensors on a processor, of one type, and nobody differentiates what becomes of them:
+    ``followed`` says whether operators are."""
+    if followed or torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
-    return x.is_contiguous() and all(t is None or _plain(t) and t.dtype is x.dtype for t in (x, *others)) and not differentiated()
+    return x.is_contiguous() and all(t is None or _plain(t) and t.dtype is x.dtype for t in (x, *others))
 
 
 def _plain(x: Tensor) -> bool:
@@ -196,10 +195,14 @@ def gradients(
     return of_x.view(x.shape), *views
 
 
-def fits_kernel(x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, *others: Tensor) -> bool:
+def fits_kernel(
+    x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, *others: Tensor, followed: bool
+) -> bool:
     """Whether torch's own kernel does it: a mask that varies along the last ``k`` dimensions only, weight and bias of their shape."""
     whole = all(v is None or v.shape == x.shape[-k:] for v in (weight, bias))
-    return x.numel() <= VAST and whole and mask.shape[:-k].numel() == 1 and ordinary(x, mask, weight, bias, *others)
+    return (
+        x.numel() <= VAST and whole and mask.shape[:-k].numel() == 1 and ordinary(x, mask, weight, bias, *others, followed=followed)
+    )
 
 
 @dataclass(frozen=True)

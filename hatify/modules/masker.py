@@ -63,7 +63,7 @@ def _sigmoid(x: Tensor) -> Tensor:
     return F.threshold(_alike(torch.sigmoid, x), LEAST, 0.0)
 
 
-class _SoftMask(torch.autograd.Function):
+class _SoftMaskBackward(torch.autograd.Function):
     """``sigmoid(s * e)`` with the compensated gradient, so that no hook can be lost and none is needed."""
 
     generate_vmap_rule = True
@@ -80,11 +80,28 @@ class _SoftMask(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        embedding, scale, mask = ctx.saved_tensors
-        wide = _alike(torch.cosh, (scale * embedding).clamp(-ctx.max_exponent, ctx.max_exponent)) + 1
-        narrow = _alike(torch.cosh, embedding.clamp(-ctx.max_embedding, ctx.max_embedding)) + 1
-        # dm/de = s m (1 - m); times equation 3, whose 1 / s cancels
-        return gradient * mask * (1 - mask) * ctx.max_scale * wide / narrow, None, None, None, None
+        return _slope(ctx, gradient), None, None, None, None
+
+
+class _SoftMask(_SoftMaskBackward):
+    """The same, differentiable forward too, which a compiler does not take."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _SoftMaskBackward.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:2], output)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _slope(ctx, tangent)
+
+
+def _slope(ctx: Any, along: Tensor) -> Tensor:
+    """``along`` times the slope of a mask: ``dm/de = s m (1 - m)``, times equation 3, whose ``1 / s`` cancels."""
+    embedding, scale, mask = ctx.saved_tensors
+    wide = _alike(torch.cosh, (scale * embedding).clamp(-ctx.max_exponent, ctx.max_exponent)) + 1
+    narrow = _alike(torch.cosh, embedding.clamp(-ctx.max_embedding, ctx.max_embedding)) + 1
+    return along * mask * (1 - mask) * ctx.max_scale * wide / narrow
 
 
 def soft_mask(embedding: Tensor, scale: float | Tensor, config: HATConfig) -> Tensor:
@@ -99,7 +116,8 @@ def soft_mask(embedding: Tensor, scale: float | Tensor, config: HATConfig) -> Te
     if not config.gradient_compensation:
         return _sigmoid(scale * embedding)
     scale = torch.as_tensor(scale, dtype=torch.float32, device=embedding.device)
-    return _SoftMask.apply(embedding, scale, config.max_mask_scale, config.max_embedding, config.max_exponent)
+    function = _SoftMaskBackward if torch.compiler.is_compiling() else _SoftMask
+    return function.apply(embedding, scale, config.max_mask_scale, config.max_embedding, config.max_exponent)
 
 
 def live_channels(embedding: Tensor) -> Tensor:

@@ -62,6 +62,18 @@ def test_normalising_can_be_differentiated_twice(layout: str) -> None:
     assert gradgradcheck(lambda x, live: live_norms._normalised(x, live, dims, 1e-2, True), (x, live))
 
 
+@pytest.mark.parametrize("centred", [True, False], ids=["centred", "rms"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_normalising_can_be_differentiated_forward(layout: str, centred: bool) -> None:
+    shape, mask_shape, dims = LAYOUTS[layout]
+    torch.manual_seed(0)
+    x, live = torch.randn(shape, dtype=torch.float64), torch.rand(mask_shape, dtype=torch.float64) + 0.2
+    weight, bias = torch.randn(2, *shape[dims[0] :], dtype=torch.float64).unbind()
+    given = [t.requires_grad_() for t in (x, live, weight, bias)]
+    assert gradcheck(lambda x, m, w, b: live_norms._normalised(x, m, dims, 1e-2, centred, w, b), given, check_forward_ad=True)
+    assert gradcheck(lambda x: live_norms._normalised(x, live.detach(), dims, 1e-2, centred), given[:1], check_forward_ad=True)
+
+
 NORMS = {  # shape of the value, dimension of its channels, whether the mask differs from token to token, the norm
     "layer": ((3, 5, 7, 12), -1, False, lambda x, w, b, live: live_norms.layer_norm(x, (12,), w, b, 1e-5, live)),
     "layer over tokens": ((9, 4, 12), -1, False, lambda x, w, b, live: live_norms.layer_norm(x, (4, 12), w, b, 1e-5, live)),
@@ -149,7 +161,7 @@ def test_the_kernels_gradients_are_those_of_the_definition(eps: float, repeated:
     weight, bias = torch.randn(2, 4, 6, dtype=torch.float64)
     leaves = [t.requires_grad_() for t in (x, weight, bias)] + [live]
     with torch.no_grad():
-        assert live_pieces.fits_kernel(x, live, weight, bias, 2)
+        assert live_pieces.fits_kernel(x, live, weight, bias, 2, followed=False)
     found = torch.autograd.grad(live_norms.layer_norm(x, (4, 6), weight, bias, eps, live), leaves, along)
     expected = torch.autograd.grad(composed(x, live, [-2, -1], eps, True) * weight + bias, leaves, along)
     torch.testing.assert_close(found, expected)
