@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -124,3 +124,51 @@ def test_the_first_call_may_be_compiled(how: str, within: bool, tmp_path: Path) 
     called = (lambda *args, **kwargs: hat(*args, **kwargs)) if within else hat
     out = torch.compile(called, backend="aot_eager", fullgraph=True)(x, task=0, mask_scale=2.0)
     assert torch.allclose(out, hat(x, task=0, mask_scale=2.0), 1e-5, 1e-6)
+
+
+class Scattered(nn.Module):
+    """Channels in an order that only a table of indices gives."""
+
+    ORDER = (3, 0, 7, 1, 11, 2, 5, 9, 4, 10, 6, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 1), nn.Linear(12, 4)
+        self.register_buffer("order", torch.tensor(self.ORDER))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(torch.relu(self.first(x)[:, self.order]))
+        return self.head((y + y[:, self.order]).mean((2, 3)))
+
+
+class OfTask(nn.Module):
+    """A network's calls for one task."""
+
+    def __init__(self, hat: HATModel, task: int) -> None:
+        super().__init__()
+        self.hat, self.task = hat, task
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.hat(x, task=self.task)
+
+
+@pytest.mark.parametrize("traced", [torch.export.export, torch.compile], ids=["exported", "compiled"])
+def test_tracing_within_a_module_leaves_nothing_behind(traced: Callable) -> None:
+    """What is made for all calls is made of real tensors, also where a call that is traced with fake ones is the first."""
+
+    def converted() -> HATModel:
+        torch.manual_seed(0)
+        hat = hatify.convert(Scattered(), 2, example_inputs=batch()[:2], verify=False)
+        with hat.learning(0, schedule="constant"):
+            pass
+        return hat.eval()
+
+    torch._dynamo.reset()
+    x, fresh, hat = batch(), converted(), converted()
+    for task in range(2):
+        if traced is torch.compile:
+            run = torch.compile(OfTask(hat, task), backend="aot_eager", fullgraph=True)
+        else:
+            run = torch.export.export(OfTask(hat, task), (x,)).module()
+        torch.testing.assert_close(run(x), fresh(x, task=task))
+        assert torch.equal(hat(x, task=task), fresh(x, task=task))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from hatify.gates.lattice import Lattice
 from hatify.gates.table import Expressions
@@ -18,10 +19,11 @@ from hatify.gates.table import Expressions
 
 @contextmanager
 def kept_for_all() -> Iterator[None]:
-    """For tensors that later passes use too, whatever pass asks for them first: one without gradients, or within a transform of
-    ``torch.func``, where every new tensor belongs to the transform."""
+    """For tensors that later passes use too, whatever pass asks for them first: one without gradients, one that is traced with fake tensors
+    (``torch.export``), or one within a transform of ``torch.func``, where every new tensor belongs to the transform."""
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    with torch.inference_mode(False), temporarily_clear_interpreter_stack() if transformed else nullcontext():
+    outside = temporarily_clear_interpreter_stack() if transformed else nullcontext()
+    with torch.inference_mode(False), _disable_current_modes(), outside:
         yield
 
 
