@@ -65,17 +65,17 @@ class TaskContexts:
         if torch.compiler.is_compiling():
             _prepared(self)
             maskers = self.maskers
-            return TaskContext(task, lambda name: maskers[name](task, mask_scale), hard=mask_scale is None)
+            return TaskContext(task, mask_scale, lambda name: maskers[name](task, mask_scale), hard=mask_scale is None)
         if mask_scale is None and self._lasts(task):
             return self._lasting(task, reading)
         self._now_in_use(None)
         masks = self._bank.masks(task, mask_scale)
-        return TaskContext(task, None, hard=mask_scale is None, masks=masks)
+        return TaskContext(task, mask_scale, None, hard=mask_scale is None, masks=masks)
 
     def binary_context(self, task: int) -> TaskContext:
         """The context of a task as if it were finished: its masks binary, computed from its embeddings where they are needed."""
         maskers = self.maskers
-        return TaskContext(task, lambda name: maskers[name](task, None), hard=True)
+        return TaskContext(task, None, lambda name: maskers[name](task, None), hard=True)
 
     def binary_masks(self, task: int) -> dict[str, Tensor]:
         """The masks of a task as if it were finished, by masker: zeros and ones of shape ``(channels,)``, on the CPU."""
@@ -99,7 +99,7 @@ class TaskContexts:
         if found is None or found[0] != known:
             with torch.inference_mode(False), torch.no_grad():
                 masks = self._bank.masks(task, None)
-            found = known, TaskContext(task, None, hard=True, masks=masks, lasting=True, fixed=fixed)
+            found = known, TaskContext(task, None, None, hard=True, masks=masks, lasting=True, fixed=fixed)
         kept[key] = found  # the last used one is the last
         while len(kept) > LASTING:
             kept.pop(next(iter(kept)))
@@ -123,7 +123,7 @@ class TaskContexts:
             return None
         self._prepare_programs()
         chosen = [m.tasks[context.id] if isinstance(m, TaskIndexed) else m.of(context.id) for m in self._holders]
-        return TaskContext(None, None, context.hard, chosen=chosen, masks=context.masks)
+        return TaskContext(None, None, None, context.hard, chosen=chosen, masks=context.masks)
 
     def _prepare_programs(self) -> None:
         if not self.__dict__.get("_programs_prepared"):

@@ -36,7 +36,7 @@ X = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
 
 def anew(hat: HATModel, task: int) -> Tensor:
     """The output with masks made for this pass alone, masker by masker."""
-    context = TaskContext(task, lambda name: hat.maskers[name](task, None), hard=True)
+    context = TaskContext(task, None, lambda name: hat.maskers[name](task, None), hard=True)
     return hat.run([X.to(next(hat.parameters()).dtype)], context)[0]
 
 

@@ -203,7 +203,7 @@ def _tried(norm: nn.Module, scale: float, channels: int, rank: int, dim: int) ->
     program = Program("atom", channels, masker="tried")
     results = []
     for tested in (torch.ones_like(factors), factors):
-        mask = ChannelMask(TaskContext(0, None, hard=False, masks={"tried": tested}), program, True, dim - rank)
+        mask = ChannelMask(TaskContext(0, 1.0, None, hard=False, masks={"tried": tested}), program, True, dim - rank)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             results.append(norm_with(copy.deepcopy(norm), mask, x, lambda tried: _called(tried, x.clone())))

@@ -13,17 +13,18 @@ from hatify.gates import Program, evaluate
 
 
 class TaskContext:
-    """What a forward pass knows of its task: the number, and the masks evaluated so far.
+    """What a forward pass knows of its task: the number, the scale, and the masks evaluated so far.
 
     A context of a task in training lives for one pass, so no mask outlives a change of its embedding; one that is ``lasting`` serves
-    many, of a task whose masks do not change. ``id`` is the task.
+    many, of a task whose masks do not change. ``id`` is the task; ``scale`` is None for binary masks.
 
     Args:
         task: its number.
+        scale: the scale of its soft masks; None for binary ones.
         mask_of: gives a masker's mask by name, float32 of shape ``(channels,)``; or None, where ``masks`` has them all.
         hard: whether masks are binary.
         chosen: the copies of the task, at the ``_hat_slot`` of the module that holds them: what compiled code takes them from, in
-            place of ``task``, which is None then.
+            place of ``task`` and ``scale``, which are None then.
         masks: masks that are there already, by name.
         lasting: see above.
         fixed: for a pass that is sealed, which reads nothing that any task may still train: the ids of the tensors that it reads
@@ -39,6 +40,7 @@ class TaskContext:
     def __init__(
         self,
         task: int | None,
+        scale: float | Tensor | None,
         mask_of: Callable[[str], Tensor] | None,
         hard: bool,
         *,
@@ -47,7 +49,7 @@ class TaskContext:
         lasting: bool = False,
         fixed: Container[int] | None = None,
     ) -> None:
-        self.id, self.hard = task, hard
+        self.id, self.scale, self.hard = task, scale, hard
         self.chosen, self._lasting = chosen, lasting
         self.keeps, self._fixed = False, () if fixed is None else fixed
         self.carries = (fixed is not None or not hard) and chosen is None and not torch.compiler.is_compiling()
@@ -121,4 +123,4 @@ class TaskContext:
 
     def again(self) -> TaskContext:
         """The same for one more pass, with nothing evaluated yet."""
-        return TaskContext(None, None, self.hard, chosen=self.chosen, masks=self._atoms)
+        return TaskContext(None, None, None, self.hard, chosen=self.chosen, masks=self._atoms)

@@ -303,7 +303,7 @@ def _validated(hat: HATModel, name: str) -> tuple[list[Tensor], list[Tensor]]:
             validation()  # as each epoch ends with one
             step(hat, run, optimizer, inputs(name, 4, key))
         seen = validation()
-        context = TaskContext(1, lambda path: hat.maskers[path](1, None), hard=True)
+        context = TaskContext(1, None, lambda path: hat.maskers[path](1, None), hard=True)
         with torch.no_grad():
             expected = hat.eval().run(hat.signature.bind(args, {}), context)
         hat.train()
