@@ -52,7 +52,7 @@ def bits_of(mask: Tensor, dtype: torch.dtype, soft: bool) -> Tensor:
 def kept(x: Tensor, bits: Tensor) -> Tensor:
     """``where(live, x, 0)`` as a bitwise AND: the same result for every number, NaN and infinity included, in a quarter of the
     time that ``where`` takes with a mask to broadcast."""
-    return _Kept.apply(x, bits) if differentiated() else _and(x, bits)
+    return _Kept.apply(x, bits) if differentiated() else _chosen(x, bits)
 
 
 def scaled(x: Tensor, mask: Tensor, bits: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def scaled(x: Tensor, mask: Tensor, bits: Tensor) -> Tensor:
     if x.dtype is torch.float16:  # where small factors vanish, and what is made from the result with them
         return kept(x, bits) * mask
     if not differentiated():
-        return _and(x, bits).mul_(mask)
+        return _chosen(x, bits).mul_(mask)
     return (_ScaledBackward if torch.compiler.is_compiling() else _Scaled).apply(x, mask, bits)
 
 
@@ -69,7 +69,8 @@ def differentiated() -> bool:
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
-def _and(x: Tensor, bits: Tensor) -> Tensor:
+def _chosen(x: Tensor, bits: Tensor) -> Tensor:
+    """``x`` where live, else zero; ``bits`` of :func:`bits_of`, or bool."""
     if bits.dtype is torch.bool:
         return torch.where(bits, x, x.new_zeros(()))
     return (x.view(bits.dtype) & bits).view(x.dtype)
@@ -83,7 +84,7 @@ class _Kept(torch.autograd.Function):
     @staticmethod
     @signed
     def forward(x: Tensor, bits: Tensor) -> Tensor:
-        return _and(x, bits)
+        return _chosen(x, bits)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -113,7 +114,7 @@ class _ScaledBackward(torch.autograd.Function):
     @staticmethod
     @signed
     def forward(x: Tensor, mask: Tensor, bits: Tensor) -> Tensor:
-        return _and(x, bits).mul_(mask)
+        return _chosen(x, bits).mul_(mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
